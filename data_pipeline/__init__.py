@@ -1,0 +1,1 @@
+"""Bytes on disk <-> tensors: image folders, tar shards, code records, the order of samples, batches for one rank."""

@@ -1,0 +1,201 @@
+"""From a command line to a frozen config, and from an exception to one clear line.
+
+Precedence: the defaults in the dataclasses, then the file of `--config` on top of the files it `extends:`, then the
+`a.b=c` overrides. OmegaConf reads and merges; unknown keys and wrong types are errors that name the nearest known key.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+import typing
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+Config = TypeVar("Config")
+EXIT_BAD_INPUT = 64  # EX_USAGE of sysexits.h
+MAX_CONFIG_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Command(Generic[Config]):
+    """What the user asked for."""
+
+    config: Config
+    dry_run: bool
+    world_size: int | None  # the world that a dry run is asked about
+
+
+def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> None:
+    """Parse sys.argv, launch, and turn what a user can cause into one line on stderr and exit code 64.
+
+    NEXTSCALE_TRACEBACK=1 in the environment shows the traceback as well.
+    """
+    try:
+        command = parse(schema, sys.argv[1:], description)
+        if command is not None:
+            launch(command)
+    except (ValueError, OSError) as error:
+        if os.environ.get("NEXTSCALE_TRACEBACK") == "1":
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        sys.exit(EXIT_BAD_INPUT)
+
+
+def one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return " ".join(str(error).split())
+
+
+def parse(schema: type[Config], arguments: Sequence[str], description: str) -> Command[Config] | None:
+    """Parse a command line; None when it only asked for the config to be printed."""
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog=f"settings, as a.b=c here or as YAML:\n{describe_schema(schema)}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file; `extends: OTHER.yaml` in it names what it builds on")
+    parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and leave")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, without doing it")
+    parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs that --dry-run plans for")
+    parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+    known, unknown = parser.parse_known_intermixed_args(arguments)
+    overrides = known.overrides + [_undash(argument) for argument in unknown]
+    config = load_config(schema, known.config, overrides)
+    if known.print_config:
+        print(to_yaml(config), end="")
+        return None
+    return Command(config, dry_run=known.dry_run, world_size=known.world_size)
+
+
+def _undash(argument: str) -> str:
+    """Accept `--a.b=c` for `a.b=c`."""
+    if argument.startswith("--") and "=" in argument:
+        return argument.removeprefix("--")
+    raise ValueError(f"unknown option '{argument}'; options are shown by --help, settings are written a.b=c")
+
+
+def load_config(schema: type[Config], file: str | None, overrides: Sequence[str] = ()) -> Config:
+    """Build a config of class `schema` from a YAML file and overrides.
+
+    Raises:
+        FileNotFoundError: the file or one that it extends does not exist.
+        ValueError: unknown key, wrong type, missing setting, or a value that a dataclass refuses.
+    """
+    from omegaconf import OmegaConf
+
+    layers = _read_layers(Path(file)) if file else []
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"'{override}' is not a setting; write it as a.b=c")
+    layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+    return build_config(schema, layers, source=file or "command line")
+
+
+def build_config(schema: type[Config], layers: Sequence[dict[str, Any]], *, source: str) -> Config:
+    """A frozen dataclass from plain mappings, the later ones winning; `source` names them in errors (ValueError)."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for layer in layers:
+        _refuse_unknown_keys(schema, layer, source)
+    try:
+        return _build(schema, OmegaConf.merge(OmegaConf.structured(schema), *layers))
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{source}: {str(error).splitlines()[0]} at '{error.full_key}'; see --help") from None
+
+
+def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
+    """The file and what it extends, the base first."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    if path.resolve() in below:
+        raise ValueError(f"{path}: extends itself through {' -> '.join(p.name for p in below)}; break the circle")
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such config file; the ones that come with the project are in configs/")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
+    try:
+        layer = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
+    if not isinstance(layer, dict):
+        raise ValueError(f"{path}: holds a {type(layer).__name__}, a config is a mapping of settings")
+    base = layer.pop("extends", None)
+    return ([] if base is None else _read_layers(path.parent / base, (*below, path.resolve()))) + [layer]
+
+
+def _refuse_unknown_keys(schema: type, layer: dict[str, Any], source: str, prefix: str = "") -> None:
+    known = typing.get_type_hints(schema)
+    for key, value in layer.items():
+        if key not in known:
+            raise ValueError(f"{source}: unknown key '{prefix}{key}'; {_nearest(str(key), list(known), prefix)}")
+        if is_dataclass(known[key]) and isinstance(value, dict):
+            _refuse_unknown_keys(known[key], value, source, f"{prefix}{key}.")
+
+
+def _nearest(key: str, known: list[str], prefix: str) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"did you mean '{prefix}{close[0]}'?" if close else f"known here: {', '.join(known)}"
+
+
+def _build(schema: type, node: Any, prefix: str = "") -> Any:
+    """A frozen dataclass from a merged OmegaConf node; lists become tuples."""
+    from omegaconf import OmegaConf
+
+    values = {}
+    for name, kind in typing.get_type_hints(schema).items():
+        if OmegaConf.is_missing(node, name):
+            raise ValueError(f"setting '{prefix}{name}' is missing; give it in the config file or as {prefix}{name}=...")
+        value = node[name]
+        if is_dataclass(kind):
+            value = _build(kind, value, f"{prefix}{name}.")
+        elif OmegaConf.is_list(value):
+            value = tuple(value)
+        values[name] = value
+    return schema(**values)
+
+
+def describe_schema(schema: type, prefix: str = "  ") -> str:
+    """One line per setting: its dotted name, type and default."""
+    hints = typing.get_type_hints(schema)
+    lines = []
+    for item in fields(schema):
+        kind = hints[item.name]
+        if is_dataclass(kind):
+            lines.append(describe_schema(kind, f"{prefix}{item.name}."))
+            continue
+        default = item.default if item.default is not MISSING else "required"
+        name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        lines.append(f"{prefix}{item.name}  ({name}) {default}")
+    return "\n".join(lines)
+
+
+def to_yaml(config: Any) -> str:
+    """A config as YAML that `--config` reads back."""
+    import yaml
+
+    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, default_flow_style=None)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def say(text: str) -> None:
+    """A progress line for people."""
+    print(text, flush=True)
+
+
+def say_nothing(text: str) -> None:
+    """Progress on the ranks that do not speak."""

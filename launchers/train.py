@@ -1,0 +1,94 @@
+"""Stage 2: train a VAR transformer. `deepspeed launchers/train.py --config configs/d30.yaml`
+
+The same command again resumes from the newest checkpoint of the run folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launchers.assembly import (  # noqa: E402
+    load_tokenizer,
+    open_codes_or_images,
+    refuse_misfit,
+    run_stage,
+    validation_source,
+)
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import TrainConfig  # noqa: E402
+from training.distributed import World, join_world, leave_world  # noqa: E402
+from training.engine import Engine, accumulation_steps  # noqa: E402
+from training.flops import training_flops  # noqa: E402
+from training.memory import estimate_memory  # noqa: E402
+from training.optim import build_optimizer  # noqa: E402
+from training.var_loop import VARStage, build_var  # noqa: E402
+
+
+def launch(command: Command[TrainConfig]) -> None:
+    if command.dry_run:
+        dry_run(command.config, command.world_size or World.from_environment().world_size)
+    else:
+        train(command.config)
+
+
+def train(config: TrainConfig) -> None:
+    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, World.from_environment().world_size)
+    tokenizer, sha256 = load_tokenizer(config.tokenizer)
+    refuse_misfit(config.model, tokenizer.config)
+    dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
+    validation = open_codes_or_images(config.data.validation, config, tokenizer.config, sha256, random_views=False)
+    world = join_world()
+    model = build_var(
+        config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
+    ).to(world.device)
+    optimizer = build_optimizer(model, config.optimizer, undecayed=model.names_without_weight_decay())
+    stage = VARStage(
+        Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world),
+        config.model,
+        tokenizer.to(world.device),
+        label_drop=config.label_drop,
+        global_batch=config.loop.global_batch,
+        seed=config.seed,
+        world=world,
+        validation=validation_source(validation, config.engine, world),
+    )
+    run_stage(config, stage, dataset, config.data, world)
+    leave_world()
+
+
+def dry_run(config: TrainConfig, world_size: int) -> None:
+    """Say what a run would need, from arithmetic alone; read one batch if tokenizer and shards are there."""
+    accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
+    memory = estimate_memory(config.model, config.engine, world_size)
+    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
+    parts |= {"activations (estimate)": memory.activations, "buckets": memory.buckets, "total": memory.total}
+    say(f"parameters          {config.model.num_parameters:,}")
+    say(f"FLOPs per image     {training_flops(config.model):.4g} (training, block-causal attention)")
+    say(f"tokens per image    {config.model.scales.num_tokens}")
+    say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
+    for name, size in parts.items():
+        say(f"GiB per GPU         {size / 2**30:7.2f}  {name}")
+    try:
+        say(f"data                {describe_one_batch(config)}")
+    except FileNotFoundError as missing:
+        say(f"data                not there yet: {missing}")
+
+
+def describe_one_batch(config: TrainConfig) -> str:
+    tokenizer, sha256 = load_tokenizer(config.tokenizer)
+    refuse_misfit(config.model, tokenizer.config)
+    dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
+    data, labels = dataset.read(range(min(config.engine.micro_batch, len(dataset))), epochs=0)
+    kind = "codes" if data.ndim == 2 else "images"
+    return f"{len(dataset):,} samples; one batch of {kind} {tuple(data.shape)}, labels {labels.min()}..{labels.max()}"
+
+
+def main() -> None:
+    run_launcher(TrainConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

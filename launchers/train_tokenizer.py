@@ -1,0 +1,97 @@
+"""Stage 1: train the multi-scale VQVAE. `deepspeed launchers/train_tokenizer.py --config configs/tokenizer.yaml`
+
+The same command again resumes from the newest checkpoint of the run folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launchers.assembly import open_images, run_stage, validation_source  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import TokenizerConfig  # noqa: E402
+from models.discriminator import PatchDiscriminator  # noqa: E402
+from training.distributed import World, join_world, leave_world  # noqa: E402
+from training.engine import Engine, EngineConfig, accumulation_steps  # noqa: E402
+from training.optim import build_optimizer  # noqa: E402
+from training.tokenizer_loop import TokenizerStage, build_tokenizer  # noqa: E402
+
+
+def launch(command: Command[TokenizerConfig]) -> None:
+    refuse_unfit_engine(command.config.engine)
+    if command.dry_run:
+        dry_run(command.config, command.world_size or World.from_environment().world_size)
+    else:
+        train(command.config)
+
+
+def refuse_unfit_engine(engine: EngineConfig) -> None:
+    """The nearest-code search needs float32, and the quantiser reads its codebook whole."""
+    if engine.precision != "fp32":
+        raise ValueError(f"engine.precision is {engine.precision}; the tokenizer trains in fp32 only")
+    if engine.zero_stage == 3:
+        raise ValueError("engine.zero_stage is 3; the tokenizer (109 M parameters) trains with 0, 1 or 2")
+    if engine.activation_checkpointing:
+        raise ValueError("engine.activation_checkpointing is on; it has no effect on the tokenizer: set it to false")
+
+
+def train(config: TokenizerConfig) -> None:
+    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, World.from_environment().world_size)
+    views = config.data.views
+    dataset = open_images(config.data.train, config.model, views, seed=config.seed, random_views=True)
+    validation = open_images(config.data.validation, config.model, views, seed=config.seed, random_views=False)
+    world = join_world()
+    model = build_tokenizer(config.model, seed=config.seed).to(world.device)
+    stage = TokenizerStage(
+        start_engine(model, config, world),
+        model,
+        config.loss,
+        config.codebook,
+        discriminator=start_discriminator(config, world) if config.loss.adversarial_weight else None,
+        global_batch=config.loop.global_batch,
+        seed=config.seed,
+        world=world,
+        validation=validation_source(validation, config.engine, world),
+    )
+    run_stage(config, stage, dataset, config.data, world)
+    leave_world()
+
+
+def start_engine(model: object, config: TokenizerConfig, world: World) -> Engine:
+    optimizer = build_optimizer(model, config.optimizer)
+    return Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world)
+
+
+def start_discriminator(config: TokenizerConfig, world: World) -> Engine:
+    size = config.discriminator
+    model = PatchDiscriminator(size.width, size.num_layers, seed=config.seed)
+    return start_engine(model.to(world.device), config, world)
+
+
+def dry_run(config: TokenizerConfig, world_size: int) -> None:
+    """Say what a run would need, without allocating the model."""
+    import torch
+
+    accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
+    with torch.device("meta"):
+        number = sum(parameter.numel() for parameter in build_tokenizer(config.model, seed=0).parameters())
+    say(f"parameters          {number:,}")
+    say(f"images              {config.model.image_size} px to {config.model.scales.num_tokens} tokens of {config.model.patch_nums}")
+    say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
+    try:
+        images = open_images(config.data.train, config.model, config.data.views, seed=0, random_views=True)
+        batch, _ = images.read(range(min(config.engine.micro_batch, len(images))), epochs=0)
+        say(f"data                {len(images):,} images; one batch {tuple(batch.shape)}")
+    except FileNotFoundError as missing:
+        say(f"data                not there yet: {missing}")
+
+
+def main() -> None:
+    run_launcher(TokenizerConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

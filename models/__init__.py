@@ -1,0 +1,1 @@
+"""The mathematics of VAR: tokenizer, transformer and generation. Knows no ranks, files or optimisers."""

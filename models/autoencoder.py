@@ -1,0 +1,217 @@
+"""The convolutional encoder and decoder of VQGAN, which VAR keeps unchanged (Sec. 4, "VAR tokenizer").
+
+Encoder: images to feature maps of `code_width` channels, `downsampling` times smaller. Decoder: the way back.
+Quantisation and the two 3x3 convolutions around it live in vqvae.py. Initial values are PyTorch's defaults.
+
+Shapes: B batch, H, W image sides, h, w feature map sides, C code width.
+"""
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_GROUPS = 32
+IMAGE_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig:
+    """Shape of encoder and decoder. The defaults are the paper's: 16x downsampling."""
+
+    width: int = 160                                    # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)      # channels of each level, in units of width; each level halves
+    num_res_blocks: int = 2                             # per level of the encoder; the decoder has one more
+    code_width: int = 32                                # C, channels of the feature map
+    dropout: float = 0.0                                # inside the residual blocks
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        if self.width < 1 or self.width % NORM_GROUPS:
+            raise ValueError(f"width {self.width} is not a positive multiple of {NORM_GROUPS}, the groups of GroupNorm")
+        if not self.multipliers or min(self.multipliers) < 1:
+            raise ValueError(f"multipliers {self.multipliers} must hold at least one level, each 1 or more")
+        if self.num_res_blocks < 1 or self.code_width < 1:
+            raise ValueError(f"num_res_blocks {self.num_res_blocks} and code_width {self.code_width} must be 1 or more")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
+
+    @property
+    def downsampling(self) -> int:
+        """Side of an image divided by the side of its feature map."""
+        return 2 ** (len(self.multipliers) - 1)
+
+    @property
+    def level_widths(self) -> tuple[int, ...]:
+        """Channels of each level, from full resolution to the lowest."""
+        return tuple(self.width * multiplier for multiplier in self.multipliers)
+
+
+def group_norm(width: int) -> nn.GroupNorm:
+    return nn.GroupNorm(NORM_GROUPS, width, eps=1e-6)
+
+
+def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
+    return nn.Conv2d(in_width, out_width, kernel_size=3, padding=1)
+
+
+class ResBlock(nn.Module):
+    """Two normalised 3x3 convolutions beside a shortcut: (B, in_width, h, w) -> (B, out_width, h, w)."""
+
+    def __init__(self, in_width: int, out_width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.norm1 = group_norm(in_width)
+        self.conv1 = conv3x3(in_width, out_width)
+        self.norm2 = group_norm(out_width)
+        self.dropout = nn.Dropout(dropout)
+        self.conv2 = conv3x3(out_width, out_width)
+        self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        return self.nin_shortcut(x) + h
+
+
+class SpatialAttention(nn.Module):
+    """Single-head attention over all positions of a feature map: (B, width, h, w) -> the same."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = group_norm(width)
+        self.qkv = nn.Conv2d(width, 3 * width, kernel_size=1)
+        self.proj_out = nn.Conv2d(width, width, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, h*w, 3*width)
+        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)                     # (B, 1, h*w, width)
+        h = F.scaled_dot_product_attention(q, k, v)                     # (B, 1, h*w, width)
+        return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    """Halve the sides. Pads right and bottom only, as VQGAN does, so that sides halve exactly without a left pad."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, kernel_size=3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Double the sides by nearest neighbour, then convolve."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = conv3x3(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where the level has it."""
+
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, has_attention: bool, dropout: float) -> None:
+        super().__init__()
+        in_widths = [in_width] + [out_width] * (num_blocks - 1)
+        self.block = nn.ModuleList(ResBlock(width, out_width, dropout=dropout) for width in in_widths)
+        self.attn = nn.ModuleList(SpatialAttention(out_width) for _ in range(num_blocks if has_attention else 0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for index, block in enumerate(self.block):
+            x = block(x)
+            if self.attn:
+                x = self.attn[index](x)
+        return x
+
+
+class DownLevel(Level):
+    """A level of the encoder: blocks, then half the sides (not at the lowest resolution)."""
+
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool, dropout: float) -> None:
+        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest, dropout=dropout)
+        self.downsample = nn.Identity() if is_lowest else Downsample(out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.downsample(super().forward(x))
+
+
+class UpLevel(Level):
+    """A level of the decoder: blocks, then twice the sides (not at full resolution)."""
+
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool, is_highest: bool,
+                 dropout: float) -> None:
+        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest, dropout=dropout)
+        self.upsample = nn.Identity() if is_highest else Upsample(out_width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.upsample(super().forward(x))
+
+
+class Middle(nn.Module):
+    """Block, attention, block at the lowest resolution."""
+
+    def __init__(self, width: int, *, dropout: float) -> None:
+        super().__init__()
+        self.block_1 = ResBlock(width, width, dropout=dropout)
+        self.attn_1 = SpatialAttention(width)
+        self.block_2 = ResBlock(width, width, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+class Encoder(nn.Module):
+    """E of Algorithm 1, before the quantiser's convolution: images (B, 3, H, W) -> (B, C, h, w)."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        out_widths = config.level_widths
+        in_widths = (config.width, *out_widths[:-1])
+        lowest = len(out_widths) - 1
+        self.conv_in = conv3x3(IMAGE_CHANNELS, config.width)
+        self.down = nn.ModuleList(
+            DownLevel(in_width, out_width, num_blocks=config.num_res_blocks, is_lowest=i == lowest,
+                      dropout=config.dropout)
+            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
+        self.mid = Middle(out_widths[-1], dropout=config.dropout)
+        self.norm_out = group_norm(out_widths[-1])
+        self.conv_out = conv3x3(out_widths[-1], config.code_width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        x = self.conv_in(images)                        # (B, width, H, W)
+        for level in self.down:
+            x = level(x)
+        x = self.mid(x)                                 # (B, level_widths[-1], h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, h, w)
+
+
+class Decoder(nn.Module):
+    """D of Algorithm 2, after the quantiser's convolution: (B, C, h, w) -> images (B, 3, H, W), not clamped."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        out_widths = config.level_widths
+        in_widths = (*out_widths[1:], out_widths[-1])
+        lowest = len(out_widths) - 1
+        self.conv_in = conv3x3(config.code_width, out_widths[-1])
+        self.mid = Middle(out_widths[-1], dropout=config.dropout)
+        self.up = nn.ModuleList(                        # counted from full resolution, run from the last to the first
+            UpLevel(in_width, out_width, num_blocks=config.num_res_blocks + 1, is_lowest=i == lowest, is_highest=i == 0,
+                    dropout=config.dropout)
+            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
+        self.norm_out = group_norm(out_widths[0])
+        self.conv_out = conv3x3(out_widths[0], IMAGE_CHANNELS)
+
+    @property
+    def last_layer(self) -> nn.Parameter:
+        """The weight at which the adaptive weight of the adversarial term compares gradients (VQGAN, eq. 7)."""
+        return self.conv_out.weight
+
+    def forward(self, features: Tensor) -> Tensor:
+        x = self.mid(self.conv_in(features))            # (B, level_widths[-1], h, w)
+        for level in reversed(self.up):
+            x = level(x)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)

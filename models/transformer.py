@@ -1,0 +1,187 @@
+"""The parts of the VAR transformer: attention over this and earlier scales, feed-forward, AdaLN block, key-value cache.
+
+A GPT-2-like decoder with two departures (Sec. 4): the class modulates every layer norm (AdaLN), and queries and keys
+are unit vectors. Nothing here draws random numbers or depends on train/eval mode; stochastic depth arrives as
+`residual_scale`. Each parameter is read only in the forward of the module that owns it, so that weights can be
+partitioned from outside.
+
+Shapes: B batch, n tokens in this call, m tokens that may be seen (n in training, all so far with a cache), D model
+width, H heads, D/H head width, K scales.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+NORM_EPS = 1e-6
+MAX_LOG_SCALE = math.log(100)
+INITIAL_LOG_SCALE = math.log(4)
+NUM_MODULATIONS = 6
+
+
+@dataclass
+class KVCache:
+    """Keys and values of the scales generated so far, preallocated for all. A value: made, passed on, dropped."""
+
+    keys: Tensor        # (layers, B, H, L, D/H)
+    values: Tensor      # (layers, B, H, L, D/H)
+    position: int = 0   # tokens of finished scales
+
+    @classmethod
+    def allocate(cls, num_layers: int, batch: int, num_heads: int, num_tokens: int, head_dim: int,
+                 dtype: torch.dtype, device: torch.device | str) -> "KVCache":
+        """An empty cache for `num_tokens` tokens of every layer."""
+        shape = (num_layers, batch, num_heads, num_tokens, head_dim)
+        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this scale's keys and values (B, H, n, D/H); return those of all so far (B, H, m, D/H)."""
+        end = self.position + k.shape[2]
+        self.keys[layer, :, :, self.position:end] = k
+        self.values[layer, :, :, self.position:end] = v
+        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def advance(self, num_tokens: int) -> None:
+        """Close a scale of `num_tokens`, once all layers have stored it."""
+        self.position += num_tokens
+
+
+def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, softmax_scale: float) -> Tensor:
+    """Softmax attention: q (B, H, n, D/H), k and v (B, H, m, D/H), mask (n, m) bool, True = may attend."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
+
+
+class UnitNorm(nn.Module):
+    """Queries and keys as unit vectors, queries times a learned scale per head (Sec. 4; ablated in Table 3)."""
+
+    def __init__(self, num_heads: int) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((num_heads,), INITIAL_LOG_SCALE))
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None, None]    # (H, 1, 1)
+        unit_q, unit_k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
+        return (unit_q * scale).to(q.dtype), unit_k.to(k.dtype)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head attention. Queries and values have a bias, keys have none: softmax would cancel it."""
+
+    def __init__(self, width: int, num_heads: int, *, layer: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.layer = layer
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(width))
+        self.v_bias = nn.Parameter(torch.zeros(width))
+        self.qk_norm = UnitNorm(num_heads) if qk_norm else None
+        # without unit vectors the public code takes a quarter of the usual 1 / sqrt(D/H)
+        self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
+        qkv = self.qkv(x)                                                           # (B, n, 3D)
+        qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (3, B, H, n, D/H)
+        q, k, v = qkv.unbind(0)                                                     # (B, H, n, D/H)
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q, k)
+        if cache is not None:
+            k, v = cache.update(self.layer, k, v)                                   # (B, H, m, D/H)
+        heads = block_causal_attention(q, k, v, mask, softmax_scale=self.softmax_scale)     # (B, H, n, D/H)
+        return self.proj(heads.transpose(1, 2).flatten(2))                          # (B, n, D)
+
+
+class FeedForward(nn.Module):
+    """Two linear layers around a GELU (tanh form): (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, width: int, hidden_width: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden_width)
+        self.fc2 = nn.Linear(hidden_width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+@dataclass(frozen=True)
+class ModulationVectors:
+    """What the class does to one block, each (B, 1, D). The order is that of the released weights."""
+
+    attention_gate: Tensor          # gamma1
+    feed_forward_gate: Tensor       # gamma2
+    attention_scale: Tensor         # scale1
+    feed_forward_scale: Tensor      # scale2
+    attention_shift: Tensor         # shift1
+    feed_forward_shift: Tensor      # shift2
+
+
+class Modulation(nn.Module):
+    """AdaLN of one block: a linear map of the condition (B, D) to the six vectors."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, NUM_MODULATIONS * width)
+
+    def forward(self, condition: Tensor) -> ModulationVectors:
+        vectors = self.linear(F.silu(condition)).unflatten(1, (NUM_MODULATIONS, 1, -1))     # (B, 6, 1, D)
+        return ModulationVectors(*vectors.unbind(1))
+
+
+class SharedModulation(nn.Module):
+    """AdaLN of one block when all share the linear map: its result (B, 6, D) plus an offset of this block's own."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.offset = nn.Parameter(torch.zeros(NUM_MODULATIONS, width))
+
+    def forward(self, shared: Tensor) -> ModulationVectors:
+        return ModulationVectors(*(shared + self.offset).unsqueeze(2).unbind(1))    # six of (B, 1, D)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Adaptive layer norm: normalise x (B, n, D) without weights of its own, then scale and shift by (B, 1, D)."""
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+
+
+class AdaLNBlock(nn.Module):
+    """Attention and feed-forward, each modulated and gated by the class."""
+
+    def __init__(self, width: int, num_heads: int, *, layer: int, hidden_width: int, qk_norm: bool,
+                 shared_adaln: bool) -> None:
+        super().__init__()
+        self.modulation = SharedModulation(width) if shared_adaln else Modulation(width)
+        self.attention = SelfAttention(width, num_heads, layer=layer, qk_norm=qk_norm)
+        self.feed_forward = FeedForward(width, hidden_width)
+
+    def forward(self, x: Tensor, condition: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None,
+                residual_scale: Tensor | None = None) -> Tensor:
+        """x (B, n, D) -> (B, n, D).
+
+        condition: (B, D), or (B, 6, D) when AdaLN is shared. residual_scale: (2, B), what each sample's attention and
+        feed-forward branches are multiplied by; 0 or 1 / keep gives stochastic depth.
+        """
+        m = self.modulation(condition)
+        h = self.attention(modulate(x, m.attention_scale, m.attention_shift), mask=mask, cache=cache)
+        x = x + self._branch_scale(residual_scale, 0, x) * m.attention_gate * h
+        h = self.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
+        return x + self._branch_scale(residual_scale, 1, x) * m.feed_forward_gate * h
+
+    @staticmethod
+    def _branch_scale(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tensor | float:
+        return 1.0 if residual_scale is None else residual_scale[branch].to(x.dtype)[:, None, None]
+
+
+class FinalNorm(nn.Module):
+    """The modulated layer norm before the head: x (B, n, D), condition (B, D) -> (B, n, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, 2 * width)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        scale, shift = self.linear(F.silu(condition)).unflatten(1, (2, 1, -1)).unbind(1)    # (B, 1, D)
+        return modulate(x, scale, shift)

@@ -1,0 +1,216 @@
+"""The VAR transformer: from the scales so far to logits of the next scale (Sec. 3.2, Fig. 4 right).
+
+It does not own the tokenizer: it maps inputs of code width C and class labels to logits. `forward` is teacher-forced
+training, all scales at once; `forward_scale` is one scale of generation. Dropping labels for guidance and drawing
+stochastic depth are the caller's, so that the model is a function of its arguments.
+
+Shapes: B batch, K scales, L tokens, p_k side of token map k, C code width, D model width, V vocabulary.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.scales import PATCH_NUMS_256, Scales
+from models.transformer import INITIAL_LOG_SCALE, NUM_MODULATIONS, AdaLNBlock, FinalNorm, KVCache
+
+HEAD_DIM = 64
+
+
+@dataclass(frozen=True)
+class VARConfig:
+    """A VAR transformer. `depth` is the dial; width, heads and stochastic depth follow from it (eq. 7)."""
+
+    depth: int
+    patch_nums: tuple[int, ...] = PATCH_NUMS_256
+    vocab_size: int = 4096          # V, the tokenizer's
+    code_width: int = 32            # C, the tokenizer's
+    num_classes: int = 1000
+    shared_adaln: bool = False      # one AdaLN map for all blocks (the 512 px model)
+    qk_norm: bool = True            # unit-norm queries and keys
+    mlp_ratio: float = 4.0          # hidden width of the feed-forward, in units of width
+    init_gamma: float = 1e-3        # factor on the initial weights of the gates
+    init_head: float = 0.02         # factor on the initial weights of the head
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_nums", Scales(self.patch_nums).patch_nums)
+        for name in ("depth", "vocab_size", "code_width", "num_classes"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
+        for name in ("mlp_ratio", "init_gamma", "init_head"):
+            if getattr(self, name) <= 0:
+                raise ValueError(f"{name} {getattr(self, name)} must be positive")
+
+    @property
+    def width(self) -> int:
+        return HEAD_DIM * self.depth            # w = 64 d, eq. 7
+
+    @property
+    def num_heads(self) -> int:
+        return self.depth                       # h = d, eq. 7
+
+    @property
+    def drop_path_rate(self) -> float:
+        """Stochastic depth of the last block; it grows linearly from 0 at the first. eq. 7 calls it the drop rate."""
+        return 0.1 * self.depth / 24            # dr = 0.1 d / 24, eq. 7
+
+    @property
+    def hidden_width(self) -> int:
+        return round(self.mlp_ratio * self.width)
+
+    @property
+    def null_class(self) -> int:
+        """The label that stands for "no class"."""
+        return self.num_classes
+
+    @property
+    def scales(self) -> Scales:
+        return Scales(self.patch_nums)
+
+    @property
+    def num_parameters(self) -> int:
+        """Closed form. Eq. 8 counts only 18 d w^2, the matrices of the blocks."""
+        w, d, scales = self.width, self.depth, self.scales
+        attention = 4 * w**2 + 3 * w + (self.num_heads if self.qk_norm else 0)
+        feed_forward = 2 * w * self.hidden_width + self.hidden_width + w
+        adaln_map = NUM_MODULATIONS * (w**2 + w)
+        adaln = adaln_map + d * NUM_MODULATIONS * w if self.shared_adaln else d * adaln_map
+        num_positions = scales.first_tokens + scales.num_tokens + scales.num_scales
+        embeddings = (self.code_width + 1) + (self.num_classes + 1) + num_positions
+        head = 2 * (w**2 + w) + w * self.vocab_size + self.vocab_size
+        return d * (attention + feed_forward) + adaln + embeddings * w + head
+
+
+class VAR(nn.Module):
+    """Predicts every token of scale k from all scales before k, in parallel (eq. 6)."""
+
+    def __init__(self, config: VARConfig, *, seed: int = 0) -> None:
+        """Initial weights are a function of config and `seed` alone; on the meta device there are none."""
+        super().__init__()
+        self.config = config
+        self.scales = config.scales
+        self.checkpoint_activations = False     # set from outside: recompute each block in the backward pass
+        width = config.width
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)      # the last row is the null class
+        self.start_position = nn.Parameter(torch.empty(self.scales.first_tokens, width))
+        self.position_embedding = nn.Parameter(torch.empty(self.scales.num_tokens, width))
+        self.scale_embedding = nn.Embedding(self.scales.num_scales, width)
+        self.input_embedding = nn.Linear(config.code_width, width)
+        self.shared_modulation = nn.Linear(width, NUM_MODULATIONS * width) if config.shared_adaln else None
+        self.blocks = nn.ModuleList(
+            AdaLNBlock(width, config.num_heads, layer=layer, hidden_width=config.hidden_width, qk_norm=config.qk_norm,
+                       shared_adaln=config.shared_adaln)
+            for layer in range(config.depth))
+        self.final_norm = FinalNorm(width)
+        self.head = nn.Linear(width, config.vocab_size)
+        self.init_weights(torch.Generator("cpu").manual_seed(seed))
+
+    @torch.no_grad()
+    def init_weights(self, generator: torch.Generator) -> None:
+        """Draw all weights anew from a CPU generator: the same on every device. The public code's scheme."""
+        if self.position_embedding.is_meta:
+            return
+        width, depth, config = self.config.width, self.config.depth, self.config
+        std = math.sqrt(1 / (3 * width))
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                parameter.zero_()
+            elif name.endswith("log_scale"):
+                parameter.fill_(INITIAL_LOG_SCALE)
+            else:
+                is_offset = name.endswith("modulation.offset")      # shared AdaLN: the one table with its own std
+                draw_(parameter, std=width**-0.5 if is_offset else std, generator=generator)
+        self.head.weight.mul_(config.init_head)         # logits near 0, so the first loss is ln V
+        self.final_norm.linear.weight.mul_(0.5)
+        for block in self.blocks:
+            block.attention.proj.weight.div_(math.sqrt(2 * depth))  # 2d branches add up to unit variance
+            block.feed_forward.fc2.weight.div_(math.sqrt(2 * depth))
+            # the rows are the two gates, then scales and shifts: gates near 0 make a block start as the identity
+            modulation = block.modulation.offset if config.shared_adaln else block.modulation.linear.weight
+            rows = modulation.view(NUM_MODULATIONS, -1)
+            rows[:2].mul_(config.init_gamma)
+            rows[2:].mul_(0.5)
+
+    def names_without_weight_decay(self) -> frozenset[str]:
+        """Parameters without weight decay: vectors, positions, scale embedding, AdaLN offsets (public code)."""
+        exempt = ("start_position", "position_embedding", "scale_embedding.weight", "modulation.offset")
+        return frozenset(name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(exempt))
+
+    def enable_activation_checkpointing(self) -> None:
+        """Trade memory for time: keep each block's input only and recompute the rest in the backward pass."""
+        self.checkpoint_activations = True
+
+    def forward(self, inputs: Tensor, labels: Tensor, *, residual_scale: Tensor | None = None) -> Tensor:
+        """Logits of all scales from the true codes: (B, L, V) float32.
+
+        inputs: (B, L - p_1^2, C), the quantiser's teacher-forcing inputs. labels: (B,) int64, null_class where dropped.
+        residual_scale: (depth, 2, B), see AdaLNBlock; None keeps every branch.
+        """
+        wanted = (labels.shape[0], self.scales.num_tokens - self.scales.first_tokens, self.config.code_width)
+        if tuple(inputs.shape) != wanted:
+            raise ValueError(f"inputs have shape {tuple(inputs.shape)}, expected {wanted}")
+        condition = self.class_embedding(labels)                            # (B, D)
+        x = torch.cat([self._start_tokens(condition), self._embed_inputs(inputs)], dim=1)       # (B, L, D)
+        x = x + self.position_embedding + self.scale_embedding(self.scales.scale_ids(x.device))
+        block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
+        mask = self.scales.block_causal_mask(x.device)                      # (L, L)
+        for layer, block in enumerate(self.blocks):
+            branch_scale = None if residual_scale is None else residual_scale[layer]            # (2, B)
+            x = self._run_block(block, x, block_condition, mask=mask, residual_scale=branch_scale)
+        return self.head(self.final_norm(x, condition)).float()             # (B, L, V)
+
+    def forward_scale(self, inputs: Tensor | None, labels: Tensor, k: int, cache: KVCache) -> Tensor:
+        """Logits of scale k, given in `cache` the scales before it: (B, p_k^2, V) float32. Moves the cache on.
+
+        inputs: (B, p_k^2, C), the quantiser's next_input; None at the first scale, whose start tokens are the class.
+        """
+        tokens = self.scales.slices[k]
+        if cache.position != tokens.start:
+            raise ValueError(f"cache holds {cache.position} tokens, scale {k} needs {tokens.start}: go scale by scale")
+        if (inputs is None) != (k == 0):
+            raise ValueError(f"inputs must be None at scale 0 only, got {type(inputs).__name__} at scale {k}")
+        condition = self.class_embedding(labels)                            # (B, D)
+        x = self._start_tokens(condition) if inputs is None else self._embed_inputs(inputs)     # (B, p_k^2, D)
+        x = x + self.position_embedding[tokens] + self.scale_embedding(labels.new_tensor([k]))
+        block_condition = self._block_condition(condition)
+        for block in self.blocks:
+            x = block(x, block_condition, cache=cache)
+        cache.advance(x.shape[1])
+        return self.head(self.final_norm(x, condition)).float()             # (B, p_k^2, V)
+
+    def allocate_cache(self, batch: int) -> KVCache:
+        """An empty cache for `forward_scale`, in the dtype in which attention runs here."""
+        weight, config = self.position_embedding, self.config
+        device_type = weight.device.type
+        autocast = torch.is_autocast_enabled(device_type)
+        dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
+        return KVCache.allocate(config.depth, batch, config.num_heads, self.scales.num_tokens, HEAD_DIM, dtype,
+                                weight.device)
+
+    def _start_tokens(self, condition: Tensor) -> Tensor:
+        """The start tokens [s], from the class: (B, D) -> (B, p_1^2, D)."""
+        return condition[:, None] + self.start_position
+
+    def _embed_inputs(self, inputs: Tensor) -> Tensor:
+        return self.input_embedding(inputs.to(self.position_embedding.dtype))
+
+    def _block_condition(self, condition: Tensor) -> Tensor:
+        """What the blocks' modulation takes: the condition (B, D), or the shared map of it (B, 6, D)."""
+        if self.shared_modulation is None:
+            return condition
+        return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
+
+    def _run_block(self, block: AdaLNBlock, x: Tensor, condition: Tensor, *, mask: Tensor,
+                   residual_scale: Tensor | None) -> Tensor:
+        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+            return block(x, condition, mask=mask, residual_scale=residual_scale)
+        return checkpoint(block, x, condition, mask=mask, residual_scale=residual_scale, use_reentrant=False,
+                          preserve_rng_state=False)     # the blocks draw no random numbers
+
+
+def draw_(parameter: Tensor, *, std: float, generator: torch.Generator) -> None:
+    """Fill with a normal distribution cut off at +-2 (not +-2 std), drawn on the CPU in float32."""
+    values = torch.empty(parameter.shape, dtype=torch.float32, device="cpu")
+    parameter.copy_(nn.init.trunc_normal_(values, std=std, generator=generator))

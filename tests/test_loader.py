@@ -1,0 +1,261 @@
+"""Batches: the same stream for any number of ranks and workers, resumed from one integer, nothing lost or repeated."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data_pipeline.codes import CodeFormat
+from data_pipeline.images import ImageTransform
+from data_pipeline.loader import Batch, CodeDataset, ImageDataset, WorkerBatches, train_batches, validation_batches
+from data_pipeline.shards import Sample, write_shards
+
+PATCH_NUMS = (1, 2)  # 5 tokens
+VIEWS = 3
+GLOBAL_BATCH = 8
+
+
+def codes_of(sample_id: int, view: int) -> np.ndarray:
+    """Codes that say whose they are: (L,)."""
+    return np.array([sample_id, view, 0, 0, 7])
+
+
+def pack_codes(folder: Path, num_samples: int = 21, *, label: Callable[[int], int] = lambda i: i % 3) -> Path:
+    code_format = CodeFormat(num_tokens=5, views=VIEWS, bits=12)
+    records = [
+        code_format.pack(label(i), np.stack([codes_of(i, view) for view in range(VIEWS)])) for i in range(num_samples)
+    ]
+    samples = [Sample(f"{i:09d}", {"vq12": record}) for i, record in enumerate(records)]
+    meta = {"patch_nums": [1, 2], "vocab_size": 64, "num_tokens": 5, "bits": 12, "views": VIEWS}
+    meta |= {"tokenizer_sha256": "a" * 64, "classes": list("abc")}
+    write_shards(samples, folder, kind="codes", meta=meta, samples_per_shard=4)
+    return folder
+
+
+def open_codes(folder: Path) -> CodeDataset:
+    return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64)
+
+
+def pack_grey_images(folder: Path, num_samples: int = 5) -> Path:
+    samples = []
+    for i in range(num_samples):
+        buffer = io.BytesIO()
+        ramp = (np.arange(36).reshape(6, 6, 1) + 40 * i).repeat(3, axis=2).astype(np.uint8)
+        Image.fromarray(ramp).save(buffer, format="PNG")
+        samples.append(Sample(f"{i:09d}", {"cls": str(i % 3).encode(), "png": buffer.getvalue()}))
+    write_shards(samples, folder, kind="images", meta={"classes": list("abc")}, samples_per_shard=2)
+    return folder
+
+
+def joined(batches: Iterable[Batch]) -> Batch:
+    batches = list(batches)
+    names = ("data", "labels", "positions", "weights")
+    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+
+
+def assert_same(first: Batch, second: Batch) -> None:
+    for name in ("data", "labels", "positions", "weights"):
+        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
+
+
+def global_stream(
+    dataset: CodeDataset | ImageDataset,
+    *,
+    num_steps: int,
+    samples_seen: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+    global_batch: int = GLOBAL_BATCH,
+) -> Batch:
+    """What all ranks together read in `num_steps`, in the order of the stream."""
+    share = {"batch_size": global_batch // world_size, "world_size": world_size}
+    state = {"samples_seen": samples_seen, "seed": 5}
+    ranks = [train_batches(dataset, rank=rank, workers=workers, **share, **state) for rank in range(world_size)]
+    return joined(next(batches) for _ in range(num_steps) for batches in ranks)
+
+
+@pytest.fixture
+def codes(tmp_path: Path) -> CodeDataset:
+    return open_codes(pack_codes(tmp_path / "codes"))
+
+
+@pytest.mark.parametrize("world_size, workers", [(1, 1), (1, 2), (2, 0), (2, 1), (4, 0), (4, 2)])
+def test_ranks_and_workers_do_not_change_the_stream(codes: CodeDataset, world_size: int, workers: int) -> None:
+    expected = global_stream(codes, num_steps=7)  # 56 samples: two epochs of 21 and some
+    assert expected.positions.tolist() == list(range(56)) and (expected.weights == 1).all()
+    assert_same(global_stream(codes, num_steps=7, world_size=world_size, workers=workers), expected)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("samples_seen", [8, 16, 24, 40])  # an epoch ends at 21 and at 42
+def test_resuming_equals_not_stopping(codes: CodeDataset, samples_seen: int, workers: int) -> None:
+    whole = global_stream(codes, num_steps=8)
+    before = global_stream(codes, num_steps=samples_seen // 8)
+    after = global_stream(codes, num_steps=8 - samples_seen // 8, samples_seen=samples_seen, world_size=2, workers=workers)
+    assert_same(joined([before, after]), whole)
+
+
+def test_another_batch_size_continues_the_same_stream(codes: CodeDataset) -> None:
+    whole = global_stream(codes, num_steps=8)
+    parts = [global_stream(codes, num_steps=3), global_stream(codes, num_steps=2, samples_seen=24, global_batch=20)]
+    assert_same(joined(parts), whole)
+
+
+def test_a_million_samples_further_is_as_near(codes: CodeDataset) -> None:
+    batch = global_stream(codes, num_steps=1, samples_seen=21 * 10**9)
+    assert batch.positions.tolist() == list(range(21 * 10**9, 21 * 10**9 + 8))
+
+
+def test_each_epoch_holds_each_sample_once_with_its_own_label_and_codes(codes: CodeDataset) -> None:
+    stream = global_stream(codes, num_steps=21)  # 168 samples: 8 epochs
+    ids = stream.data[:, 0]
+    for epoch in ids.reshape(8, 21):
+        assert sorted(epoch.tolist()) == list(range(21))
+    assert (stream.labels == ids % 3).all() and (stream.data[:, 4] == 7).all()
+    assert stream.data.dtype == torch.int64 and stream.data.shape == (168, 5)
+
+
+def test_as_many_epochs_as_views_show_each_view_of_each_sample_once(codes: CodeDataset) -> None:
+    ids = np.arange(21)
+    views = np.stack([codes.read(ids, np.full(21, epoch))[0][:, 1].numpy() for epoch in range(2 * VIEWS)])
+    for cycle in (views[:VIEWS], views[VIEWS:]):
+        assert (np.sort(cycle, axis=0) == np.arange(VIEWS)[:, None]).all()
+        assert len({tuple(order) for order in cycle.T}) > 1  # not all samples in the same order
+
+
+@pytest.mark.parametrize("num_samples", [1, 7, 8, 21])
+@pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 2), (4, 16)])
+def test_validation_counts_each_sample_once(
+    tmp_path: Path, num_samples: int, world_size: int, batch_size: int
+) -> None:
+    dataset = open_codes(pack_codes(tmp_path / "codes", num_samples))
+    ranks = [
+        list(validation_batches(dataset, batch_size=batch_size, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    assert len({len(batches) for batches in ranks}) == 1
+    everything = joined(batch for batches in ranks for batch in batches)
+    assert len(everything.labels) == world_size * batch_size * len(ranks[0])
+    counted = everything.data[everything.weights == 1, 0]
+    assert sorted(counted.tolist()) == list(range(num_samples)) and everything.weights.sum() == num_samples
+
+
+def test_validation_is_the_same_every_time(codes: CodeDataset) -> None:
+    first, second = (joined(validation_batches(codes, batch_size=4, rank=0, world_size=1)) for _ in range(2))
+    assert_same(first, second)
+
+
+def test_images_change_with_the_epoch_and_not_with_the_workers(tmp_path: Path) -> None:
+    folder = pack_grey_images(tmp_path / "images")
+    dataset = ImageDataset(folder, ImageTransform(4, 1.5), seed=0, random_views=True)
+    first = global_stream(dataset, num_steps=5)
+    assert first.data.shape == (40, 3, 4, 4) and first.data.dtype == torch.float32
+    assert_same(global_stream(dataset, num_steps=5, workers=2), first)
+    ids = np.arange(5)
+    epochs = [dataset.read(ids, np.full(5, epoch))[0] for epoch in range(8)]
+    assert len({images.numpy().tobytes() for images in epochs}) == 8
+
+
+def test_without_random_views_images_are_centre_crops(tmp_path: Path) -> None:
+    dataset = ImageDataset(pack_grey_images(tmp_path / "images"), ImageTransform(4, 1.5), seed=0, random_views=False)
+    images, labels = dataset.read(np.array([2]), np.array([9]))
+    expected = (np.arange(36).reshape(6, 6)[1:5, 1:5] + 80) / 255 * 2 - 1
+    np.testing.assert_allclose(images[0, 0], expected, atol=1e-6)
+    assert labels.tolist() == [2] and dataset.num_classes == 3 and dataset.shard_sizes == (2, 2, 1)
+
+
+def test_a_truncated_shard_is_found_before_the_first_batch(tmp_path: Path) -> None:
+    shard = pack_codes(tmp_path / "codes") / "shard-000002.tar"
+    shard.write_bytes(shard.read_bytes()[:5000])
+    with pytest.raises(ValueError, match="shard-000002.tar: 5000 bytes") as caught:
+        open_codes(tmp_path / "codes")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_damage_found_while_reading_is_one_line_also_from_a_worker(tmp_path: Path, workers: int) -> None:
+    shard = pack_codes(tmp_path / "codes", num_samples=4) / "shard-000000.tar"
+    content = bytearray(shard.read_bytes())
+    content[1024 + 3] ^= 1  # in the header of the second sample
+    shard.write_bytes(content)
+    with pytest.raises(ValueError, match="shard-000000.tar: damaged shard") as caught:
+        global_stream(open_codes(tmp_path / "codes"), num_steps=1, workers=workers)
+    assert "\n" not in str(caught.value)
+
+
+def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
+    dataset = open_codes(pack_codes(tmp_path / "codes", label=lambda i: 3 if i == 2 else 0))
+    with pytest.raises(ValueError, match="shard-000000.tar: sample 2 has a label .* 3 classes"):
+        dataset.read(np.arange(4), np.zeros(4, dtype=np.int64))
+
+
+def test_codes_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
+    dataset = open_codes(pack_codes(tmp_path / "codes", num_samples=66))
+    with pytest.raises(ValueError, match="sample 65 has code 65, vocab_size is 64; re-run launchers/encode_codes.py"):
+        dataset.read(np.array([0, 65]), np.zeros(2, dtype=np.int64))
+
+
+@pytest.mark.parametrize(
+    "change", [{"batch_size": 0}, {"rank": 2}, {"rank": -1}, {"samples_seen": -1}, {"workers": -1}, {"seed": -1}]
+)
+def test_impossible_shares_are_refused_at_once(codes: CodeDataset, change: dict) -> None:
+    options = {"batch_size": 2, "rank": 0, "world_size": 2, "samples_seen": 0, "seed": 0, "workers": 0}
+    with pytest.raises(ValueError, match="expected"):
+        train_batches(codes, **{**options, **change})
+
+
+def test_workers_do_not_touch_the_global_generator(codes: CodeDataset) -> None:
+    torch.manual_seed(0)
+    state = torch.get_rng_state()
+    global_stream(codes, num_steps=2, workers=1)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_batches_move_to_a_device(codes: CodeDataset) -> None:
+    batch = next(train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0))
+    moved = batch.to("meta")
+    assert all(getattr(moved, name).is_meta for name in ("data", "labels", "positions", "weights"))
+
+
+def test_workers_outlive_a_signal_to_the_job_and_stop_when_closed(codes: CodeDataset) -> None:
+    batches = train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0, workers=1)
+    assert isinstance(batches, WorkerBatches)
+    next(batches)
+    children = child_processes()
+    for child in children:
+        os.kill(child, signal.SIGTERM)
+    expected = global_stream(codes, num_steps=6, global_batch=2, samples_seen=2)
+    assert joined(islice(batches, 6)).positions.tolist() == expected.positions.tolist()
+    batches.close()
+    assert not set(children) & set(child_processes())
+    assert list(batches) == []
+
+
+def child_processes() -> list[int]:
+    from multiprocessing import active_children
+
+    return [process.pid for process in active_children()]
+
+
+def test_a_program_that_holds_its_batches_to_the_end_still_ends(tmp_path: Path) -> None:
+    pack_codes(tmp_path / "codes")
+    program = (
+        "from pathlib import Path; from data_pipeline.loader import *\n"
+        f"data = CodeDataset(Path({str(tmp_path / 'codes')!r}), patch_nums=(1, 2), vocab_size=64, tokenizer_sha256=None)\n"
+        "batches = train_batches(data, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0, workers=2)\n"
+        "print(next(batches).labels.shape)\n"
+    )
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and done.stderr == "" and "torch.Size([2])" in done.stdout

@@ -1,0 +1,231 @@
+"""DeepSpeed behind one door: a small strict config compiled to a full DeepSpeed config, and the engine the loops drive.
+
+Only this file imports deepspeed. The model is built and initialised as an ordinary module, the same on every rank, and
+partitioned afterwards: `zero.Init` would discard custom initialisation without a word (DeepSpeed issue 2650).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.distributed import World
+from training.optim import set_schedule
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LEAF_CLASSES = ("models.transformer.AdaLNBlock",)  # gathered whole under ZeRO-3: one collective per transformer block
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """How a model is spread over the GPUs. Sizes of buckets are in elements."""
+
+    zero_stage: int = 1
+    precision: str = "bf16"
+    micro_batch: int = 16  # images per GPU and forward pass; accumulation follows from the global batch
+    activation_checkpointing: bool = False
+    gradient_clipping: float = 2.0
+    reduce_bucket_size: int = 200_000_000
+    prefetch_bucket_size: int = 140_000_000  # at least one block, or ZeRO-3's prefetch stops short: d30 has 66.4 M
+    persistence_threshold: int = 100_000  # smaller parameters stay whole on every rank under ZeRO-3
+
+    def __post_init__(self) -> None:
+        if self.zero_stage not in (0, 1, 2, 3):
+            raise ValueError(f"engine.zero_stage is {self.zero_stage}; accepted: 0, 1, 2, 3")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"engine.precision is '{self.precision}'; accepted: {', '.join(PRECISIONS)}")
+        if self.micro_batch < 1:
+            raise ValueError(f"engine.micro_batch is {self.micro_batch}; it must be at least 1")
+        if self.gradient_clipping < 0:
+            raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; it must be 0 (off) or positive")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return PRECISIONS[self.precision]
+
+
+def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
+    """Forward passes per optimiser step, so that world_size * micro_batch * steps is the global batch exactly.
+
+    Raises:
+        ValueError: it cannot be exact; nothing is rounded.
+    """
+    if global_batch % (micro_batch * world_size) == 0:
+        return global_batch // (micro_batch * world_size)
+    if global_batch % world_size:
+        raise ValueError(
+            f"global_batch {global_batch} is not divisible by the world size {world_size}; "
+            f"world sizes that fit: {_divisors(global_batch)}"
+        )
+    raise ValueError(
+        f"global_batch {global_batch} over {world_size} ranks is {global_batch // world_size} images a rank, not divisible "
+        f"by engine.micro_batch {micro_batch}; micro-batches that fit: {_divisors(global_batch // world_size)}"
+    )
+
+
+def _divisors(number: int) -> str:
+    return ", ".join(str(n) for n in range(1, min(number, 1024) + 1) if number % n == 0)
+
+
+def compile_deepspeed_config(config: EngineConfig, *, global_batch: int, world_size: int) -> dict[str, Any]:
+    """The full DeepSpeed config: every value whose default has moved or matters is written out, nothing is "auto"."""
+    low_precision = config.precision != "fp32"
+    return {
+        "train_batch_size": global_batch,
+        "train_micro_batch_size_per_gpu": config.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(global_batch, config.micro_batch, world_size),
+        "gradient_clipping": config.gradient_clipping,
+        "zero_allow_untested_optimizer": True,  # torch's AdamW: nothing to compile, the same losses as DeepSpeed's
+        "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
+        # the public recipe starts the loss scale at 2^11 and doubles it every 1,000 steps
+        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 11, "loss_scale_window": 1000},
+        "data_types": {"grad_accum_dtype": "fp32"} if low_precision else {},
+        "zero_optimization": _zero_section(config),
+        "steps_per_print": 2**31 - 1,
+        "wall_clock_breakdown": False,
+    }
+
+
+def _zero_section(config: EngineConfig) -> dict[str, Any]:
+    section: dict[str, Any] = {
+        "stage": config.zero_stage,
+        "contiguous_gradients": True,
+        "reduce_scatter": True,
+        "reduce_bucket_size": config.reduce_bucket_size,
+        "allgather_bucket_size": config.reduce_bucket_size,
+        "overlap_comm": config.zero_stage == 3,  # races were reported for stages 1 and 2: DeepSpeed 5545, 7965, 8061
+    }
+    if config.zero_stage == 3:
+        section |= {
+            "stage3_prefetch_bucket_size": config.prefetch_bucket_size,
+            "stage3_param_persistence_threshold": config.persistence_threshold,
+            "stage3_max_live_parameters": 1_000_000_000,
+            "stage3_max_reuse_distance": 1_000_000_000,
+            "stage3_gather_16bit_weights_on_model_save": False,
+            "leaf_module": {"classes": list(LEAF_CLASSES), "names": [], "name_suffixes": []},
+        }
+    return section
+
+
+def _import_deepspeed() -> Any:
+    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only two of its own classes may be unpickled."""
+    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
+    import deepspeed
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler])
+    return deepspeed
+
+
+class Engine:
+    """A model under DeepSpeed: forward, backward, step, its sharded state on disk, and its whole weights.
+
+    Every method is a collective: all ranks call it, in the same order.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        config: EngineConfig,
+        *,
+        global_batch: int,
+        world: World,
+    ) -> None:
+        self.config = config
+        self.world = world
+        self.model = model
+        compiled = compile_deepspeed_config(config, global_batch=global_batch, world_size=world.world_size)
+        self.accumulation = compiled["gradient_accumulation_steps"]
+        self._deepspeed = _import_deepspeed()
+        self._engine = self._deepspeed.initialize(
+            model=model, optimizer=optimizer, config=compiled, dist_init_required=False
+        )[0]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine(*args, **kwargs)
+
+    def train(self, mode: bool = True) -> None:
+        self._engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def step(self, *, learning_rate: float, weight_decay: float) -> Tensor:
+        """Update the weights if this forward pass ends an accumulation; returns the gradient's norm before clipping."""
+        set_schedule(self._engine.optimizer, learning_rate, weight_decay)
+        at_boundary = self._engine.is_gradient_accumulation_boundary()
+        norm = self._plain_gradient_norm() if at_boundary and self._has_plain_gradients else None
+        self._engine.step()
+        if norm is None:
+            norm = self._engine.get_global_grad_norm() if at_boundary else 0.0
+        return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    @property
+    def _has_plain_gradients(self) -> bool:
+        """Without ZeRO and low precision DeepSpeed does not report the norm."""
+        return self.config.zero_stage == 0 and self.config.precision == "fp32"
+
+    def _plain_gradient_norm(self) -> Tensor:
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def full_state_dict(self) -> dict[str, Tensor]:
+        """The whole model in float32 on the CPU of rank 0, buffers included; empty on the other ranks."""
+        state: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            whole = self.full_parameter(parameter)
+            if self.world.is_rank_zero:
+                state[name] = whole.detach().to("cpu", torch.float32, copy=True)
+        if self.world.is_rank_zero:
+            persistent = self.model.state_dict().keys()
+            state |= {name: value.cpu().clone() for name, value in self.model.named_buffers() if name in persistent}
+        return state
+
+    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
+        """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
+        if not self._has_master_copy(parameter):
+            return parameter
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return safe_get_full_fp32_param(parameter)
+
+    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite one parameter whole, its master copy too; `value` must be the same on all ranks."""
+        if self._has_master_copy(parameter):
+            from deepspeed.utils import safe_set_full_fp32_param
+
+            safe_set_full_fp32_param(parameter, value)
+        if not hasattr(parameter, "ds_id"):
+            parameter.data.copy_(value)
+
+    @staticmethod
+    def _has_master_copy(parameter: nn.Parameter) -> bool:
+        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
+
+    def save(self, folder: Path, tag: str) -> None:
+        """Write this rank's share of the state to folder/tag."""
+        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        if self.world.is_rank_zero:
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves programs beside the weights; we do not ship them
+                script.unlink()
+
+    def load(self, folder: Path, tag: str) -> None:
+        """Read this rank's share of the state from folder/tag.
+
+        Raises:
+            ValueError: DeepSpeed found nothing there.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
+        if path is None:
+            raise ValueError(f"{folder / tag}: no DeepSpeed state found there; the checkpoint is incomplete")

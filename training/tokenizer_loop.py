@@ -1,0 +1,223 @@
+"""Stage 1: the multi-scale VQVAE learns to reconstruct (eq. 5). One optimiser step, and validation.
+
+B images, L tokens, K scales, V vocabulary, C code width. LPIPS and the adversarial term are switches of the loss config.
+The arithmetic runs in float32: the nearest-code search does not survive less.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from models.vqvae import VQVAE, Reconstruction, VQVAEConfig
+from training.distributed import World, sum_over_ranks
+from training.engine import Engine
+from training.loop import StepContext
+from training.losses import (
+    ReconstructionLossConfig,
+    adaptive_weight,
+    hinge_discriminator_loss,
+    load_lpips,
+    pixel_loss,
+)
+from training.tracking import Record
+from training.var_loop import Batch
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """Size of the patch discriminator; it exists only with loss.adversarial_weight above 0."""
+
+    width: int = 64
+    num_layers: int = 3
+
+
+@dataclass(frozen=True)
+class CodebookCareConfig:
+    """Codes that nothing maps to are moved to where features are, while training is young. 0 steps switches it off.
+
+    Not in the paper; without it the coarse scales of a codebook trained from scratch collapse (Infinity issue 80).
+    """
+
+    restart_every: int = 100  # steps
+    restart_until: float = 0.2  # share of the run
+
+    def is_due(self, step_progress: float, samples_seen: int, global_batch: int) -> bool:
+        if self.restart_every == 0 or step_progress >= self.restart_until:
+            return False
+        return (samples_seen // global_batch) % self.restart_every == 0
+
+
+def build_tokenizer(config: VQVAEConfig, *, seed: int) -> VQVAE:
+    """The tokenizer with its initial weights, a function of the seed alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return VQVAE(config)
+
+
+class TokenizerStage:
+    """The stage that `training.loop.Loop` drives. `discriminator` is an engine, or None without the adversarial term."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        model: VQVAE,
+        loss: ReconstructionLossConfig,
+        care: CodebookCareConfig,
+        *,
+        discriminator: Engine | None,
+        global_batch: int,
+        seed: int,
+        world: World,
+        validation: Callable[[], Iterable[Batch]],
+    ) -> None:
+        self.engines = {"model": engine} | ({"discriminator": discriminator} if discriminator else {})
+        self.model = model
+        self.loss = loss
+        self.care = care
+        self.discriminator = discriminator
+        self.global_batch = global_batch
+        self.seed = seed
+        self.world = world
+        self.validation = validation
+        self.lpips = load_lpips(loss.lpips_backbone).to(world.device) if loss.lpips_weight else None
+        self.flops_per_image = 0  # stage 1 has no place in the scaling laws; its cost is not counted
+        self.tokens_per_image = model.scales.num_tokens
+        self._hits = self._no_hits()
+
+    def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
+        engine = self.engines["model"]
+        engine.train()
+        adversarial = self.discriminator is not None and context.progress >= self.loss.adversarial_start
+        hits = self._no_hits()
+        parts: list[dict[str, Tensor]] = []
+        for _ in range(engine.accumulation):
+            images = next(batches).to(self.world.device).data  # (B, 3, H, H)
+            reconstruction = engine(images)
+            parts.append(self._backward(images, reconstruction, adversarial))
+            norm = engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
+            if self.discriminator is not None:
+                parts[-1] |= self._discriminator_step(images, reconstruction.images.detach(), adversarial, context)
+            self._count(reconstruction.codes, hits)
+        self._hits += hits
+        if self.care.is_due(context.progress, context.samples_seen, self.global_batch):
+            self._restart_unused(images, reconstruction.codes.detach(), hits, context)
+        means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+        return means | {"gradient_norm": norm}
+
+    def _backward(self, images: Tensor, reconstruction: Reconstruction, adversarial: bool) -> dict[str, Tensor]:
+        pixels = pixel_loss(reconstruction.images, images, self.loss)
+        parts = {"pixel_loss": pixels, "quantization_loss": reconstruction.quantization_loss}
+        loss = pixels
+        if self.lpips is not None:
+            parts["lpips"] = self.lpips(reconstruction.images, images).mean()
+            loss = loss + self.loss.lpips_weight * parts["lpips"]
+        if adversarial:
+            parts["adversarial_loss"] = -self._judge(reconstruction.images).mean()
+            balance = adaptive_weight(
+                loss, parts["adversarial_loss"], self.model.decoder.last_layer, self.loss.adaptive_weight_limit
+            )
+            loss = loss + self.loss.adversarial_weight * balance * parts["adversarial_loss"]
+        elif self.discriminator is not None:
+            parts["adversarial_loss"] = torch.zeros((), device=self.world.device)
+        loss = loss + self.loss.quantization_weight * reconstruction.quantization_loss
+        self.engines["model"].backward(loss)
+        return {"loss": loss.detach()} | {name: value.detach() for name, value in parts.items()}
+
+    def _judge(self, images: Tensor) -> Tensor:
+        """The discriminator's logits, without leaving gradients in the discriminator."""
+        network: nn.Module = self.discriminator.model
+        network.requires_grad_(False)
+        logits = network(images)
+        network.requires_grad_(True)
+        return logits
+
+    def _discriminator_step(
+        self, images: Tensor, fakes: Tensor, adversarial: bool, context: StepContext
+    ) -> dict[str, Tensor]:
+        if not adversarial:
+            return {"discriminator_loss": torch.zeros((), device=self.world.device)}
+        real_logits, fake_logits = self.discriminator(torch.cat([images, fakes])).chunk(2)
+        loss = hinge_discriminator_loss(real_logits, fake_logits)
+        self.discriminator.backward(loss)
+        self.discriminator.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
+        return {"discriminator_loss": loss.detach()}
+
+    def _restart_unused(self, images: Tensor, codes: Tensor, hits: Tensor, context: StepContext) -> None:
+        """Move every code that this global batch did not use to a vector that the quantiser had to express."""
+        unused = (sum_over_ranks(hits, self.world).sum(0) == 0).nonzero().flatten()  # (n,)
+        if len(unused) == 0:
+            return
+        targets = quantization_targets(self.model, images, codes).flatten(0, 1)  # (B L, C)
+        generator = np.random.Generator(np.random.Philox(key=[self.seed, context.samples_seen]))
+        chosen = torch.from_numpy(generator.integers(len(targets), size=len(unused))).to(targets.device)
+        vectors = targets[chosen] if self.world.is_rank_zero else torch.zeros_like(targets[chosen])
+        engine, codebook = self.engines["model"], self.model.quantizer.codebook
+        updated = engine.full_parameter(codebook).detach().clone()
+        updated[unused] = sum_over_ranks(vectors, self.world)
+        engine.set_full_parameter(codebook, updated)
+
+    def _no_hits(self) -> Tensor:
+        size = self.model.scales.num_scales, self.model.config.quantizer.vocab_size
+        return torch.zeros(size, dtype=torch.int64, device=self.world.device)
+
+    def _count(self, codes: Tensor, hits: Tensor) -> None:
+        for k, tokens in enumerate(self.model.scales.split(codes)):
+            hits[k] += torch.bincount(tokens.flatten(), minlength=hits.shape[1])
+
+    def window_metrics(self) -> dict[str, Any]:
+        """Share of the codebook that each scale has used since the last call."""
+        hits = sum_over_ranks(self._hits, self.world)
+        self._hits = self._no_hits()
+        return codebook_use(hits)
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, Any]:
+        """Squared error, PSNR and codebook use over the validation set, every image once."""
+        engine = self.engines["model"]
+        engine.train(False)
+        sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # squared error, PSNR, images
+        hits = self._no_hits()
+        for batch in self.validation():
+            batch = batch.to(self.world.device)
+            reconstruction = engine(batch.data)
+            error = (reconstruction.images.clamp(-1, 1) - batch.data).square().mean((1, 2, 3)).double()  # (B,)
+            psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))  # images span 2
+            weights = batch.weights.double()
+            sums += torch.stack([weights @ error, weights @ psnr, weights.sum()])
+            self._count(reconstruction.codes[batch.weights > 0], hits)
+        squared_error, psnr, count = sum_over_ranks(sums, self.world).tolist()
+        use = codebook_use(sum_over_ranks(hits, self.world))
+        return {"squared_error": squared_error / count, "psnr": psnr / count} | use
+
+    def headline(self, record: Record) -> str:
+        if record["kind"] == "validation":
+            return f"psnr {record['psnr']:.2f} dB | codes in use {record['codebook_use_all']:.0%}"
+        return f"loss {record['loss']:.4f} (pixels {record['pixel_loss']:.4f} codes {record['quantization_loss']:.4f})"
+
+
+def codebook_use(hits: Tensor) -> dict[str, Any]:
+    """From hits (K, V): the share of the V codes used at each scale, and at any."""
+    return {
+        "codebook_use": (hits > 0).double().mean(1).tolist(),
+        "codebook_use_all": (hits.sum(0) > 0).double().mean().item(),
+    }
+
+
+@torch.no_grad()
+def quantization_targets(model: VQVAE, images: Tensor, codes: Tensor) -> Tensor:
+    """The vectors (B, L, C) that Algorithm 1 replaced by `codes`: the downsampled residual of every scale.
+
+    Downsampling is linear, so each is downsample(f) minus the teacher-forcing input of its scale.
+    """
+    features = model.features(images)  # (B, C, h, w)
+    pyramid = [model.quantizer.downsample(features, side).flatten(2).mT for side in model.scales.patch_nums]
+    targets = torch.cat(pyramid, dim=1)  # (B, L, C)
+    first = model.scales.patch_nums[0] ** 2
+    targets[:, first:] -= model.teacher_forcing_inputs(codes)
+    return targets

@@ -1,0 +1,173 @@
+"""The record of a run, and MLflow as a view of it.
+
+`metrics.jsonl` is the record: one JSON object a line, written and flushed before anybody else hears of it. MLflow is fed
+from that file by a background thread, so the file is also its queue: training never waits for a tracker, a tracker that
+is down costs nothing but its curves, and it is fed from where it stopped when the run starts again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TrackingConfig:
+    """Where the curves go besides metrics.jsonl."""
+
+    mlflow: bool = True
+    uri: str = "sqlite:///runs/mlflow.db"
+    experiment: str = "var"
+
+
+class RunRecord:
+    """metrics.jsonl of one run folder, written by rank 0 only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "metrics.jsonl"
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def write(self, records: list[Record]) -> None:
+        """Append records, one JSON object a line, and hand them to the operating system at once."""
+        with self.path.open("a") as file:
+            file.writelines(json.dumps(record) + "\n" for record in records)
+
+    def read(self) -> list[Record]:
+        """All complete records; a last line cut by a crash is left out."""
+        if not self.path.exists():
+            return []
+        lines = self.path.read_text().split("\n")
+        return [json.loads(line) for line in lines[:-1]]
+
+    def forget_after(self, step: int) -> None:
+        """Drop what was recorded after the checkpoint at `step`: those steps are about to be taken again."""
+        kept = [record for record in self.read() if record["step"] <= step]
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, self.path)
+
+
+class MLflowView:
+    """Feeds MLflow from metrics.jsonl in the background; never raises into training.
+
+    `mlflow.json` in the run folder keeps the MLflow run's id and how many steps it has, so that a run that is started
+    again goes on in the same MLflow run and sends no step twice.
+    """
+
+    def __init__(self, folder: Path, config: TrackingConfig, parameters: dict[str, Any]) -> None:
+        self.folder = folder
+        self.config = config
+        self.parameters = parameters
+        self.record = RunRecord(folder)
+        self._news = threading.Event()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._follow, name="mlflow-view", daemon=True)
+        self._thread.start()
+
+    def notify(self) -> None:
+        """There are new records to send."""
+        self._news.set()
+
+    def close(self, patience_seconds: float = 60.0) -> None:
+        """Send what is left and mark the MLflow run as finished; gives up after `patience_seconds`."""
+        self._closing.set()
+        self._news.set()
+        self._thread.join(patience_seconds)
+
+    def _follow(self) -> None:
+        try:
+            client, state = self._connect()
+            while True:
+                self._news.wait(timeout=10)
+                self._news.clear()
+                closing = self._closing.is_set()
+                self._send_new(client, state)
+                if closing:
+                    client.set_terminated(state["run_id"])
+                    return
+        except Exception as error:  # whatever a tracker throws must not reach training; the record is complete without it
+            print(f"mlflow: {type(error).__name__}: {str(error).splitlines()[0][:200]}; metrics.jsonl goes on", flush=True)
+
+    def _connect(self) -> tuple[Any, dict[str, Any]]:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        from mlflow.tracking import MlflowClient
+
+        client = MlflowClient(tracking_uri=absolute_uri(self.config.uri))
+        state = self._read_state()
+        if state is None:
+            run = client.create_run(self._experiment_id(client), run_name=self._run_name())
+            state = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "train": -1, "validation": -1}
+            for name, value in self.parameters.items():
+                client.log_param(state["run_id"], name, str(value)[:500])
+            self._write_state(state)
+        else:
+            client.update_run(state["run_id"], status="RUNNING")
+        return client, state
+
+    def _experiment_id(self, client: Any) -> str:
+        experiment = client.get_experiment_by_name(self.config.experiment)
+        return experiment.experiment_id if experiment else client.create_experiment(self.config.experiment)
+
+    def _run_name(self) -> str:
+        return "/".join(self.folder.parts[-2:])
+
+    def _send_new(self, client: Any, state: dict[str, Any]) -> None:
+        from mlflow.entities import Metric
+
+        new = [record for record in self.record.read() if record["step"] > state[record["kind"]]]
+        for start in range(0, len(new), 20):
+            batch = new[start : start + 20]
+            metrics = [
+                Metric(name, value, int(record["time"] * 1000), record["step"])
+                for record in batch
+                for name, value in flatten_metrics(record).items()
+            ]
+            for first in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 in one call
+                client.log_batch(state["run_id"], metrics=metrics[first : first + 1000])
+            for record in batch:
+                state[record["kind"]] = record["step"]
+            self._write_state(state)
+
+    def _read_state(self) -> dict[str, Any] | None:
+        path = self.folder / "mlflow.json"
+        return json.loads(path.read_text()) if path.exists() else None
+
+    def _write_state(self, state: dict[str, Any]) -> None:
+        temporary = self.folder / "mlflow.json.tmp"
+        temporary.write_text(json.dumps(state))
+        os.replace(temporary, self.folder / "mlflow.json")
+
+
+def flatten_metrics(record: Record) -> dict[str, float]:
+    """A record as MLflow metrics: "train/loss_avg", and one series per scale such as "train_scales/loss_03"."""
+    prefix = record["kind"]
+    flat: dict[str, float] = {}
+    for name, value in record.items():
+        if isinstance(value, list):
+            flat |= {f"{prefix}_scales/{name}_{k + 1:02d}": float(item) for k, item in enumerate(value)}
+        elif isinstance(value, (int, float)) and name not in ("step", "time"):
+            flat[f"{prefix}/{name}"] = float(value)
+    return flat
+
+
+def absolute_uri(uri: str) -> str:
+    """sqlite:///relative.db with the path made absolute and its folder made; any other URI as it is."""
+    prefix = "sqlite:///"
+    if not uri.startswith(prefix):
+        return uri
+    path = Path(uri.removeprefix(prefix)).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"{prefix}{path}"
+
+
+def wall_time() -> float:
+    """Seconds since the epoch, for records; durations are measured with time.monotonic instead."""
+    return time.time()
