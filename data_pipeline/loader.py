@@ -8,11 +8,9 @@ Legend: B batch, L codes of one image, S image size in pixels.
 
 from __future__ import annotations
 
-import atexit
-import signal
-import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Protocol
@@ -20,15 +18,13 @@ from typing import Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from data_pipeline.codes import CodeFormat
 from data_pipeline.images import ImageTransform, image_of, label_of
 from data_pipeline.index import Index
 from data_pipeline.plan import Plan, Stream, hash_uniform
+from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.shards import Sample, ShardReader
-
-WORKER_TIMEOUT_SECONDS = 300
 
 
 @dataclass(frozen=True)
@@ -175,15 +171,9 @@ class _Request:
     weights: np.ndarray
 
 
-@dataclass(frozen=True)
-class _BatchReader:
-    """A data set as the DataLoader sees it: one request in, one batch out."""
-
-    dataset: Dataset
-
-    def __getitem__(self, request: _Request) -> Batch:
-        data, labels = self.dataset.read(request.ids, request.epochs)
-        return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights))
+def _read_batch(dataset: Dataset, request: _Request) -> Batch:
+    data, labels = dataset.read(request.ids, request.epochs)
+    return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights))
 
 
 def train_batches(
@@ -199,9 +189,8 @@ def train_batches(
     plan = Plan(dataset.shard_sizes, seed)
     first = samples_seen + rank * batch_size
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
-    if workers == 0:
-        return map(_BatchReader(dataset).__getitem__, requests)
-    return WorkerBatches(dataset, requests, workers=workers)
+    read = partial(_read_batch, dataset)
+    return map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
 
 
 def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
@@ -213,7 +202,7 @@ def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_si
     if len(dataset) < 1:
         raise ValueError("the validation data is empty, expected at least one sample; pack the data again")
     requests = _validation_requests(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    return map(_BatchReader(dataset).__getitem__, requests)
+    return map(partial(_read_batch, dataset), requests)
 
 
 def _check_share(batch_size: int, rank: int, world_size: int) -> None:
@@ -236,62 +225,3 @@ def _validation_requests(num_samples: int, *, batch_size: int, rank: int, world_
         weights = (positions < num_samples).astype(np.float32)
         ids = np.minimum(positions, num_samples - 1)
         yield _Request(positions, ids, np.zeros_like(ids), weights)
-
-
-@dataclass(frozen=True)
-class _WorkerReader:
-    """A _BatchReader that hands errors over as they are; the DataLoader would wrap them in a page of traceback."""
-
-    reader: _BatchReader
-
-    def __getitem__(self, request: _Request) -> Batch | Exception:
-        try:
-            return self.reader[request]
-        except (ValueError, OSError) as error:
-            return error
-
-
-class WorkerBatches(Iterator[Batch]):
-    """Batches read ahead by worker processes, in the order of the requests."""
-
-    def __init__(self, dataset: Dataset, requests: Iterator[_Request], *, workers: int) -> None:
-        loader = DataLoader(
-            _WorkerReader(_BatchReader(dataset)),
-            sampler=requests,
-            batch_size=None,  # a request is a batch already
-            num_workers=workers,
-            collate_fn=_unchanged,
-            worker_init_fn=_leave_signals_to_the_trainer,
-            timeout=WORKER_TIMEOUT_SECONDS,
-            generator=torch.Generator(),  # or the number of workers would move the global generator
-        )
-        self._batches: Iterator[Batch | Exception] | None = iter(loader)
-        # Workers ignore SIGTERM, with which multiprocessing would stop them at exit: stop them before.
-        atexit.register(_close, weakref.ref(self))
-
-    def __next__(self) -> Batch:
-        if self._batches is None:
-            raise StopIteration
-        batch = next(self._batches)
-        if isinstance(batch, Exception):
-            raise batch
-        return batch
-
-    def close(self) -> None:
-        """Stop the workers."""
-        self._batches = None
-
-
-def _close(reference: weakref.ref[WorkerBatches]) -> None:
-    if (batches := reference()) is not None:
-        batches.close()
-
-
-def _unchanged(batch: Batch | Exception) -> Batch | Exception:
-    return batch
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Schedulers signal every process of a job; the trainer decides when to stop, and needs its workers until then.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)

@@ -64,7 +64,7 @@ def open_codes_or_images(
         return open_images(folder, tokenizer, config.data.views, seed=config.seed, random_views=random_views)
     vocab_size = tokenizer.quantizer.vocab_size
     return CodeDataset(
-        Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256, seed=config.seed
+        Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256
     )
 
 

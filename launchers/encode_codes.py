@@ -13,34 +13,54 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch  # noqa: E402
 
 from data_pipeline.codes import write_codes  # noqa: E402
+from data_pipeline.index import Index, is_complete  # noqa: E402
 from launchers.assembly import image_transform, load_tokenizer  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import EncodeConfig  # noqa: E402
+from models.vqvae import VQVAE  # noqa: E402
 
 
 def launch(command: Command[EncodeConfig]) -> None:
     config = command.config
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    if command.dry_run:
-        say(f"would encode {config.images} into {config.out} with tokenizer {sha256[:12]}")
-        return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer.to(device)
+    tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
     for split, views in (("train", config.views), ("val", 1)):
-        index = write_codes(
-            Path(config.images) / split,
-            Path(config.out) / split,
-            encode=lambda images: tokenizer.encode(images.to(device)).cpu(),
-            transform=image_transform(tokenizer.config, config.view),
-            views=views,
-            seed=config.seed,
-            patch_nums=tokenizer.config.patch_nums,
-            vocab_size=tokenizer.config.quantizer.vocab_size,
-            tokenizer_sha256=sha256,
-            batch_size=config.batch,
-            report=say,
-        )
-        say(f"encoded {index.num_samples} images x {views} views into {config.out}/{split}")
+        images, out = Path(config.images) / split, Path(config.out) / split
+        if is_encoded(images, out, sha256=sha256, views=views):
+            say(f"{out} holds these images in codes of this tokenizer already; nothing to do")
+        elif command.dry_run:
+            say(f"would encode {Index.read(images).num_samples} images x {views} views into {out}")
+        else:
+            encode_split(images, out, tokenizer, config, sha256=sha256, views=views)
+
+
+def is_encoded(images: Path, out: Path, *, sha256: str, views: int) -> bool:
+    """Whether `out` is complete and what this command would write."""
+    if not is_complete(out):
+        return False
+    found = Index.read(out, kind="codes").meta
+    wanted = {"tokenizer_sha256": sha256, "views": views, "images_fingerprint": Index.read(images).fingerprint}
+    return all(found[name] == value for name, value in wanted.items())
+
+
+def encode_split(
+    images: Path, out: Path, tokenizer: VQVAE, config: EncodeConfig, *, sha256: str, views: int
+) -> None:
+    device = tokenizer.quantizer.codebook.device
+    index = write_codes(
+        images,
+        out,
+        encode=lambda batch: tokenizer.encode(batch.to(device)),
+        transform=image_transform(tokenizer.config, config.view),
+        views=views,
+        seed=config.seed,
+        patch_nums=tokenizer.config.patch_nums,
+        vocab_size=tokenizer.config.quantizer.vocab_size,
+        tokenizer_sha256=sha256,
+        batch_size=config.batch,
+        report=say,
+    )
+    say(f"encoded {index.num_samples} images x {views} views into {out}")
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.images import pack_images  # noqa: E402
+from data_pipeline.images import is_packed, pack_images  # noqa: E402
+from data_pipeline.index import Index  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import PackConfig  # noqa: E402
 
@@ -20,9 +21,13 @@ def launch(command: Command[PackConfig]) -> None:
     if command.dry_run:
         say(f"would pack {config.source} into {config.out}/train and {config.out}/val")
         return
+    out = Path(config.out)
+    if is_packed(out) and Index.read(out / "train").meta["source"] == config.source:
+        say(f"{config.source} is packed in {out} already; nothing to do (delete the folder to pack it again)")
+        return
     report = pack_images(
         config.source,
-        Path(config.out),
+        out,
         samples_per_shard=config.samples_per_shard,
         seed=config.seed,
         val_fraction=config.val_fraction,

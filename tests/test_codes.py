@@ -225,5 +225,3 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path: Path, change: dict, re
     assert len(CodeDataset(tmp_path / "codes", **{**wanted, "tokenizer_sha256": None})) == 7
     with pytest.raises(ValueError, match=f"{reason}; re-run launchers/encode_codes.py or change the config"):
         CodeDataset(tmp_path / "codes", **{**wanted, **change})
-
-

@@ -16,7 +16,13 @@ from data_pipeline.images import ImageTransform, decode_image, image_of, is_pack
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
 
-OPTIONS = {"samples_per_shard": 4, "seed": 0, "val_fraction": 0.25, "resize_short_side": None, "report": lambda line: None}
+OPTIONS = {
+    "samples_per_shard": 4,
+    "seed": 0,
+    "val_fraction": 0.25,
+    "resize_short_side": None,
+    "report": lambda line: None,
+}
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Shards are plain WebDataset tars with reproducible bytes, and damage is an error that names the shard, never a loss."""
+"""Shards are plain WebDataset tars with reproducible bytes; damage is an error that names the shard, never a loss."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def empty(content: bytearray) -> bytearray:
 
 
 @pytest.mark.parametrize("damage", [flip_header, zero_hole, cut_at_member, cut_in_header, empty])
-def test_damage_is_never_taken_for_the_end_of_the_data(tmp_path: Path, damage: Callable[[bytearray], bytearray]) -> None:
+def test_damage_is_never_taken_for_the_end(tmp_path: Path, damage: Callable[[bytearray], bytearray]) -> None:
     pack(tmp_path)
     shard = tmp_path / "shard-000001.tar"
     shard.write_bytes(damage(bytearray(shard.read_bytes())))

@@ -95,8 +95,7 @@ class Loop:
         total = self.config.total_steps(self.num_samples)
         last = min(total, self.config.stop_after_steps or total)
         batches = TimedIterator(make_batches(state.samples_seen))
-        self._start = self._window_start = time.monotonic()
-        self._first_step = state.step
+        self._window_start = time.monotonic()
         while state.step < last:
             self._take_step(state, total, batches)
             saving = state.step % self.config.checkpoint_every == 0 or state.step == last
@@ -174,7 +173,7 @@ class Loop:
 
     def _progress_line(self, record: Record, total: int) -> str:
         step = record["step"]
-        eta = (time.monotonic() - self._start) / (step - self._first_step) * (total - step)
+        eta = (total - step) * self.config.global_batch / record["images_per_second"]
         return (
             f"step {step}/{total} {step / total:.1%} | epoch {record['epoch']:.2f} | {self.stage.headline(record)} | "
             f"lr {record['learning_rate']:.1e} | gnorm {record['gradient_norm']:.2f} | "

@@ -1,0 +1,185 @@
+"""The whole pipeline on handwritten digits, as a user would type it: pack, train, encode, train, sample, and a report.
+
+`make demo`, or `python launchers/demo.py`. Every stage is one of the project's own commands; a stage that is done is not
+done again, so a demo that was stopped goes on where it was.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+
+from data_pipeline.index import Index, is_complete  # noqa: E402
+from launchers.assembly import load_tokenizer, open_images  # noqa: E402
+from launchers.command_line import Command, load_config, run_launcher, say  # noqa: E402
+from launchers.config import TokenizerConfig, TrainConfig  # noqa: E402
+from launchers.pictures import save_grid, to_uint8  # noqa: E402
+from training.tracking import absolute_uri  # noqa: E402
+
+LAUNCHERS = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class DemoConfig:
+    """Settings of the demo."""
+
+    out: str = "runs/digits"
+    data: str = "data/digits"
+    tokenizer: str = "configs/digits/tokenizer.yaml"
+    transformer: str = "configs/digits/d4.yaml"
+    processes: int = 2
+    views: int = 8  # random crops of each training digit
+    per_class: int = 100
+    cfg: float = 2.0
+    top_k: int = 0
+    top_p: float = 0.98
+
+
+def launch(command: Command[DemoConfig]) -> None:
+    config = command.config
+    stages = plan_stages(config)
+    if command.dry_run:
+        for name, line in stages.items():
+            say(f"{name}: {' '.join(line)}")
+        return
+    seconds: dict[str, float] = {}
+    for name, line in stages.items():
+        if name == "encode_codes":
+            forget_stale_codes(config)
+        seconds[name] = run_command(name, line)
+    started = time.monotonic()
+    report = judge(config)
+    seconds["report"] = time.monotonic() - started
+    report |= {"seconds": {name: round(value, 1) for name, value in seconds.items()}}
+    path = Path(config.out) / "report.json"
+    path.write_text(json.dumps(report, indent=1) + "\n")
+    tell(config, report, path)
+
+
+def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
+    """The commands, in order; what a user would type."""
+    data, tokenizer = Path(config.data), load_config(TokenizerConfig, config.tokenizer)
+    run = load_config(TrainConfig, config.transformer).run
+    python = [sys.executable, "-u"]
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(config.processes)]
+    return {
+        "pack_images": [*python, str(LAUNCHERS / "pack_images.py"), "source=digits", f"out={data}/images", "val_fraction=0.2"],
+        "train_tokenizer": [*python, str(LAUNCHERS / "train_tokenizer.py"), "--config", config.tokenizer],
+        "encode_codes": [
+            *[*python, str(LAUNCHERS / "encode_codes.py"), f"tokenizer={tokenizer.run}"],
+            *[f"images={data}/images", f"out={data}/codes", f"views={config.views}"],
+        ],
+        "train": [*deepspeed, str(LAUNCHERS / "train.py"), "--config", config.transformer],
+        "sample": [
+            *[*python, str(LAUNCHERS / "sample.py"), f"run={run}", f"out={config.out}/generated", "batch=250"],
+            *[f"per_class={config.per_class}", f"cfg={config.cfg}", f"top_k={config.top_k}", f"top_p={config.top_p}"],
+        ],
+    }
+
+
+def run_command(name: str, line: list[str]) -> float:
+    """Run one stage, its output going to ours; the seconds it took.
+
+    Raises:
+        ValueError: it ended with another exit code than 0.
+    """
+    say(f"\n=== {name}: {' '.join(line)}")
+    started = time.monotonic()
+    code = subprocess.run(line).returncode
+    if code != 0:
+        raise ValueError(f"stage {name} ended with exit code {code}; its messages are above")
+    return time.monotonic() - started
+
+
+def forget_stale_codes(config: DemoConfig) -> None:
+    """Delete codes of a tokenizer that has since been trained anew: they are the demo's own and quickly made."""
+    _, sha256 = load_tokenizer(load_config(TokenizerConfig, config.tokenizer).run)
+    codes = Path(config.data) / "codes"
+    for split in ("train", "val"):
+        if is_complete(codes / split) and Index.read(codes / split).meta["tokenizer_sha256"] != sha256:
+            shutil.rmtree(codes / split)
+
+
+def judge(config: DemoConfig) -> dict[str, object]:
+    """Accuracy of a classifier of real training digits on held-out, reconstructed and generated ones, and their variety.
+
+    All digits are seen through the tokenizer's centre view. The classifier is scikit-learn's SVC with its defaults.
+    """
+    from sklearn.svm import SVC
+
+    settings = load_config(TokenizerConfig, config.tokenizer)
+    tokenizer, _ = load_tokenizer(settings.run)
+    real = {}
+    for split in ("train", "val"):
+        folder = f"{config.data}/images/{split}"
+        images = open_images(folder, tokenizer.config, settings.data.views, seed=0, random_views=False)
+        real[split] = images.read(np.arange(len(images)), np.zeros(len(images), np.int64))
+    held_out, held_out_labels = real["val"]
+    reconstructed = tokenizer.decode(tokenizer.encode(held_out))
+    generated = np.load(Path(config.out) / "generated" / "samples.npz")
+    classifier = SVC().fit(_pixels(to_uint8(real["train"][0])), real["train"][1].numpy())
+
+    def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
+        return round(float(classifier.score(_pixels(images), labels)), 4)
+
+    save_pictures(config, generated["arr_0"], to_uint8(torch.cat([held_out[:20], reconstructed[:20]])))
+    real_variance = within_class_variance(to_uint8(real["train"][0]), real["train"][1].numpy())
+    return {
+        "accuracy": {
+            "real": accuracy(to_uint8(held_out), held_out_labels.numpy()),
+            "reconstructed": accuracy(to_uint8(reconstructed), held_out_labels.numpy()),
+            "generated": accuracy(generated["arr_0"], generated["labels"]),
+        },
+        "variance_ratio": round(within_class_variance(generated["arr_0"], generated["labels"]) / real_variance, 4),
+        "generated": len(generated["labels"]),
+        "sampling": {"cfg": config.cfg, "top_k": config.top_k, "top_p": config.top_p},
+    }
+
+
+def _pixels(images: np.ndarray) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 as grey values (N, H W) in [0, 1]."""
+    return images.mean(3).reshape(len(images), -1) / 255
+
+
+def within_class_variance(images: np.ndarray, labels: np.ndarray) -> float:
+    """Variance around the class's mean image, summed over pixels, averaged over classes."""
+    pixels = _pixels(images)
+    return float(np.mean([pixels[labels == label].var(0).sum() for label in np.unique(labels)]))
+
+
+def save_pictures(config: DemoConfig, generated: np.ndarray, pairs: np.ndarray) -> None:
+    """samples.png: ten classes in rows. reconstructions.png: real digits above, what the codes keep of them below."""
+    shown = np.arange(len(generated)) % config.per_class < 20
+    save_grid(generated[shown], Path(config.out) / "samples.png", columns=min(20, config.per_class))
+    save_grid(pairs, Path(config.out) / "reconstructions.png", columns=20)
+
+
+def tell(config: DemoConfig, report: dict[str, object], path: Path) -> None:
+    settings = load_config(TrainConfig, config.transformer)
+    say(f"\n{json.dumps(report, indent=1)}\n")
+    say(f"pictures   {config.out}/samples.png  {config.out}/reconstructions.png")
+    say(f"report     {path}")
+    state = Path(settings.run) / "mlflow.json"
+    if state.exists():
+        experiment = json.loads(state.read_text())["experiment_id"]
+        mlflow = Path(sys.executable).with_name("mlflow")
+        say(f"curves     {mlflow} ui --backend-store-uri {absolute_uri(settings.tracking.uri)} --port 5000")
+        say(f"           then open http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART")
+
+
+def main() -> None:
+    run_launcher(DemoConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()
