@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,12 @@ from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
 from launchers.command_line import build_config, say, say_nothing, to_yaml
-from launchers.config import DataConfig, TokenizerConfig, TrainConfig, ViewConfig
+from launchers.config import TokenizerConfig, TrainConfig, ViewConfig
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import Checkpoints, ModelOnDisk, TrainState
+from training.checkpoint import Checkpoints, ModelOnDisk, TrainState, flatten
 from training.distributed import World
-from training.engine import EngineConfig
+from training.engine import EngineConfig, accumulation_steps
 from training.loop import Loop, Stage
 from training.tracking import MLflowView, RunRecord
 
@@ -75,15 +76,28 @@ def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> C
     )
 
 
+def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World) -> Checkpoints:
+    """The run folder's checkpoints.
+
+    Raises:
+        ValueError: the batch cannot be split over this world, or the newest checkpoint is of another model or world.
+    """
+    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
+    checkpoints = Checkpoints(
+        Path(config.run) / "checkpoints", keep=config.loop.keep_checkpoints, world=world, model_config=config.model
+    )
+    found = checkpoints.latest()
+    if found:
+        checkpoints.refuse_misfit(found)
+    return checkpoints
+
+
 def run_stage(
-    config: TrainConfig | TokenizerConfig, stage: Stage, dataset: Dataset, data: DataConfig, world: World
+    config: TrainConfig | TokenizerConfig, stage: Stage, dataset: Dataset, checkpoints: Checkpoints, world: World
 ) -> TrainState:
     """Train a stage in its run folder: from its newest checkpoint if there is one, else from the start."""
     folder = Path(config.run)
     speak = say if world.is_rank_zero else say_nothing
-    checkpoints = Checkpoints(
-        folder / "checkpoints", keep=config.loop.keep_checkpoints, world=world, model_config=config.model
-    )
     found = checkpoints.latest()
     state = checkpoints.restore(found, stage.engines) if found else TrainState()
     speak(f"resuming from {found}" if found else f"starting in {folder}")
@@ -92,10 +106,8 @@ def run_stage(
     if world.is_rank_zero:
         (folder / "config.yaml").write_text(to_yaml(config))
         record.forget_after(state.step)
-        view = MLflowView(folder, config.tracking, _parameters(config)) if config.tracking.mlflow else None
-    loop = Loop(
-        stage, config.loop, config.optimizer, world, len(dataset), record, view, checkpoints, speak
-    )
+        view = MLflowView(folder, config.tracking, flatten(asdict(config))) if config.tracking.mlflow else None
+    loop = Loop(stage, config.loop, config.optimizer, world, len(dataset), record, view, checkpoints, speak)
 
     def make_batches(samples_seen: int) -> Iterable[Any]:
         return train_batches(
@@ -105,7 +117,7 @@ def run_stage(
             world_size=world.world_size,
             samples_seen=samples_seen,
             seed=config.seed,
-            workers=data.workers,
+            workers=config.data.workers,
         )
 
     state = loop.run(state, make_batches)
@@ -113,16 +125,3 @@ def run_stage(
         view.close()
     speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")
     return state
-
-
-def _parameters(config: TrainConfig | TokenizerConfig) -> dict[str, Any]:
-    """The config flattened to "model.depth": 16, for MLflow."""
-    from dataclasses import asdict
-
-    def flatten(values: dict[str, Any], prefix: str) -> dict[str, Any]:
-        flat: dict[str, Any] = {}
-        for name, value in values.items():
-            flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-        return flat
-
-    return flatten(asdict(config), "")

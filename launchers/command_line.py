@@ -89,12 +89,17 @@ def load_config(schema: type[Config], file: str | None, overrides: Sequence[str]
         ValueError: unknown key, wrong type, missing setting, or a value that a dataclass refuses.
     """
     from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
     layers = _read_layers(Path(file)) if file else []
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"'{override}' is not a setting; write it as a.b=c")
-    layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+    try:
+        layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
+    except (YAMLError, OmegaConfBaseException) as error:
+        raise ValueError(f"{' '.join(overrides)}: not valid YAML after '=': {one_line(error)}") from None
     return build_config(schema, layers, source=file or "command line")
 
 
@@ -125,11 +130,13 @@ def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any
         raise ValueError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
     try:
         layer = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
         raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
     if not isinstance(layer, dict):
         raise ValueError(f"{path}: holds a {type(layer).__name__}, a config is a mapping of settings")
     base = layer.pop("extends", None)
+    if base is not None and not isinstance(base, str):
+        raise ValueError(f"{path}: extends is {base!r}; it must be the name of one file")
     return ([] if base is None else _read_layers(path.parent / base, (*below, path.resolve()))) + [layer]
 
 

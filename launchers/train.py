@@ -10,8 +10,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from data_pipeline.loader import train_batches  # noqa: E402
 from launchers.assembly import (  # noqa: E402
     load_tokenizer,
+    open_checkpoints,
     open_codes_or_images,
     refuse_misfit,
     run_stage,
@@ -35,7 +37,7 @@ def launch(command: Command[TrainConfig]) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, World.from_environment().world_size)
+    checkpoints = open_checkpoints(config, World.from_environment())
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     refuse_misfit(config.model, tokenizer.config)
     dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
@@ -55,7 +57,7 @@ def train(config: TrainConfig) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, config.data, world)
+    run_stage(config, stage, dataset, checkpoints, world)
     leave_world()
 
 
@@ -81,9 +83,13 @@ def describe_one_batch(config: TrainConfig) -> str:
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     refuse_misfit(config.model, tokenizer.config)
     dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
-    data, labels = dataset.read(range(min(config.engine.micro_batch, len(dataset))), epochs=0)
-    kind = "codes" if data.ndim == 2 else "images"
-    return f"{len(dataset):,} samples; one batch of {kind} {tuple(data.shape)}, labels {labels.min()}..{labels.max()}"
+    batches = train_batches(
+        dataset, batch_size=config.engine.micro_batch, rank=0, world_size=1, samples_seen=0, seed=config.seed
+    )
+    batch = next(batches)
+    kind = "codes" if batch.data.ndim == 2 else "images"
+    labels = f"{batch.labels.min()}..{batch.labels.max()}"
+    return f"{len(dataset):,} samples; one batch of {kind} {tuple(batch.data.shape)}, labels {labels}"
 
 
 def main() -> None:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from launchers.assembly import open_images, run_stage, validation_source  # noqa: E402
+from data_pipeline.loader import train_batches  # noqa: E402
+from launchers.assembly import open_checkpoints, open_images, run_stage, validation_source  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig  # noqa: E402
 from models.discriminator import PatchDiscriminator  # noqa: E402
@@ -39,7 +40,7 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
 
 
 def train(config: TokenizerConfig) -> None:
-    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, World.from_environment().world_size)
+    checkpoints = open_checkpoints(config, World.from_environment())
     views = config.data.views
     dataset = open_images(config.data.train, config.model, views, seed=config.seed, random_views=True)
     validation = open_images(config.data.validation, config.model, views, seed=config.seed, random_views=False)
@@ -56,7 +57,7 @@ def train(config: TokenizerConfig) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, config.data, world)
+    run_stage(config, stage, dataset, checkpoints, world)
     leave_world()
 
 
@@ -83,8 +84,10 @@ def dry_run(config: TokenizerConfig, world_size: int) -> None:
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
     try:
         images = open_images(config.data.train, config.model, config.data.views, seed=0, random_views=True)
-        batch, _ = images.read(range(min(config.engine.micro_batch, len(images))), epochs=0)
-        say(f"data                {len(images):,} images; one batch {tuple(batch.shape)}")
+        batches = train_batches(
+            images, batch_size=config.engine.micro_batch, rank=0, world_size=1, samples_seen=0, seed=config.seed
+        )
+        say(f"data                {len(images):,} images; one batch {tuple(next(batches).data.shape)}")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")
 

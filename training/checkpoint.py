@@ -91,29 +91,34 @@ class Checkpoints:
             os.rename(old, doomed)
             shutil.rmtree(doomed)
 
+    def refuse_misfit(self, path: Path) -> None:
+        """Raise ValueError if the checkpoint is of another model or was written by another number of ranks."""
+        manifest = read_manifest(path)
+        self._refuse_other_model(path, manifest["model"])
+        if manifest["world_size"] != self.world.world_size:
+            raise ValueError(
+                f"{path}: written by {manifest['world_size']} ranks, this run has {self.world.world_size}; "
+                f"start it with {manifest['world_size']}, or choose another run folder"
+            )
+
     def restore(self, path: Path, engines: Mapping[str, Engine]) -> TrainState:
         """Load a checkpoint into the engines. A collective.
 
         Raises:
             ValueError: damaged, of another model, or written by another number of ranks.
         """
+        self.refuse_misfit(path)
         manifest = read_manifest(path)
-        self._refuse_other_model(path, manifest["model"])
-        if manifest["world_size"] != self.world.world_size:
-            raise ValueError(
-                f"{path}: written by {manifest['world_size']} ranks, this run has {self.world.world_size}; "
-                f"start it with {manifest['world_size']}, or start a new run from its weights"
-            )
         agree_on_error(_first_damage(path, manifest) if self.world.is_rank_zero else None, self.world)
         for tag, engine in engines.items():
             engine.load(path, tag)
         return TrainState(step=manifest["step"], samples_seen=manifest["samples_seen"])
 
     def _refuse_other_model(self, path: Path, found: dict[str, Any]) -> None:
-        for name, value in _flatten(self.model_config).items():
-            if _flatten(found).get(name) != value:
+        for name, value in flatten(self.model_config).items():
+            if flatten(found).get(name) != value:
                 raise ValueError(
-                    f"{path}: checkpoint of another model: its {name} is {_flatten(found).get(name)}, this run has {value}; "
+                    f"{path}: checkpoint of another model: its {name} is {flatten(found).get(name)}, this run has {value}; "
                     "change the config back or choose another run folder"
                 )
 
@@ -210,10 +215,11 @@ def describe(config: Any) -> dict[str, Any]:
     return {"kind": type(config).__name__.removesuffix("Config"), **plain}
 
 
-def _flatten(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings with dotted names: {"model": {"depth": 16}} becomes {"model.depth": 16}."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
-        flat |= _flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
     return flat
 
 

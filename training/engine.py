@@ -115,15 +115,16 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only two of its own classes may be unpickled."""
+    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only four of its own classes may be unpickled."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler])
+    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
     return deepspeed
 
 

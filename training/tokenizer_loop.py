@@ -53,6 +53,15 @@ class CodebookCareConfig:
         return (samples_seen // global_batch) % self.restart_every == 0
 
 
+@dataclass(frozen=True)
+class SeenImages:
+    """One micro-batch of a step: the images' numbers in the global batch (B,), images (B, 3, H, H), codes (B, L)."""
+
+    numbers: Tensor
+    images: Tensor
+    codes: Tensor
+
+
 def build_tokenizer(config: VQVAEConfig, *, seed: int) -> VQVAE:
     """The tokenizer with its initial weights, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
@@ -96,17 +105,20 @@ class TokenizerStage:
         adversarial = self.discriminator is not None and context.progress >= self.loss.adversarial_start
         hits = self._no_hits()
         parts: list[dict[str, Tensor]] = []
+        seen: list[SeenImages] = []
         for _ in range(engine.accumulation):
-            images = next(batches).to(self.world.device).data  # (B, 3, H, H)
+            batch = next(batches)
+            images = batch.data.to(self.world.device)  # (B, 3, H, H)
             reconstruction = engine(images)
             parts.append(self._backward(images, reconstruction, adversarial))
             norm = engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
             if self.discriminator is not None:
                 parts[-1] |= self._discriminator_step(images, reconstruction.images.detach(), adversarial, context)
             self._count(reconstruction.codes, hits)
+            seen.append(SeenImages(batch.positions - context.samples_seen, images, reconstruction.codes))
         self._hits += hits
         if self.care.is_due(context.progress, context.samples_seen, self.global_batch):
-            self._restart_unused(images, reconstruction.codes.detach(), hits, context)
+            self._restart_unused(seen, hits, context)
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return means | {"gradient_norm": norm}
 
@@ -148,19 +160,26 @@ class TokenizerStage:
         self.discriminator.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
         return {"discriminator_loss": loss.detach()}
 
-    def _restart_unused(self, images: Tensor, codes: Tensor, hits: Tensor, context: StepContext) -> None:
-        """Move every code that this global batch did not use to a vector that the quantiser had to express."""
+    def _restart_unused(self, seen: list[SeenImages], hits: Tensor, context: StepContext) -> None:
+        """Move every code that this global batch did not use to a vector that the quantiser had to express.
+
+        The vectors are drawn from the whole global batch; the rank that has an image supplies its vectors.
+        """
         unused = (sum_over_ranks(hits, self.world).sum(0) == 0).nonzero().flatten()  # (n,)
         if len(unused) == 0:
             return
-        targets = quantization_targets(self.model, images, codes).flatten(0, 1)  # (B L, C)
         generator = np.random.Generator(np.random.Philox(key=[self.seed, context.samples_seen]))
-        chosen = torch.from_numpy(generator.integers(len(targets), size=len(unused))).to(targets.device)
-        vectors = targets[chosen] if self.world.is_rank_zero else torch.zeros_like(targets[chosen])
-        engine, codebook = self.engines["model"], self.model.quantizer.codebook
-        updated = engine.full_parameter(codebook).detach().clone()
-        updated[unused] = sum_over_ranks(vectors, self.world)
-        engine.set_full_parameter(codebook, updated)
+        images = torch.from_numpy(generator.integers(self.global_batch, size=len(unused)))
+        tokens = torch.from_numpy(generator.integers(self.tokens_per_image, size=len(unused)))
+        codebook = self.engines["model"].full_parameter(self.model.quantizer.codebook).detach().clone()
+        vectors = torch.zeros_like(codebook[unused])  # (n, C)
+        for part in seen:
+            wanted, rows = (images[:, None] == part.numbers[None, :]).nonzero(as_tuple=True)
+            if len(wanted):
+                targets = quantization_targets(self.model, part.images, part.codes)  # (B, L, C)
+                vectors[wanted.to(vectors.device)] = targets[rows, tokens[wanted]]
+        codebook[unused] = sum_over_ranks(vectors, self.world)
+        self.engines["model"].set_full_parameter(self.model.quantizer.codebook, codebook)
 
     def _no_hits(self) -> Tensor:
         size = self.model.scales.num_scales, self.model.config.quantizer.vocab_size

@@ -1,0 +1,175 @@
+"""One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops and writes what it saw.
+
+Usage: distributed_worker.py OUT. Everything runs in one world, because starting one costs many seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.loader import train_batches, validation_batches
+from models.autoencoder import AutoencoderConfig
+from models.quantizer import QuantizerConfig
+from models.var import VARConfig
+from models.vqvae import VQVAEConfig
+from training.checkpoint import Checkpoints, TrainState
+from training.distributed import World, agree_on_error, barrier, join_world, leave_world
+from training.engine import Engine, EngineConfig
+from training.loop import Loop, LoopConfig, Stage
+from training.losses import ReconstructionLossConfig
+from training.optim import OptimizerConfig, build_optimizer
+from training.tokenizer_loop import CodebookCareConfig, TokenizerStage, build_tokenizer
+from training.tracking import RunRecord
+from training.var_loop import VARStage, build_var
+
+PATCH_NUMS = (1, 2, 4)
+TOKENIZER = VQVAEConfig(
+    PATCH_NUMS,
+    AutoencoderConfig(width=32, multipliers=(1, 1), num_res_blocks=1, code_width=8),
+    QuantizerConfig(vocab_size=16, code_width=8, num_phi=0),
+)
+TRANSFORMER = VARConfig(depth=2, patch_nums=PATCH_NUMS, vocab_size=16, code_width=8, num_classes=4, init_gamma=0.5)
+OPTIMIZER = OptimizerConfig(base_lr=1e-3 * 256 / 16)
+GLOBAL_BATCH, NUM_SAMPLES = 16, 22
+
+
+class InMemory:
+    """A data set of images or codes, each a function of its number alone."""
+
+    def __init__(self, *, images: bool) -> None:
+        self.images = images
+        self.shard_sizes = (9, NUM_SAMPLES - 9)
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        return torch.stack([self._one(int(i)) for i in ids]), torch.from_numpy(ids % 4)
+
+    def _one(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        if self.images:
+            return torch.rand(3, 8, 8, generator=generator) * 2 - 1
+        return torch.randint(16, (TRANSFORMER.scales.num_tokens,), generator=generator)
+
+
+def var_stage(world: World, engine: EngineConfig) -> VARStage:
+    model = build_var(TRANSFORMER, seed=0, activation_checkpointing=engine.activation_checkpointing).to(world.device)
+    optimizer = build_optimizer(model, OPTIMIZER, undecayed=model.names_without_weight_decay())
+    tokenizer = build_tokenizer(TOKENIZER, seed=0).eval().requires_grad_(False)
+    return VARStage(
+        Engine(model, optimizer, engine, global_batch=GLOBAL_BATCH, world=world),
+        TRANSFORMER,
+        tokenizer.to(world.device),
+        label_drop=0.3,
+        global_batch=GLOBAL_BATCH,
+        seed=5,
+        world=world,
+        validation=lambda: validation_batches(
+            InMemory(images=False), batch_size=4, rank=world.rank, world_size=world.world_size
+        ),
+    )
+
+
+def tokenizer_stage(world: World, engine: EngineConfig) -> TokenizerStage:
+    model = build_tokenizer(TOKENIZER, seed=0).to(world.device)
+    return TokenizerStage(
+        Engine(model, build_optimizer(model, OPTIMIZER), engine, global_batch=GLOBAL_BATCH, world=world),
+        model,
+        ReconstructionLossConfig(lpips_weight=0, adversarial_weight=0),
+        CodebookCareConfig(restart_every=2, restart_until=1.0),
+        discriminator=None,
+        global_batch=GLOBAL_BATCH,
+        seed=5,
+        world=world,
+        validation=lambda: validation_batches(
+            InMemory(images=True), batch_size=4, rank=world.rank, world_size=world.world_size
+        ),
+    )
+
+
+def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool, stop_after: int = 0) -> list[dict]:
+    """Run a stage for 6 steps, or on from its checkpoint; what it recorded."""
+    config = LoopConfig(
+        global_batch=GLOBAL_BATCH,
+        epochs=6 * GLOBAL_BATCH / NUM_SAMPLES,
+        log_every=4,
+        validate_every=2,
+        checkpoint_every=100,
+        stop_after_steps=stop_after,
+    )
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2, world=world, model_config=model)
+    found = checkpoints.latest()
+    state = checkpoints.restore(found, stage.engines) if found else TrainState()
+    record = RunRecord(folder)
+    dataset = InMemory(images=images)
+    loop = Loop(stage, config, OPTIMIZER, world, NUM_SAMPLES, record, None, checkpoints, lambda text: None)
+
+    def make_batches(samples_seen: int) -> Iterator[Any]:
+        place = {"rank": world.rank, "world_size": world.world_size}
+        return train_batches(dataset, batch_size=4, samples_seen=samples_seen, seed=3, workers=0, **place)
+
+    loop.run(state, make_batches)
+    barrier(world)
+    return record.read()
+
+
+def run_all(world: World, out: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    for zero_stage in (0, 1, 2, 3):
+        engine = EngineConfig(
+            zero_stage=zero_stage,
+            precision="fp32",
+            micro_batch=4,
+            activation_checkpointing=zero_stage == 3,
+            reduce_bucket_size=1_000_000,
+            prefetch_bucket_size=100_000,
+            persistence_threshold=1000,
+        )
+        name = f"stage{zero_stage}"
+        results[name] = train(var_stage(world, engine), world, out / name, model=TRANSFORMER, images=False)
+        for stop_after in (3, 0):
+            parts = train(
+                var_stage(world, engine), world, out / f"{name}_parts", model=TRANSFORMER, images=False, stop_after=stop_after
+            )
+        results[f"{name}_parts"] = parts
+    stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
+    results["tokenizer"] = train(tokenizer_stage(world, stage_1), world, out / "tokenizer", model=TOKENIZER, images=True)
+    for stop_after in (3, 0):
+        parts = train(
+            tokenizer_stage(world, stage_1), world, out / "tokenizer_parts", model=TOKENIZER, images=True, stop_after=stop_after
+        )
+    results["tokenizer_parts"] = parts
+    bf16 = EngineConfig(zero_stage=3, precision="bf16", micro_batch=4, activation_checkpointing=True)
+    results["bf16"] = train(var_stage(world, bf16), world, out / "bf16", model=TRANSFORMER, images=False)
+    results["error"] = shared_error(world)
+    return results
+
+
+def shared_error(world: World) -> str:
+    """What every rank hears when only the last one fails."""
+    try:
+        agree_on_error(OSError("disk full") if world.rank == world.world_size - 1 else None, world)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def main() -> None:
+    out = Path(sys.argv[-1])
+    world = join_world(timeout_minutes=2)
+    results = run_all(world, out)
+    (out / f"rank{world.rank}.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main()

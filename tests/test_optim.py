@@ -1,0 +1,118 @@
+"""The schedules of the public recipe, and which parameters decay.
+
+The recipe is that of the released code (utils/lr_control.py, README): warm-up over 1/50 of the run from 0.005 of the
+peak, constant for 5 % of the rest, then linear to `final_lr_ratio`.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny import VAR_CONFIG
+
+from models.var import VAR
+from training.optim import OptimizerConfig, build_optimizer, learning_rate_factor, set_schedule, weight_decay_at
+
+CONFIG = OptimizerConfig()
+DECAY_STARTS = 0.02 + 0.05 * 0.98  # 0.069 of the run
+
+
+@pytest.mark.parametrize(
+    "progress, expected",
+    [
+        (0.0, 0.005),
+        (0.01, 0.005 + 0.995 / 2),
+        (0.02, 1.0),
+        (0.05, 1.0),
+        (DECAY_STARTS, 1.0),
+        ((DECAY_STARTS + 1) / 2, 0.55),  # half way from 1 to 0.1
+        (1.0, 0.1),
+        (1.2, 0.1),  # a run that is past its end stays at the end
+    ],
+)
+def test_learning_rate_is_that_of_the_public_recipe(progress: float, expected: float) -> None:
+    assert learning_rate_factor(progress, CONFIG) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("joint", [0.02, DECAY_STARTS])
+def test_learning_rate_does_not_jump_at_its_joints(joint: float) -> None:
+    before, after = (learning_rate_factor(joint + offset, CONFIG) for offset in (-1e-9, 1e-9))
+    assert abs(before - after) < 1e-6  # the steepest slope is 50, over 2e-9 of the run
+
+
+def test_learning_rate_rises_then_never_rises_again() -> None:
+    factors = [learning_rate_factor(i / 1000, CONFIG) for i in range(1001)]
+    assert factors[:21] == sorted(factors[:21]) and factors[20:] == sorted(factors[20:], reverse=True)
+    assert max(factors) == 1
+
+
+@pytest.mark.parametrize("changes", [{"warmup_share": 0.0}, {"warmup_share": 1.0}, {"constant_share": 1.0}])
+def test_a_phase_may_be_absent_or_all_there_is(changes: dict[str, float]) -> None:
+    factors = [learning_rate_factor(i / 10, OptimizerConfig(**changes)) for i in range(11)]
+    assert all(0 < factor <= 1 for factor in factors)
+
+
+def test_weight_decay_follows_half_a_cosine() -> None:
+    config = OptimizerConfig(weight_decay=0.05, final_weight_decay=0.08)  # d30
+    assert weight_decay_at(0.0, config) == pytest.approx(0.05)
+    assert weight_decay_at(0.5, config) == pytest.approx(0.065)
+    assert weight_decay_at(0.25, config) == pytest.approx(0.065 - 0.015 * 2**-0.5)
+    assert weight_decay_at(1.0, config) == weight_decay_at(2.0, config) == pytest.approx(0.08)
+
+
+@pytest.mark.parametrize(
+    "name, global_batch, base_lr, peak",
+    [("d16", 768, 1e-4, 3.0e-4), ("d20", 768, 1e-4, 3.0e-4), ("d24", 768, 8e-5, 2.4e-4), ("d30", 1024, 8e-5, 3.2e-4)],
+)
+def test_peak_learning_rates_are_those_of_the_released_models(
+    name: str, global_batch: int, base_lr: float, peak: float
+) -> None:
+    assert OptimizerConfig(base_lr=base_lr).peak_lr(global_batch) == pytest.approx(peak), name
+
+
+def decays_by_name(model: VAR) -> dict[str, bool]:
+    optimizer = build_optimizer(model, CONFIG, undecayed=model.names_without_weight_decay())
+    scale_of = {id(p): group["weight_decay_scale"] for group in optimizer.param_groups for p in group["params"]}
+    return {name: bool(scale_of[id(parameter)]) for name, parameter in model.named_parameters()}
+
+
+def test_every_parameter_is_in_exactly_one_group() -> None:
+    model = VAR(VAR_CONFIG)
+    optimizer = build_optimizer(model, CONFIG, undecayed=model.names_without_weight_decay())
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_vectors_and_named_parameters_do_not_decay_and_matrices_do() -> None:
+    model = VAR(VAR_CONFIG)
+    decays = decays_by_name(model)
+    for name, parameter in model.named_parameters():
+        assert decays[name] == (parameter.ndim > 1 and name not in model.names_without_weight_decay()), name
+    assert not decays["position_embedding"] and not decays["scale_embedding.weight"]
+    assert decays["class_embedding.weight"] and decays["head.weight"]  # the public code decays its class_emb
+
+
+def test_frozen_parameters_are_left_out() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.bias.requires_grad_(False)
+    (group,) = build_optimizer(model, CONFIG).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [id(model.weight)]
+
+
+def test_the_schedule_reaches_every_group_and_decays_only_its_own() -> None:
+    model = VAR(VAR_CONFIG)
+    optimizer = build_optimizer(model, CONFIG, undecayed=model.names_without_weight_decay())
+    set_schedule(optimizer, 3e-4, 0.05)
+    assert [group["lr"] for group in optimizer.param_groups] == [3e-4, 3e-4]
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.05, 0.0]
+
+
+def test_the_optimizer_is_adamw_with_the_public_betas() -> None:
+    group = build_optimizer(torch.nn.Linear(2, 2), CONFIG).param_groups[0]
+    assert (group["betas"], group["eps"]) == ((0.9, 0.95), 1e-8)
+
+
+@pytest.mark.parametrize("name, value", [("base_lr", 0.0), ("warmup_share", -0.1), ("final_lr_ratio", 2.0)])
+def test_impossible_settings_are_refused_by_name(name: str, value: float) -> None:
+    with pytest.raises(ValueError, match=f"optimizer.{name} is {value}"):
+        OptimizerConfig(**{name: value})
