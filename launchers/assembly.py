@@ -45,14 +45,16 @@ def refuse_misfit(var: VARConfig, tokenizer: VQVAEConfig) -> None:
     }
     for name, (ours, theirs) in pairs.items():
         if ours != theirs:
-            raise ValueError(f"model.{name} is {ours}, the tokenizer has {theirs}; make them equal or train the other one")
+            raise ValueError(f"model.{name} is {ours}, its tokenizer has {theirs}; make them equal or train anew")
 
 
 def image_transform(tokenizer: VQVAEConfig, views: ViewConfig) -> ImageTransform:
     return ImageTransform(tokenizer.image_size, resize_ratio=views.resize_ratio, flip=views.flip)
 
 
-def open_images(folder: str, tokenizer: VQVAEConfig, views: ViewConfig, *, seed: int, random_views: bool) -> ImageDataset:
+def open_images(
+    folder: str, tokenizer: VQVAEConfig, views: ViewConfig, *, seed: int, random_views: bool
+) -> ImageDataset:
     """Image shards as the tokenizer wants them."""
     return ImageDataset(Path(folder), image_transform(tokenizer, views), seed=seed, random_views=random_views)
 

@@ -59,7 +59,7 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
         epilog=f"settings, as a.b=c here or as YAML:\n{describe_schema(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML file; `extends: OTHER.yaml` in it names what it builds on")
+    parser.add_argument("--config", metavar="FILE", help="YAML file; `extends: OTHER.yaml` in it names its base")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and leave")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, without doing it")
     parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs that --dry-run plans for")
@@ -161,7 +161,7 @@ def _build(schema: type, node: Any, prefix: str = "") -> Any:
     values = {}
     for name, kind in typing.get_type_hints(schema).items():
         if OmegaConf.is_missing(node, name):
-            raise ValueError(f"setting '{prefix}{name}' is missing; give it in the config file or as {prefix}{name}=...")
+            raise ValueError(f"setting '{prefix}{name}' is missing; give it in the config or as {prefix}{name}=...")
         value = node[name]
         if is_dataclass(kind):
             value = _build(kind, value, f"{prefix}{name}.")

@@ -1,7 +1,7 @@
 """The whole pipeline on handwritten digits, as a user would type it: pack, train, encode, train, sample, and a report.
 
-`make demo`, or `python launchers/demo.py`. Every stage is one of the project's own commands; a stage that is done is not
-done again, so a demo that was stopped goes on where it was.
+`make demo`, or `python launchers/demo.py`. Every stage is one of the project's own commands; a stage that is done is
+not done again, so a demo that was stopped goes on where it was.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class DemoConfig:
     processes: int = 2
     views: int = 8  # random crops of each training digit
     per_class: int = 100
-    cfg: float = 2.0
+    cfg: float = 1.0
     top_k: int = 0
     top_p: float = 0.98
 
@@ -73,7 +73,10 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
     python = [sys.executable, "-u"]
     deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(config.processes)]
     return {
-        "pack_images": [*python, str(LAUNCHERS / "pack_images.py"), "source=digits", f"out={data}/images", "val_fraction=0.2"],
+        "pack_images": [
+            *[*python, str(LAUNCHERS / "pack_images.py")],
+            *["source=digits", f"out={data}/images", "val_fraction=0.2"],
+        ],
         "train_tokenizer": [*python, str(LAUNCHERS / "train_tokenizer.py"), "--config", config.tokenizer],
         "encode_codes": [
             *[*python, str(LAUNCHERS / "encode_codes.py"), f"tokenizer={tokenizer.run}"],
@@ -111,7 +114,7 @@ def forget_stale_codes(config: DemoConfig) -> None:
 
 
 def judge(config: DemoConfig) -> dict[str, object]:
-    """Accuracy of a classifier of real training digits on held-out, reconstructed and generated ones, and their variety.
+    """Accuracy of a classifier of real training digits on held-out, reconstructed and generated ones; their variety.
 
     All digits are seen through the tokenizer's centre view. The classifier is scikit-learn's SVC with its defaults.
     """

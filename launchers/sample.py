@@ -66,7 +66,8 @@ def sample_batches(var: VAR, tokenizer: VQVAE, labels: np.ndarray, config: Sampl
     """Images (n, H, W, 3) uint8 in batches of `batch`. The seed of an image depends on its class and number alone."""
     device = var.position_embedding.device
     numbers = np.arange(len(labels)) % config.per_class
-    seeds = (config.seed * 1_000_003 + labels * 10_007 + numbers) % 2**32  # torch's CPU generators keep 32 bits of a seed
+    # torch's CPU generators keep 32 bits of a seed
+    seeds = (config.seed * 1_000_003 + labels * 10_007 + numbers) % 2**32
     for start in range(0, len(labels), config.batch):
         part = slice(start, start + config.batch)
         codes = generate(

@@ -80,7 +80,8 @@ def dry_run(config: TokenizerConfig, world_size: int) -> None:
     with torch.device("meta"):
         number = sum(parameter.numel() for parameter in build_tokenizer(config.model, seed=0).parameters())
     say(f"parameters          {number:,}")
-    say(f"images              {config.model.image_size} px to {config.model.scales.num_tokens} tokens of {config.model.patch_nums}")
+    say(f"images              {config.model.image_size} px")
+    say(f"tokens per image    {config.model.scales.num_tokens}, scales {config.model.patch_nums}")
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
     try:
         images = open_images(config.data.train, config.model, config.data.views, seed=0, random_views=True)

@@ -1,4 +1,4 @@
-"""One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops and writes what it saw.
+"""One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops.
 
 Usage: distributed_worker.py OUT. Everything runs in one world, because starting one costs many seconds.
 """
@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -122,8 +123,15 @@ def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool,
     return record.read()
 
 
+def train_in_parts(make_stage: Callable[[], Stage], world: World, folder: Path, **kinds: Any) -> list[dict]:
+    """Like `train`, but stopped after 3 steps and started again with everything built anew."""
+    train(make_stage(), world, folder, stop_after=3, **kinds)
+    return train(make_stage(), world, folder, **kinds)
+
+
 def run_all(world: World, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
+    codes, pictures = {"model": TRANSFORMER, "images": False}, {"model": TOKENIZER, "images": True}
     for zero_stage in (0, 1, 2, 3):
         engine = EngineConfig(
             zero_stage=zero_stage,
@@ -134,22 +142,15 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
             prefetch_bucket_size=100_000,
             persistence_threshold=1000,
         )
-        name = f"stage{zero_stage}"
-        results[name] = train(var_stage(world, engine), world, out / name, model=TRANSFORMER, images=False)
-        for stop_after in (3, 0):
-            parts = train(
-                var_stage(world, engine), world, out / f"{name}_parts", model=TRANSFORMER, images=False, stop_after=stop_after
-            )
-        results[f"{name}_parts"] = parts
+        name, make_stage = f"stage{zero_stage}", partial(var_stage, world, engine)
+        results[name] = train(make_stage(), world, out / name, **codes)
+        results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
     stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
-    results["tokenizer"] = train(tokenizer_stage(world, stage_1), world, out / "tokenizer", model=TOKENIZER, images=True)
-    for stop_after in (3, 0):
-        parts = train(
-            tokenizer_stage(world, stage_1), world, out / "tokenizer_parts", model=TOKENIZER, images=True, stop_after=stop_after
-        )
-    results["tokenizer_parts"] = parts
+    make_stage = partial(tokenizer_stage, world, stage_1)
+    results["tokenizer"] = train(make_stage(), world, out / "tokenizer", **pictures)
+    results["tokenizer_parts"] = train_in_parts(make_stage, world, out / "tokenizer_parts", **pictures)
     bf16 = EngineConfig(zero_stage=3, precision="bf16", micro_batch=4, activation_checkpointing=True)
-    results["bf16"] = train(var_stage(world, bf16), world, out / "bf16", model=TRANSFORMER, images=False)
+    results["bf16"] = train(var_stage(world, bf16), world, out / "bf16", **codes)
     results["error"] = shared_error(world)
     return results
 

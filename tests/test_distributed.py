@@ -1,4 +1,4 @@
-"""Two ranks equal one, every ZeRO stage equals plain training, and a run in parts equals one that was not interrupted."""
+"""Two ranks equal one, every ZeRO stage equals plain training, and a run in parts equals an uninterrupted one."""
 
 from __future__ import annotations
 

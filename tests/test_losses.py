@@ -191,11 +191,11 @@ def import_torchvision() -> object:
 def lpips_by_definition(features: nn.Sequential, one: Tensor, other: Tensor) -> Tensor:
     """Zhang et al. 2018, eq. 1: squared differences of unit features, weighted per channel, averaged over positions."""
     package = Path(importlib.util.find_spec("lpips").origin).parent
-    heads = torch.load(package / "weights" / "v0.1" / "vgg.pth", weights_only=True)
+    heads = torch.load(package / "weights" / "v0.1" / "vgg.pth", map_location="cpu", weights_only=True)
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
     x, y = ((images - shift.view(3, 1, 1)) / scale.view(3, 1, 1) for images in (one, other))
     distance = torch.zeros(len(one))
-    for number, layer in enumerate(features):
+    for number, layer in enumerate(features[: VGG_TAPS[-1] + 1]):
         x, y = layer(x), layer(y)
         if number in VGG_TAPS:
             squared = (x / x.norm(dim=1, keepdim=True) - y / y.norm(dim=1, keepdim=True)).square()

@@ -19,13 +19,13 @@ PATCH_NUMS = (1, 2)  # 5 tokens
 VAR_CONFIG = VARConfig(depth=1, patch_nums=PATCH_NUMS, vocab_size=16, code_width=4, num_classes=3)
 VQVAE_CONFIG = VQVAEConfig(
     patch_nums=PATCH_NUMS,
-    autoencoder=AutoencoderConfig(width=32, multipliers=(1, 1), num_res_blocks=1, code_width=4),
+    autoencoder=AutoencoderConfig(width=32, multipliers=(1, 1, 1), num_res_blocks=1, code_width=4),
     quantizer=QuantizerConfig(vocab_size=16, code_width=4, num_phi=0),
 )
 
 
 def make_tokenizer(seed: int = 0) -> VQVAE:
-    """A tokenizer of 4 x 4 pixels whose codes lie far apart, so that many of them are used."""
+    """A tokenizer of 8 x 8 pixels whose codes lie far apart, so that many of them are used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         tokenizer = VQVAE(VQVAE_CONFIG)

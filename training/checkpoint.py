@@ -1,8 +1,8 @@
 """Checkpoints that are whole or absent, and models on disk.
 
-A checkpoint is written to a temporary folder, its files are listed with size and sha256 in manifest.json, and the folder
-is renamed to `step-00001234`: the rename is the commit. Inside are the shards of each engine, and `weights/`, which is a model
-on disk: `config.json` and `model.safetensors` with the whole float32 weights.
+A checkpoint is written to a temporary folder, its files are listed with size and sha256 in manifest.json, and the
+folder is renamed to `step-00001234`: the rename is the commit. Inside are the shards of each engine, and `weights/`,
+which is a model on disk: `config.json` and `model.safetensors` with the whole float32 weights.
 
 No random state is stored, because none exists: every draw of training is a function of the seed and `samples_seen`.
 """
@@ -17,7 +17,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -115,10 +114,11 @@ class Checkpoints:
         return TrainState(step=manifest["step"], samples_seen=manifest["samples_seen"])
 
     def _refuse_other_model(self, path: Path, found: dict[str, Any]) -> None:
+        theirs = flatten(found)
         for name, value in flatten(self.model_config).items():
-            if flatten(found).get(name) != value:
+            if theirs.get(name) != value:
                 raise ValueError(
-                    f"{path}: checkpoint of another model: its {name} is {flatten(found).get(name)}, this run has {value}; "
+                    f"{path}: checkpoint of another model: its {name} is {theirs.get(name)}, this run has {value}; "
                     "change the config back or choose another run folder"
                 )
 

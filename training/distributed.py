@@ -1,7 +1,7 @@
 """Who this process is among the processes of a run, and the few collectives that the loops need.
 
-Everything else in `training` takes a `World` as an argument; nothing looks at the environment again. A single process is
-the same code with `world_size` 1. Collectives go through torch.distributed, which DeepSpeed's engine shares.
+Everything else in `training` takes a `World` as an argument; nothing looks at the environment again. A single process
+is the same code with `world_size` 1. Collectives go through torch.distributed, which DeepSpeed's engine shares.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class World:
-    """The place of this process: `rank` of `world_size`, `local_rank` of `local_world_size` on its node, its `device`."""
+    """The place of this process: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
 
     rank: int = 0
     world_size: int = 1

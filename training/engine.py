@@ -65,8 +65,9 @@ def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> 
             f"world sizes that fit: {_divisors(global_batch)}"
         )
     raise ValueError(
-        f"global_batch {global_batch} over {world_size} ranks is {global_batch // world_size} images a rank, not divisible "
-        f"by engine.micro_batch {micro_batch}; micro-batches that fit: {_divisors(global_batch // world_size)}"
+        f"global_batch {global_batch} over {world_size} ranks is {global_batch // world_size} images a rank, not "
+        f"divisible by engine.micro_batch {micro_batch}; "
+        f"micro-batches that fit: {_divisors(global_batch // world_size)}"
     )
 
 
@@ -115,7 +116,7 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only four of its own classes may be unpickled."""
+    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only four of its classes may be unpickled."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     import deepspeed
@@ -218,7 +219,7 @@ class Engine:
         """Write this rank's share of the state to folder/tag."""
         self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
         if self.world.is_rank_zero:
-            for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves programs beside the weights; we do not ship them
+            for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves programs beside the weights
                 script.unlink()
 
     def load(self, folder: Path, tag: str) -> None:

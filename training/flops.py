@@ -1,8 +1,9 @@
 """Parameters and floating point operations, from the architecture alone.
 
 Conventions: one multiply-accumulate (MAC) is 2 FLOPs; a training step is 3 forward passes' worth (one forward, two
-backward); AdaLN acts once per image, not once per token; attention counts the block-causal pairs that carry information,
-286,434 at 256 px, not the masked square. Compute is reported in PFLOP, a total of 1e15 operations, never per second.
+backward); AdaLN acts once per image, not once per token; attention counts the block-causal pairs that carry
+information, 286,434 at 256 px, not the masked square. Compute is reported in PFLOP, a total of 1e15 operations, never
+per second.
 """
 
 from __future__ import annotations
@@ -31,5 +32,5 @@ def forward_macs(config: VARConfig) -> int:
 
 
 def training_flops(config: VARConfig) -> int:
-    """FLOPs of one training image: 2 per MAC, and three times the forward pass. Recomputed activations are not counted."""
+    """FLOPs of one training image: 2 per MAC, three times the forward pass. Recomputed activations are not counted."""
     return 6 * forward_macs(config)

@@ -91,7 +91,7 @@ class Loop:
     _pending: list[tuple[Record, dict[str, Tensor]]] = field(default_factory=list)
 
     def run(self, state: TrainState, make_batches: Callable[[int], Iterator[Any]]) -> TrainState:
-        """Train from `state` to the end. `make_batches(samples_seen)` yields this rank's batches from that position on."""
+        """Train from `state` to the end. `make_batches(samples_seen)` yields this rank's batches from there on."""
         total = self.config.total_steps(self.num_samples)
         last = min(total, self.config.stop_after_steps or total)
         batches = TimedIterator(make_batches(state.samples_seen))
@@ -128,13 +128,15 @@ class Loop:
         )
 
     def _position(self, state: TrainState, kind: str) -> Record:
-        return {
+        position = {
             "kind": kind,
             "step": state.step,
             "samples_seen": state.samples_seen,
             "epoch": state.samples_seen / self.num_samples,
-            "pflop": state.samples_seen * self.stage.flops_per_image / FLOPS_PER_PFLOP,
         }
+        if self.stage.flops_per_image:
+            position["pflop"] = state.samples_seen * self.stage.flops_per_image / FLOPS_PER_PFLOP
+        return position
 
     def _validation_is_due(self, state: TrainState) -> bool:
         every = self.config.validate_every * self.num_samples
@@ -206,7 +208,7 @@ class TimedIterator:
 
 
 def mean_over_ranks(metrics: list[dict[str, Tensor]], world: World) -> list[dict[str, Any]]:
-    """Average equally named scalars and vectors over the ranks; one reduction and one copy to the host for all steps."""
+    """Average equally named scalars and vectors over the ranks; one reduction and one copy to the host for all."""
     names = list(metrics[0])
     sizes = [metrics[0][name].numel() for name in names]
     flat = torch.stack([torch.cat([step[name].double().flatten() for name in names]) for step in metrics])

@@ -61,9 +61,9 @@ class ReconstructionLossConfig:
             if getattr(self, name) < 0:
                 raise ValueError(f"loss.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
         if self.l1_weight + self.l2_weight == 0:
-            raise ValueError("loss.l1_weight and loss.l2_weight are both 0; the tokenizer needs one pixel loss at least")
+            raise ValueError("loss.l1_weight and loss.l2_weight are both 0; the tokenizer needs a pixel loss")
         if not 0 <= self.adversarial_start <= 1:
-            raise ValueError(f"loss.adversarial_start is {self.adversarial_start}; it is a share of training, in [0, 1]")
+            raise ValueError(f"loss.adversarial_start is {self.adversarial_start}; it is a share of the run, in [0, 1]")
 
 
 def pixel_loss(reconstruction: Tensor, images: Tensor, config: ReconstructionLossConfig) -> Tensor:
@@ -77,7 +77,7 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
 
 
 def adaptive_weight(other_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limit: float) -> Tensor:
-    """VQGAN's lambda (eq. 7 there): the ratio of both losses' gradient norms at the decoder's last layer, at most `limit`."""
+    """VQGAN's lambda (eq. 7 there): the ratio of both losses' gradient norms at the last layer, at most `limit`."""
     other = torch.autograd.grad(other_loss, last_layer, retain_graph=True)[0].norm()
     adversarial = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
     return (other / (adversarial + 1e-4)).clamp(max=limit).detach()
@@ -103,7 +103,7 @@ def load_lpips(backbone: str) -> nn.Module:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith("397923af"):
-        raise ValueError(f"{path}: sha256 begins {digest[:8]}, the published VGG16 weights begin 397923af; fetch it again")
+        raise ValueError(f"{path}: sha256 begins {digest[:8]}, that of the published weights 397923af; fetch it again")
     import lpips
 
     distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)

@@ -1,7 +1,7 @@
 """Memory per GPU of a training step, by component, as arithmetic: what `--dry-run` prints before anything is allocated.
 
-Weights, gradients and optimiser are counted from the precision and the ZeRO stage. Activations are an estimate: 34 bytes per
-token, width and block in 16-bit precision, the usual count for a GPT block without stored attention scores.
+Weights, gradients and optimiser are counted from the precision and the ZeRO stage. Activations are an estimate: 34
+bytes per token, width and block in 16-bit precision, the usual count for a GPT block without stored attention scores.
 """
 
 from __future__ import annotations

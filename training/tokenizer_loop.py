@@ -1,7 +1,7 @@
 """Stage 1: the multi-scale VQVAE learns to reconstruct (eq. 5). One optimiser step, and validation.
 
-B images, L tokens, K scales, V vocabulary, C code width. LPIPS and the adversarial term are switches of the loss config.
-The arithmetic runs in float32: the nearest-code search does not survive less.
+B images, L tokens, K scales, V vocabulary, C code width. LPIPS and the adversarial term are switches of the loss
+config. The arithmetic runs in float32: the nearest-code search does not survive less.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def build_tokenizer(config: VQVAEConfig, *, seed: int) -> VQVAE:
 
 
 class TokenizerStage:
-    """The stage that `training.loop.Loop` drives. `discriminator` is an engine, or None without the adversarial term."""
+    """The stage that `training.loop.Loop` drives; `discriminator` is None without the adversarial term."""
 
     def __init__(
         self,

@@ -1,8 +1,8 @@
 """The record of a run, and MLflow as a view of it.
 
-`metrics.jsonl` is the record: one JSON object a line, written and flushed before anybody else hears of it. MLflow is fed
-from that file by a background thread, so the file is also its queue: training never waits for a tracker, a tracker that
-is down costs nothing but its curves, and it is fed from where it stopped when the run starts again.
+`metrics.jsonl` is the record: one JSON object a line, written and flushed before anybody else hears of it. MLflow is
+fed from that file by a background thread, so the file is also its queue: training never waits for a tracker, a tracker
+that is down costs nothing but its curves, and it is fed from where it stopped when the run starts again.
 """
 
 from __future__ import annotations
@@ -11,11 +11,24 @@ import json
 import os
 import threading
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 Record = dict[str, Any]
+
+SECTIONS = {
+    "loss": ("loss",),
+    "progress": ("epoch", "samples_seen", "pflop", "learning_rate", "gradient_norm"),
+    "quality": ("error", "psnr", "squared_error", "codebook_use"),
+    "speed": ("images_per_second", "tokens_per_second", "data_wait_share"),
+}
+NOT_DRAWN = {
+    "train": ("step", "time"),
+    "validation": ("step", "time", "epoch", "samples_seen", "pflop"),  # the training records have them
+}
 
 
 @dataclass(frozen=True)
@@ -41,16 +54,27 @@ class RunRecord:
 
     def read(self) -> list[Record]:
         """All complete records; a last line cut by a crash is left out."""
+        return [record for record, _ in self.read_from(0)]
+
+    def read_from(self, offset: int) -> Iterator[tuple[Record, int]]:
+        """The complete records from byte `offset` on, each with the offset of what follows it."""
         if not self.path.exists():
-            return []
-        lines = self.path.read_text().split("\n")
-        return [json.loads(line) for line in lines[:-1]]
+            return
+        with self.path.open("rb") as file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return
+                offset += len(line)
+                yield json.loads(line), offset
 
     def forget_after(self, step: int) -> None:
         """Drop what was recorded after the checkpoint at `step`: those steps are about to be taken again."""
-        kept = [record for record in self.read() if record["step"] <= step]
         temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        with temporary.open("w") as file:
+            for record, _ in self.read_from(0):
+                if record["step"] <= step:
+                    file.write(json.dumps(record) + "\n")
         os.replace(temporary, self.path)
 
 
@@ -66,6 +90,7 @@ class MLflowView:
         self.config = config
         self.parameters = parameters
         self.record = RunRecord(folder)
+        self._offset = 0  # of what is still to be read in metrics.jsonl
         self._news = threading.Event()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="mlflow-view", daemon=True)
@@ -92,8 +117,9 @@ class MLflowView:
                 if closing:
                     client.set_terminated(state["run_id"])
                     return
-        except Exception as error:  # whatever a tracker throws must not reach training; the record is complete without it
-            print(f"mlflow: {type(error).__name__}: {str(error).splitlines()[0][:200]}; metrics.jsonl goes on", flush=True)
+        except Exception as error:  # whatever a tracker throws must not reach training: the record is complete without
+            reason = " ".join(str(error).split())[:200]
+            print(f"mlflow: {type(error).__name__}: {reason}; metrics.jsonl goes on", flush=True)
 
     def _connect(self) -> tuple[Any, dict[str, Any]]:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
@@ -120,21 +146,24 @@ class MLflowView:
         return "/".join(self.folder.parts[-2:])
 
     def _send_new(self, client: Any, state: dict[str, Any]) -> None:
+        records = self.record.read_from(self._offset)
+        while batch := list(islice(records, 20)):
+            self._send([record for record, _ in batch if record["step"] > state[record["kind"]]], client, state)
+            self._offset = batch[-1][1]
+
+    def _send(self, records: list[Record], client: Any, state: dict[str, Any]) -> None:
         from mlflow.entities import Metric
 
-        new = [record for record in self.record.read() if record["step"] > state[record["kind"]]]
-        for start in range(0, len(new), 20):
-            batch = new[start : start + 20]
-            metrics = [
-                Metric(name, value, int(record["time"] * 1000), record["step"])
-                for record in batch
-                for name, value in flatten_metrics(record).items()
-            ]
-            for first in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 in one call
-                client.log_batch(state["run_id"], metrics=metrics[first : first + 1000])
-            for record in batch:
-                state[record["kind"]] = record["step"]
-            self._write_state(state)
+        metrics = [
+            Metric(name, value, int(record["time"] * 1000), record["step"])
+            for record in records
+            for name, value in flatten_metrics(record).items()
+        ]
+        for first in range(0, len(metrics), 1000):  # MLflow takes at most 1,000 in one call
+            client.log_batch(state["run_id"], metrics=metrics[first : first + 1000])
+        for record in records:
+            state[record["kind"]] = record["step"]
+        self._write_state(state)
 
     def _read_state(self) -> dict[str, Any] | None:
         path = self.folder / "mlflow.json"
@@ -147,15 +176,22 @@ class MLflowView:
 
 
 def flatten_metrics(record: Record) -> dict[str, float]:
-    """A record as MLflow metrics: "train/loss_avg", and one series per scale such as "train_scales/loss_03"."""
-    prefix = record["kind"]
+    """A record as MLflow metrics "section/kind_name": MLflow draws a section of charts for each, the losses first.
+
+    Lists become one series per scale, such as "scales/train_loss_03".
+    """
+    kind = record["kind"]
     flat: dict[str, float] = {}
     for name, value in record.items():
         if isinstance(value, list):
-            flat |= {f"{prefix}_scales/{name}_{k + 1:02d}": float(item) for k, item in enumerate(value)}
-        elif isinstance(value, (int, float)) and name not in ("step", "time"):
-            flat[f"{prefix}/{name}"] = float(value)
+            flat |= {f"scales/{kind}_{name}_{k + 1:02d}": float(item) for k, item in enumerate(value)}
+        elif isinstance(value, (int, float)) and name not in NOT_DRAWN[kind]:
+            flat[f"{_section(name)}/{kind}_{name}"] = float(value)
     return flat
+
+
+def _section(name: str) -> str:
+    return next((section for section, prefixes in SECTIONS.items() if name.startswith(prefixes)), "loss_parts")
 
 
 def absolute_uri(uri: str) -> str:

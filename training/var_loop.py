@@ -131,7 +131,7 @@ def build_var(config: VARConfig, *, seed: int, activation_checkpointing: bool) -
 
 
 def step_draws(seed: int, samples_seen: int, global_batch: int, count: int) -> Tensor:
-    """Uniform numbers (global_batch, count) in [0, 1), float32 on the CPU, for the step that starts at `samples_seen`."""
+    """Uniform numbers (global_batch, count) in [0, 1) for the step that starts at `samples_seen`."""
     generator = np.random.Generator(np.random.Philox(key=[seed, samples_seen]))
     return torch.from_numpy(generator.random((global_batch, count), dtype=np.float32))
 

@@ -1,0 +1,212 @@
+"""The outer loop: length, rhythm and record of a run, driven with a stage that counts instead of learning."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from training.checkpoint import TrainState
+from training.distributed import World
+from training.loop import Loop, LoopConfig, StepContext, TimedIterator, format_duration, mean_over_ranks
+from training.optim import OptimizerConfig, learning_rate_factor
+from training.tracking import Record, RunRecord
+
+NUM_SAMPLES = 40
+GLOBAL_BATCH = 8  # 5 steps an epoch
+
+
+class CountingStage:
+    """Reports what it was asked to do."""
+
+    flops_per_image = 10**12
+    tokens_per_image = 5
+
+    def __init__(self) -> None:
+        self.engines: dict[str, Any] = {}
+        self.contexts: list[StepContext] = []
+        self.batches: list[int] = []
+        self.num_validations = 0
+
+    def train_step(self, batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
+        self.contexts.append(context)
+        self.batches.append(next(batches))
+        loss = torch.tensor(float(len(self.contexts)))
+        return {"loss_avg": loss, "loss": torch.stack([loss, 2 * loss]), "gradient_norm": torch.tensor(0.5)}
+
+    def window_metrics(self) -> dict[str, Any]:
+        return {"codebook_use": 1.0}
+
+    def validate(self) -> dict[str, Any]:
+        self.num_validations += 1
+        return {"loss_avg": 7.0}
+
+    def headline(self, record: Record) -> str:
+        return f"loss {record['loss_avg']}"
+
+
+class RememberedCheckpoints:
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+
+    def save(self, engines: dict[str, Any], state: TrainState) -> None:
+        self.steps.append(state.step)
+
+
+class Run:
+    """A loop, what it drove and what it said."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.stage, self.checkpoints, self.lines = CountingStage(), RememberedCheckpoints(), []
+        self.record = RunRecord(folder)
+        settings = {"global_batch": GLOBAL_BATCH, "epochs": 2.0, "validate_every": 1.0} | config
+        self.loop = Loop(
+            self.stage,
+            LoopConfig(**settings),
+            OptimizerConfig(),
+            World(),
+            NUM_SAMPLES,
+            self.record,
+            None,
+            self.checkpoints,
+            self.lines.append,
+        )
+
+    def go(self, state: TrainState | None = None) -> TrainState:
+        return self.loop.run(state or TrainState(), lambda samples_seen: count(samples_seen, GLOBAL_BATCH))
+
+    def steps(self, kind: str) -> list[int]:
+        return [entry["step"] for entry in self.record.read() if entry["kind"] == kind]
+
+
+@pytest.mark.parametrize(
+    "epochs, num_samples, steps",
+    [(200, 1_281_167, 333_638), (1, 8, 1), (1, 9, 2), (0.5, 16, 1), (0.001, 8, 1)],
+)
+def test_a_run_has_enough_steps_for_its_epochs(epochs: float, num_samples: int, steps: int) -> None:
+    global_batch = 768 if num_samples > 1000 else 8  # 200 epochs of ImageNet at 768 are 333,637.2 steps
+    assert LoopConfig(global_batch=global_batch, epochs=epochs).total_steps(num_samples) == steps
+
+
+@pytest.mark.parametrize("log_every", [1, 3, 100])
+def test_every_step_is_recorded_once_whatever_the_logging_rhythm(tmp_path: Path, log_every: int) -> None:
+    run = Run(tmp_path, log_every=log_every)
+    run.go()
+    assert run.steps("train") == list(range(1, 11))
+    assert [entry["loss_avg"] for entry in run.record.read() if entry["kind"] == "train"] == list(range(1, 11))
+    assert len([line for line in run.lines if line.startswith("step ")]) == 10
+
+
+def test_validation_comes_at_its_rhythm_and_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, epochs=2.4, validate_every=1.0)  # 12 steps, 5 an epoch
+    run.go()
+    assert run.steps("validation") == [5, 10, 12]
+
+
+def test_validation_every_half_epoch_rounds_up_to_a_step(tmp_path: Path) -> None:
+    run = Run(tmp_path, epochs=1.0, validate_every=0.5)  # 20 samples are 2.5 steps
+    run.go()
+    assert run.steps("validation") == [3, 5]
+
+
+def test_checkpoints_come_at_their_rhythm_and_at_the_end(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=4)
+    state = run.go()
+    assert run.checkpoints.steps == [4, 8, 10]
+    assert (state.step, state.samples_seen) == (10, 80)
+
+
+def test_what_a_checkpoint_covers_is_recorded_before_it_is_saved(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=4, log_every=100)
+    recorded: list[list[int]] = []
+    run.checkpoints.save = lambda engines, state: recorded.append(run.steps("train"))
+    run.go()
+    assert recorded == [list(range(1, step + 1)) for step in (4, 8, 10)]
+
+
+def test_stopping_early_leaves_with_a_checkpoint_and_the_schedule_of_the_whole_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, stop_after_steps=3)
+    state = run.go()
+    assert state.step == 3 and run.checkpoints.steps == [3] and run.steps("train") == [1, 2, 3]
+    assert run.stage.num_validations == 0
+    assert [context.progress for context in run.stage.contexts] == [0, 0.1, 0.2]
+
+
+def test_an_interrupted_run_takes_the_same_steps_as_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, part, rest = (Run(tmp_path / name) for name in ("whole", "part", "rest"))
+    part.loop.config = LoopConfig(global_batch=GLOBAL_BATCH, epochs=2.0, validate_every=1.0, stop_after_steps=4)
+    whole.go()
+    rest.go(part.go())
+    assert part.stage.contexts + rest.stage.contexts == whole.stage.contexts
+    assert part.stage.batches + rest.stage.batches == whole.stage.batches
+    assert part.steps("validation") + rest.steps("validation") == whole.steps("validation")
+
+
+def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.go(TrainState(step=10, samples_seen=80))
+    assert run.stage.contexts == [] and run.checkpoints.steps == [] and run.record.read() == []
+
+
+def test_each_record_says_where_the_run_stood(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.go()
+    entry = [entry for entry in run.record.read() if entry["kind"] == "train"][2]
+    assert (entry["step"], entry["samples_seen"], entry["epoch"]) == (3, 24, 0.6)
+    assert entry["pflop"] == pytest.approx(24 * 10**12 / 10**15)
+    assert entry["loss"] == [3.0, 6.0]
+    peak = OptimizerConfig().base_lr * GLOBAL_BATCH / 256
+    assert entry["learning_rate"] == pytest.approx(peak * learning_rate_factor(0.2, OptimizerConfig()))
+    assert 0 <= entry["data_wait_share"] <= 1 and entry["images_per_second"] > 0
+    assert entry["tokens_per_second"] == pytest.approx(5 * entry["images_per_second"])
+
+
+def test_only_rank_zero_writes_the_record(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.loop.world = World(rank=1)  # world_size stays 1: no process group is needed
+    run.go()
+    assert run.record.read() == []
+
+
+def test_the_timed_iterator_counts_only_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
+    monkeypatch.setattr("training.loop.time.monotonic", lambda: next(clock))
+    items = TimedIterator(iter("ab"))
+    assert next(items) == "a" and next(items) == "b"
+    assert items.take_waited() == 5
+    with pytest.raises(StopIteration):
+        next(items)
+    assert items.take_waited() == 0.5 and items.take_waited() == 0
+
+
+def test_scalars_and_vectors_come_through_the_reduction_in_place() -> None:
+    steps = [{"a": torch.tensor(1.5), "b": torch.tensor([1.0, 2.0, 3.0])}, {"a": torch.tensor(2), "b": torch.zeros(3)}]
+    assert mean_over_ranks(steps, World()) == [{"a": 1.5, "b": [1.0, 2.0, 3.0]}, {"a": 2.0, "b": [0.0, 0.0, 0.0]}]
+
+
+def test_a_vector_of_one_stays_a_vector() -> None:
+    assert mean_over_ranks([{"a": torch.tensor([4.0])}], World()) == [{"a": [4.0]}]
+
+
+def test_the_reduction_divides_the_sum_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("training.loop.sum_over_ranks", lambda values, world: 3 * values)  # three equal ranks
+    assert mean_over_ranks([{"a": torch.tensor(5.0)}], World(world_size=3)) == [{"a": 5.0}]
+
+
+@pytest.mark.parametrize(
+    "seconds, text",
+    [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (200, "3m20s"), (3599.6, "1h00m"), (3720, "1h02m"), (90_000, "25h00m")],
+)
+def test_durations_are_short_and_round_properly(seconds: float, text: str) -> None:
+    assert format_duration(seconds) == text
+
+
+@pytest.mark.parametrize("name", ["global_batch", "epochs", "log_every", "validate_every", "checkpoint_every"])
+def test_a_rhythm_of_zero_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"loop.{name} is 0"):
+        LoopConfig(**{name: 0})

@@ -1,0 +1,225 @@
+"""The README from end to end, on the commands a user types: digits to shards to codes to a transformer to images.
+
+One run is killed outright in the middle and started again; it must end with the losses of one that was left alone.
+Then what a user can get wrong: each is one line on stderr and a non-zero exit code.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs" / "digits"
+SHORT = ["loop.epochs=0.5", "loop.validate_every=0.25", "loop.checkpoint_every=4", "loop.log_every=1"]
+PACK = ["source=digits", "out=data/digits/images", "val_fraction=0.2"]
+ENCODE = ["tokenizer=runs/digits/tokenizer", "images=data/digits/images", "out=data/digits/codes", "views=2"]
+
+
+@dataclass(frozen=True)
+class Workplace:
+    """A folder with packed digits, a barely trained tokenizer and its codes."""
+
+    folder: Path
+
+    def command(self, name: str, *arguments: str, ranks: int = 0) -> list[str]:
+        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else []
+        return [*(launcher or [sys.executable]), str(ROOT / "launchers" / f"{name}.py"), *arguments]
+
+    def run(self, name: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None) -> Any:
+        return subprocess.run(
+            self.command(name, *arguments, ranks=ranks),
+            cwd=self.folder,
+            env=os.environ | {"DS_ACCELERATOR": "cpu"} | (env or {}),
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+
+    def succeed(self, name: str, *arguments: str, ranks: int = 0) -> str:
+        done = self.run(name, *arguments, ranks=ranks)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+        return done.stdout
+
+    def fail(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> str:
+        """Run a command that must end with one line on stderr; that line."""
+        done = self.run(name, *arguments, env=env)
+        assert done.returncode == 64, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr[-2000:]
+        return lines[0]
+
+    def records(self, run: str) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def train_arguments(run: str, *more: str) -> list[str]:
+    return ["--config", str(CONFIGS / "d2.yaml"), f"run={run}", "tracking.mlflow=false", *SHORT, *more]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    place = Workplace(tmp_path_factory.mktemp("place"))
+    tokenizer = ["--config", str(CONFIGS / "tokenizer.yaml"), "loop.epochs=0.2"]
+    place.succeed("pack_images", *PACK)
+    place.succeed("train_tokenizer", *tokenizer)
+    place.succeed("encode_codes", *ENCODE)
+    return place
+
+
+@pytest.fixture(scope="module")
+def trained(place: Workplace) -> Workplace:
+    place.succeed("train", *train_arguments("runs/whole"), ranks=2)
+    return place
+
+
+def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    clock = ("images_per_second", "tokens_per_second", "data_wait_share", "time")
+    return [{name: value for name, value in record.items() if name not in clock} for record in records]
+
+
+def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: Workplace) -> None:
+    train = [record for record in trained.records("runs/whole") if record["kind"] == "train"]
+    assert [record["step"] for record in train] == list(range(1, 13))
+    assert train[0]["loss_avg"] == pytest.approx(np.log(64), abs=0.1)
+    assert train[-1]["loss_avg"] < train[0]["loss_avg"]
+    numbers = ("loss_last", "error_avg", "error_last", "learning_rate", "gradient_norm", "tokens_per_second", "pflop")
+    for name in numbers:
+        assert all(np.isfinite(record[name]) for record in train), name
+    assert len(train[0]["loss"]) == 3  # one per scale
+
+
+def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: Workplace) -> None:
+    command = trained.command("train", *train_arguments("runs/killed"), ranks=2)
+    process = subprocess.Popen(
+        command,
+        cwd=trained.folder,
+        env=os.environ | {"DS_ACCELERATOR": "cpu"},
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    record = trained.folder / "runs/killed/metrics.jsonl"
+    wait_for(lambda: record.exists() and len(record.read_text().splitlines()) > 5, seconds=120)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (trained.folder / "runs/killed/checkpoints/step-00000012").exists()
+    said = trained.succeed("train", *train_arguments("runs/killed"), ranks=2)
+    assert "resuming from" in said
+    assert lasting(trained.records("runs/killed")) == lasting(trained.records("runs/whole"))
+
+
+def wait_for(condition: Any, *, seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "waited in vain"
+        time.sleep(0.05)
+
+
+def test_sampling_writes_images_that_do_not_depend_on_the_batch(trained: Workplace) -> None:
+    images = {}
+    for batch in (3, 20):
+        trained.succeed("sample", "run=runs/whole", f"out=out{batch}", "per_class=2", f"batch={batch}")
+        images[batch] = np.load(trained.folder / f"out{batch}" / "samples.npz")["arr_0"]
+        assert (trained.folder / f"out{batch}" / "samples.png").stat().st_size > 0
+    assert images[3].shape == (20, 16, 16, 3) and images[3].dtype == np.uint8
+    assert np.abs(images[3].astype(int) - images[20]).max() <= 1  # float32 sums in another order, then rounding
+
+
+def test_mlflow_shows_what_metrics_jsonl_holds(place: Workplace) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{place.folder}/runs/mlflow.db")
+    state = json.loads((place.folder / "runs/digits/tokenizer/mlflow.json").read_text())
+    points = {point.step: point.value for point in client.get_metric_history(state["run_id"], "loss/train_loss")}
+    records = [record for record in place.records("runs/digits/tokenizer") if record["kind"] == "train"]
+    assert points == {record["step"]: record["loss"] for record in records}
+    assert client.get_run(state["run_id"]).info.status == "FINISHED"
+
+
+def test_stage_2_trains_from_images_as_well(place: Workplace) -> None:
+    images = ["data.train=data/digits/images/train", "data.validation=data/digits/images/val", "loop.epochs=0.1"]
+    place.succeed("train", *train_arguments("runs/online", *images))
+    assert [record["step"] for record in place.records("runs/online") if record["kind"] == "train"] == [1, 2, 3]
+
+
+def test_packing_and_encoding_again_do_nothing(place: Workplace) -> None:
+    said = place.succeed("pack_images", *PACK)
+    said += place.succeed("encode_codes", *ENCODE)
+    assert said.count("nothing to do") == 3
+
+
+def test_a_dry_run_allocates_no_model_and_needs_no_data(place: Workplace) -> None:
+    for name, count in {"d16": "310,283,520", "d30": "2,010,020,356", "d36_512": "2,353,893,904"}.items():
+        said = place.succeed("train", "--config", str(ROOT / f"configs/{name}.yaml"), "--dry-run", "--world-size", "8")
+        assert count in said and "not there yet" in said
+    assert "one batch of codes (32, 21)" in place.succeed("train", *train_arguments("runs/dry"), "--dry-run")
+
+
+class TestBadInput:
+    """One line that names the thing, what was found and what to do; exit code 64."""
+
+    def test_unknown_key(self, place: Workplace) -> None:
+        line = place.fail("train", *train_arguments("runs/x"), "model.dept=4")
+        assert "model.dept" in line and "did you mean 'model.depth'" in line
+
+    def test_wrong_type(self, place: Workplace) -> None:
+        line = place.fail("train", *train_arguments("runs/x"), "model.depth=deep")
+        assert "depth" in line and "deep" in line
+
+    def test_missing_config(self, place: Workplace) -> None:
+        assert "nowhere.yaml: no such config file" in place.fail("train", "--config", "nowhere.yaml")
+
+    def test_missing_tokenizer(self, place: Workplace) -> None:
+        assert "nowhere: no model there" in place.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
+
+    def test_empty_folder(self, place: Workplace) -> None:
+        (place.folder / "empty").mkdir()
+        assert "empty" in place.fail("pack_images", "source=empty", "out=packed")
+
+    def test_truncated_shard(self, place: Workplace) -> None:
+        shutil.copytree(place.folder / "data/digits/codes/train", place.folder / "cut")
+        shard = next((place.folder / "cut").glob("*.tar"))
+        shard.write_bytes(shard.read_bytes()[:-1000])
+        assert shard.name in place.fail("train", *train_arguments("runs/x"), "data.train=cut")
+
+    def test_codes_of_another_tokenizer(self, place: Workplace) -> None:
+        shutil.copytree(place.folder / "data/digits/codes/train", place.folder / "foreign")
+        index = place.folder / "foreign" / "index.json"
+        meta = json.loads(index.read_text())
+        meta["meta"]["tokenizer_sha256"] = "0" * 64
+        index.write_text(json.dumps(meta))
+        line = place.fail("train", *train_arguments("runs/x"), "data.train=foreign")
+        assert "0000" in line and "encode_codes.py" in line
+
+    def test_batch_not_divisible_by_the_world(self, place: Workplace) -> None:
+        world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+        line = place.fail("train", *train_arguments("runs/x"), env=world)
+        assert "global_batch 64 is not divisible by the world size 3" in line
+
+    def test_checkpoint_of_another_model(self, trained: Workplace) -> None:
+        line = trained.fail("train", *train_arguments("runs/whole"), "model.depth=3")
+        assert "depth is 2, this run has 3" in line
+
+    def test_corrupt_image_is_skipped_counted_and_named(self, place: Workplace) -> None:
+        from PIL import Image
+
+        for label in ("cat", "dog"):
+            (place.folder / "photos" / label).mkdir(parents=True)
+            for number in range(4):
+                picture = Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8))
+                picture.save(place.folder / "photos" / label / f"{number}.png")
+        (place.folder / "photos/cat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
+        said = place.succeed("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
+        assert "1 skipped" in said and "broken.jpg" in said

@@ -1,0 +1,137 @@
+"""metrics.jsonl is the record; MLflow is a view of it that is complete, free of duplicates, and never in the way."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+
+from training.tracking import MLflowView, Record, RunRecord, TrackingConfig, absolute_uri, flatten_metrics
+
+FAILURE_SECONDS = 30  # far above what refused connections take, far below what a silent retry loop would
+
+
+def train_record(step: int, **values: object) -> Record:
+    return {"kind": "train", "step": step, "time": 1000.0 + step, "loss_avg": 1 / step} | values
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    return RunRecord(tmp_path / "run")
+
+
+def test_what_is_written_is_read_back_in_order(record: RunRecord) -> None:
+    written = [train_record(step, error=[0.5, 0.25]) for step in (1, 2, 3)]
+    record.write(written[:2])
+    record.write(written[2:])
+    assert record.read() == written
+    assert len(record.path.read_text().splitlines()) == 3
+
+
+def test_a_record_that_does_not_exist_yet_is_empty(record: RunRecord) -> None:
+    assert record.read() == []
+
+
+def test_a_last_line_cut_by_a_crash_is_left_out(record: RunRecord) -> None:
+    record.write([train_record(1), train_record(2)])
+    whole = record.path.read_bytes()
+    record.path.write_bytes(whole[:-5])
+    assert record.read() == [train_record(1)]
+
+
+def test_steps_after_the_checkpoint_are_forgotten(record: RunRecord) -> None:
+    record.write([train_record(step) for step in (1, 2, 3, 4)])
+    record.forget_after(2)
+    assert [entry["step"] for entry in record.read()] == [1, 2]
+
+
+def test_a_resumed_run_writes_on_after_a_cut_line(record: RunRecord) -> None:
+    record.write([train_record(1), train_record(2)])
+    record.path.write_bytes(record.path.read_bytes()[:-5])
+    record.forget_after(1)
+    record.write([train_record(2)])
+    assert [entry["step"] for entry in record.read()] == [1, 2]
+
+
+def test_a_new_run_that_forgets_everything_has_an_empty_record(record: RunRecord) -> None:
+    record.write([train_record(1)])
+    record.forget_after(0)
+    assert record.read() == []
+
+
+def test_metrics_are_named_by_kind_and_numbered_by_scale() -> None:
+    entry = {"kind": "train", "step": 3, "time": 9.0, "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0, 3.0]}
+    assert flatten_metrics(entry) == {
+        "train/samples_seen": 24.0,
+        "train/loss_avg": 2.0,
+        "train_scales/loss_01": 1.0,
+        "train_scales/loss_02": 2.0,
+        "train_scales/loss_03": 3.0,
+    }
+
+
+def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert (tmp_path / "runs").is_dir()
+    assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_mlflow_gets_every_point_once_even_when_the_run_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    folder = tmp_path / "digits" / "d2"
+    record = RunRecord(folder)
+    config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="test")
+
+    record.write([train_record(step, loss=[2.0, 3.0]) for step in range(1, 31)])  # more than one batch of 20
+    first = MLflowView(folder, config, {"model.depth": 2})
+    record.write([{"kind": "validation", "step": 30, "time": 1030.0, "loss_avg": 0.5}])
+    first.notify()
+    first.close()
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    second = MLflowView(folder, config, {"model.depth": 2})
+    record.write([train_record(step, loss=[2.0, 3.0]) for step in range(31, 41)])
+    second.close()
+
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(tracking_uri=config.uri)
+    assert json.loads((folder / "mlflow.json").read_text())["run_id"] == run_id
+    runs = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert [(run.info.run_id, run.info.run_name, run.info.status) for run in runs] == [(run_id, "digits/d2", "FINISHED")]
+    assert runs[0].data.params == {"model.depth": "2"}
+    for name in ("train/loss_avg", "train_scales/loss_02"):
+        assert [point.step for point in client.get_metric_history(run_id, name)] == list(range(1, 41))
+    assert [point.value for point in client.get_metric_history(run_id, "validation/loss_avg")] == [0.5]
+
+
+def test_a_dead_tracker_neither_raises_nor_blocks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    record = RunRecord(tmp_path)
+    started = time.monotonic()
+    view = MLflowView(tmp_path, TrackingConfig(uri="http://127.0.0.1:9"), {})
+    record.write([train_record(1)])
+    view.notify()
+    assert time.monotonic() - started < 2  # training goes on at once
+    view.close(patience_seconds=FAILURE_SECONDS)
+    assert time.monotonic() - started < FAILURE_SECONDS
+    assert "mlflow: " in capfd.readouterr().out
+    assert record.read() == [train_record(1)]
+
+
+def test_closing_gives_up_on_a_tracker_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MLflowView, "_connect", lambda self: time.sleep(5))
+    view = MLflowView(tmp_path, TrackingConfig(), {})
+    started = time.monotonic()
+    view.close(patience_seconds=0.1)
+    assert time.monotonic() - started < 2
