@@ -165,7 +165,7 @@ def _build(schema: type, node: Any, prefix: str = "") -> Any:
         value = node[name]
         if is_dataclass(kind):
             value = _build(kind, value, f"{prefix}{name}.")
-        elif OmegaConf.is_list(value):
+        elif OmegaConf.is_sequence(value):
             value = tuple(value)
         values[name] = value
     return schema(**values)

@@ -31,7 +31,9 @@ def make_engine(value: float = 1.0) -> PlainEngine:
     return PlainEngine(model)
 
 
-def make_checkpoints(root: Path, *, keep: int = 2, world: World = World(), config: VARConfig = VAR_CONFIG) -> Checkpoints:
+def make_checkpoints(
+    root: Path, *, keep: int = 2, world: World = World(), config: VARConfig = VAR_CONFIG
+) -> Checkpoints:
     return Checkpoints(root, keep=keep, world=world, model_config=config)
 
 

@@ -1,4 +1,4 @@
-"""The config handed to DeepSpeed: explicit, exact, and one that DeepSpeed accepts. Engines that run: test_distributed."""
+"""The config handed to DeepSpeed: explicit, exact, and accepted by it. Engines that run are in test_distributed."""
 
 from __future__ import annotations
 
@@ -108,7 +108,8 @@ def test_a_world_that_does_not_fit_is_answered_with_those_that_do() -> None:
 
 
 def test_a_micro_batch_that_does_not_fit_is_answered_with_those_that_do() -> None:
-    with pytest.raises(ValueError, match="12 images a rank, .*micro_batch 5; micro-batches that fit: 1, 2, 3, 4, 6, 12"):
+    fit = "12 images a rank, .*micro_batch 5; micro-batches that fit: 1, 2, 3, 4, 6, 12"
+    with pytest.raises(ValueError, match=fit):
         accumulation_steps(24, 5, 2)
 
 

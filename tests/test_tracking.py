@@ -61,15 +61,20 @@ def test_a_new_run_that_forgets_everything_has_an_empty_record(record: RunRecord
     assert record.read() == []
 
 
-def test_metrics_are_named_by_kind_and_numbered_by_scale() -> None:
+def test_metrics_stand_in_sections_and_are_numbered_by_scale() -> None:
     entry = {"kind": "train", "step": 3, "time": 9.0, "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0, 3.0]}
     assert flatten_metrics(entry) == {
-        "train/samples_seen": 24.0,
-        "train/loss_avg": 2.0,
-        "train_scales/loss_01": 1.0,
-        "train_scales/loss_02": 2.0,
-        "train_scales/loss_03": 3.0,
+        "progress/train_samples_seen": 24.0,
+        "loss/train_loss_avg": 2.0,
+        "scales/train_loss_01": 1.0,
+        "scales/train_loss_02": 2.0,
+        "scales/train_loss_03": 3.0,
     }
+
+
+def test_the_step_and_the_time_are_no_metrics() -> None:
+    drawn = flatten_metrics({"kind": "validation", "step": 3, "time": 9.0, "loss_avg": 2.0})
+    assert drawn == {"loss/validation_loss_avg": 2.0}
 
 
 def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(
@@ -96,8 +101,9 @@ def test_mlflow_gets_every_point_once_even_when_the_run_is_started_again(
     first.notify()
     first.close()
     run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    record.forget_after(25)  # killed at 30, resumed from a checkpoint at 25: some steps are taken, and timed, anew
     second = MLflowView(folder, config, {"model.depth": 2})
-    record.write([train_record(step, loss=[2.0, 3.0]) for step in range(31, 41)])
+    record.write([train_record(step, loss=[2.0, 3.0]) | {"time": 5000.0 + step} for step in range(26, 41)])
     second.close()
 
     from mlflow.tracking import MlflowClient
@@ -105,11 +111,12 @@ def test_mlflow_gets_every_point_once_even_when_the_run_is_started_again(
     client = MlflowClient(tracking_uri=config.uri)
     assert json.loads((folder / "mlflow.json").read_text())["run_id"] == run_id
     runs = client.search_runs([client.get_experiment_by_name("test").experiment_id])
-    assert [(run.info.run_id, run.info.run_name, run.info.status) for run in runs] == [(run_id, "digits/d2", "FINISHED")]
+    found = [(run.info.run_id, run.info.run_name, run.info.status) for run in runs]
+    assert found == [(run_id, "digits/d2", "FINISHED")]
     assert runs[0].data.params == {"model.depth": "2"}
-    for name in ("train/loss_avg", "train_scales/loss_02"):
+    for name in ("loss/train_loss_avg", "scales/train_loss_02"):
         assert [point.step for point in client.get_metric_history(run_id, name)] == list(range(1, 41))
-    assert [point.value for point in client.get_metric_history(run_id, "validation/loss_avg")] == [0.5]
+    assert [point.value for point in client.get_metric_history(run_id, "loss/validation_loss_avg")] == [0.5]
 
 
 def test_a_dead_tracker_neither_raises_nor_blocks(
