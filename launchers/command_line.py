@@ -16,8 +16,12 @@ from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from training.checkpoint import flatten
+from training.loop import TrainingDiverged
+
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 64  # EX_USAGE of sysexits.h
+EXIT_DIVERGED = 70  # EX_SOFTWARE
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -31,7 +35,7 @@ class Command(Generic[Config]):
 
 
 def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> None:
-    """Parse sys.argv, launch, and turn what a user can cause into one line on stderr and exit code 64.
+    """Parse sys.argv, launch, and turn what a user can cause into one line on stderr and exit code 64 (divergence: 70).
 
     NEXTSCALE_TRACEBACK=1 in the environment shows the traceback as well.
     """
@@ -39,11 +43,11 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
         command = parse(schema, sys.argv[1:], description)
         if command is not None:
             launch(command)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, TrainingDiverged) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK") == "1":
             raise
         print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_BAD_INPUT)
+        sys.exit(EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_BAD_INPUT)
 
 
 def one_line(error: Exception) -> str:
@@ -113,7 +117,37 @@ def build_config(schema: type[Config], layers: Sequence[dict[str, Any]], *, sour
     try:
         return _build(schema, OmegaConf.merge(OmegaConf.structured(schema), *layers))
     except OmegaConfBaseException as error:
-        raise ValueError(f"{source}: {str(error).splitlines()[0]} at '{error.full_key}'; see --help") from None
+        wrong = _wrong_value(schema, layers) or f"{one_line(error)}; see --help"
+        raise ValueError(f"{source}: {wrong}") from None
+
+
+def _wrong_value(schema: type, layers: Sequence[dict[str, Any]]) -> str | None:
+    """Name the first setting whose value cannot be converted, and what is expected; OmegaConf does not always say."""
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    for key, value in [item for layer in layers for item in flatten(layer).items()]:
+        alone: Any = value
+        for part in reversed(key.split(".")):
+            alone = {part: alone}
+        try:
+            OmegaConf.merge(OmegaConf.structured(schema), alone)
+        except OmegaConfBaseException:
+            return f"{key} is {value!r}, expected {_expected(schema, key)}; see --help"
+    return None
+
+
+def _expected(schema: type, key: str) -> str:
+    kind: Any = schema
+    for part in key.split("."):
+        kind = typing.get_type_hints(kind)[part]
+    return _type_name(kind)
+
+
+def _type_name(kind: Any) -> str:
+    if is_dataclass(kind):
+        return "a mapping of settings"
+    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
 
 
 def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -181,8 +215,7 @@ def describe_schema(schema: type, prefix: str = "  ") -> str:
             lines.append(describe_schema(kind, f"{prefix}{item.name}."))
             continue
         default = item.default if item.default is not MISSING else "required"
-        name = kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
-        lines.append(f"{prefix}{item.name}  ({name}) {default}")
+        lines.append(f"{prefix}{item.name}  ({_type_name(kind)}) {default}")
     return "\n".join(lines)
 
 

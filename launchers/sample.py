@@ -23,6 +23,8 @@ from models.var import VAR  # noqa: E402
 from models.vqvae import VQVAE  # noqa: E402
 from training.distributed import World  # noqa: E402
 
+MAX_PER_CLASS = 2**16
+
 
 def launch(command: Command[SampleConfig]) -> None:
     config = command.config
@@ -57,17 +59,21 @@ def sample_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     for label in classes:
         if not 0 <= label < num_classes:
             raise ValueError(f"classes has {label}; this model knows 0 to {num_classes - 1}")
-    if config.per_class < 1:
-        raise ValueError(f"per_class is {config.per_class}; it must be at least 1")
+    if not 1 <= config.per_class <= MAX_PER_CLASS:
+        raise ValueError(f"per_class is {config.per_class}; accepted: 1 to {MAX_PER_CLASS}")
     return np.repeat(np.asarray(classes, np.int64), config.per_class)
+
+
+def image_seeds(seed: int, labels: np.ndarray, numbers: np.ndarray, num_classes: int) -> np.ndarray:
+    """A seed of its own for every (class, number); torch's CPU generators keep 32 bits of it."""
+    return ((seed * num_classes + labels) * MAX_PER_CLASS + numbers) % 2**32
 
 
 def sample_batches(var: VAR, tokenizer: VQVAE, labels: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
     """Images (n, H, W, 3) uint8 in batches of `batch`. The seed of an image depends on its class and number alone."""
     device = var.position_embedding.device
     numbers = np.arange(len(labels)) % config.per_class
-    # torch's CPU generators keep 32 bits of a seed
-    seeds = (config.seed * 1_000_003 + labels * 10_007 + numbers) % 2**32
+    seeds = image_seeds(config.seed, labels, numbers, var.config.num_classes)
     for start in range(0, len(labels), config.batch):
         part = slice(start, start + config.batch)
         codes = generate(

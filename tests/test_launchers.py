@@ -293,6 +293,12 @@ def test_an_image_depends_on_its_class_and_number_alone() -> None:
     assert np.abs(sampled()[[0, 1, 3, 4]].astype(int) - fewer[:4]).max() <= 1
 
 
+def test_every_image_of_a_class_and_number_has_a_seed_of_its_own() -> None:
+    labels, numbers = np.repeat(np.arange(1000), 50), np.tile(np.arange(50), 1000)
+    seeds = np.concatenate([image_seeds(seed, labels, numbers, 1000) for seed in (0, 1, 2)])
+    assert len(np.unique(seeds)) == 150_000
+
+
 def test_another_seed_gives_other_images_and_no_two_are_alike() -> None:
     images = sampled()
     assert not np.array_equal(images, sampled(seed=1))

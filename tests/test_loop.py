@@ -13,7 +13,15 @@ from torch import Tensor
 
 from training.checkpoint import TrainState
 from training.distributed import World
-from training.loop import Loop, LoopConfig, StepContext, TimedIterator, format_duration, mean_over_ranks
+from training.loop import (
+    Loop,
+    LoopConfig,
+    StepContext,
+    TimedIterator,
+    TrainingDiverged,
+    format_duration,
+    mean_over_ranks,
+)
 from training.optim import OptimizerConfig, learning_rate_factor
 from training.tracking import Record, RunRecord
 
@@ -56,6 +64,9 @@ class RememberedCheckpoints:
 
     def save(self, engines: dict[str, Any], state: TrainState) -> None:
         self.steps.append(state.step)
+
+    def latest(self) -> Path | None:
+        return Path(f"step-{self.steps[-1]:08d}") if self.steps else None
 
 
 class Run:
@@ -100,6 +111,21 @@ def test_every_step_is_recorded_once_whatever_the_logging_rhythm(tmp_path: Path,
     assert run.steps("train") == list(range(1, 11))
     assert [entry["loss_avg"] for entry in run.record.read() if entry["kind"] == "train"] == list(range(1, 11))
     assert len([line for line in run.lines if line.startswith("step ")]) == 10
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_recorded_or_saved(tmp_path: Path, bad: float) -> None:
+    run = Run(tmp_path, log_every=1, checkpoint_every=2)
+    healthy = run.stage.train_step
+
+    def diverging(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
+        metrics = healthy(batches, context)
+        return metrics | {"loss": torch.tensor([1.0, bad])} if len(run.stage.contexts) == 4 else metrics
+
+    run.stage.train_step = diverging  # type: ignore[method-assign]
+    with pytest.raises(TrainingDiverged, match="step 4 .* step-00000002"):
+        run.go()
+    assert run.steps("train") == [1, 2, 3] and run.checkpoints.steps == [2]
 
 
 def test_validation_comes_at_its_rhythm_and_at_the_end(tmp_path: Path) -> None:

@@ -23,7 +23,11 @@ if TYPE_CHECKING:
     from playwright.sync_api import Page
 
 STEPS, VALIDATIONS = 50, (10, 30, 50)
-POINTS_OF_CHART = {"loss/train_loss_avg": STEPS, "scales/train_loss_02": STEPS, "loss/validation_loss_avg": len(VALIDATIONS)}
+POINTS_OF_CHART = {
+    "loss/train_loss_avg": STEPS,
+    "scales/train_loss_02": STEPS,
+    "loss/validation_loss_avg": len(VALIDATIONS),
+}
 QUIET_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
                 "DO_NOT_TRACK": "true"}
 QUIET_BROWSER = ["--disable-gpu", "--disable-quic", "--disable-sync"]   # playwright turns the other background work off

@@ -30,6 +30,12 @@ def test_what_is_written_is_read_back_in_order(record: RunRecord) -> None:
     assert len(record.path.read_text().splitlines()) == 3
 
 
+def test_numbers_that_json_does_not_have_are_written_as_null_and_not_drawn(record: RunRecord) -> None:
+    record.write([train_record(1, gradient_norm=float("inf"))])
+    assert record.read()[0]["gradient_norm"] is None
+    assert not any("gradient_norm" in name for name in flatten_metrics(record.read()[0]))
+
+
 def test_a_record_that_does_not_exist_yet_is_empty(record: RunRecord) -> None:
     assert record.read() == []
 

@@ -57,10 +57,8 @@ class Checkpoints:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
         barrier(self.world)
-        for tag, engine in engines.items():
-            engine.save(temporary, tag)
+        agree_on_error(_save_shards(temporary, engines), self.world)
         weights = engines["model"].full_state_dict()
-        barrier(self.world)
         error = self._commit(temporary, final, weights, state) if self.world.is_rank_zero else None
         agree_on_error(error, self.world)
         return final
@@ -80,7 +78,7 @@ class Checkpoints:
             os.rename(temporary, final)
             _fsync(self.root)
             self._forget_old()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             return error
         return None
 
@@ -121,6 +119,15 @@ class Checkpoints:
                     f"{path}: checkpoint of another model: its {name} is {theirs.get(name)}, this run has {value}; "
                     "change the config back or choose another run folder"
                 )
+
+
+def _save_shards(folder: Path, engines: Mapping[str, Engine]) -> Exception | None:
+    try:
+        for tag, engine in engines.items():
+            engine.save(folder, tag)
+    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+        return error
+    return None
 
 
 def committed_checkpoints(root: Path) -> list[Path]:

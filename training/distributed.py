@@ -45,7 +45,9 @@ class World:
 
 
 def _device(local_rank: int) -> torch.device:
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each process one GPU only
 
 
 def join_world(timeout_minutes: float = 10.0) -> World:

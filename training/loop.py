@@ -24,6 +24,10 @@ from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_a
 from training.tracking import MLflowView, Record, RunRecord, wall_time
 
 
+class TrainingDiverged(ArithmeticError):
+    """The loss is not a finite number; nothing of it was recorded or saved."""
+
+
 @dataclass(frozen=True)
 class LoopConfig:
     """Length and rhythm of a run."""
@@ -38,7 +42,7 @@ class LoopConfig:
 
     def __post_init__(self) -> None:
         for name in ("global_batch", "epochs", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
-            if getattr(self, name) <= 0:
+            if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
 
     def total_steps(self, num_samples: int) -> int:
@@ -147,6 +151,8 @@ class Loop:
         positions, metrics = zip(*self._pending, strict=True)
         self._pending.clear()
         values = mean_over_ranks(list(metrics), self.world)
+        for position, value in zip(positions, values, strict=True):
+            self._refuse_divergence(position["step"], value["loss"])
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
         images = len(positions) * self.config.global_batch
@@ -161,6 +167,15 @@ class Loop:
         self._publish(records)
         for record in records:
             self.say(self._progress_line(record, total))
+
+    def _refuse_divergence(self, step: int, loss: float | list[float]) -> None:
+        """Raise TrainingDiverged, on all ranks alike, if the loss of a step is not finite."""
+        if not all(math.isfinite(value) for value in (loss if isinstance(loss, list) else [loss])):
+            newest = self.checkpoints.latest() or "none yet"
+            raise TrainingDiverged(
+                f"the loss of step {step} is {loss}; the newest checkpoint is {newest}: "
+                "resume from it with a lower optimizer.base_lr"
+            )
 
     def _validate(self, state: TrainState) -> None:
         record = self._position(state, "validation") | self.stage.validate() | {"time": wall_time()}

@@ -88,7 +88,7 @@ def load_lpips(backbone: str) -> nn.Module:
 
     Raises:
         FileNotFoundError: no weights at `backbone`, nor where torch keeps downloads; a run never downloads them.
-        ValueError: the file is not the published one.
+        ValueError: the file is not the published one, or lpips does not work with the torchvision here.
     """
     import hashlib
     from pathlib import Path
@@ -104,8 +104,13 @@ def load_lpips(backbone: str) -> nn.Module:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if not digest.startswith("397923af"):
         raise ValueError(f"{path}: sha256 begins {digest[:8]}, that of the published weights 397923af; fetch it again")
-    import lpips
-
+    try:
+        import lpips
+    except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
+        raise ValueError(
+            f"the lpips package cannot be imported ({' '.join(str(error).split())}); install the torchvision that "
+            "matches this torch, or switch the term off with loss.lpips_weight=0"
+        ) from None
     distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     weights = torch.load(path, map_location="cpu", weights_only=True)
     _fill_vgg_slices(distance.net, {key.removeprefix("features."): value for key, value in weights.items()})

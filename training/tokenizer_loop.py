@@ -163,7 +163,8 @@ class TokenizerStage:
     def _restart_unused(self, seen: list[SeenImages], hits: Tensor, context: StepContext) -> None:
         """Move every code that this global batch did not use to a vector that the quantiser had to express.
 
-        The vectors are drawn from the whole global batch; the rank that has an image supplies its vectors.
+        The vectors are drawn from the whole global batch; the rank that has an image supplies its vectors. They belong
+        to the codes of before this step's update, which is near enough for a fresh start.
         """
         unused = (sum_over_ranks(hits, self.world).sum(0) == 0).nonzero().flatten()  # (n,)
         if len(unused) == 0:

@@ -8,6 +8,7 @@ that is down costs nothing but its curves, and it is fed from where it stopped w
 from __future__ import annotations
 
 import json
+import math
 import os
 import threading
 import time
@@ -50,7 +51,7 @@ class RunRecord:
     def write(self, records: list[Record]) -> None:
         """Append records, one JSON object a line, and hand them to the operating system at once."""
         with self.path.open("a") as file:
-            file.writelines(json.dumps(record) + "\n" for record in records)
+            file.writelines(json.dumps(without_infinities(record), allow_nan=False) + "\n" for record in records)
 
     def read(self) -> list[Record]:
         """All complete records; a last line cut by a crash is left out."""
@@ -173,6 +174,13 @@ class MLflowView:
         temporary = self.folder / "mlflow.json.tmp"
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self.folder / "mlflow.json")
+
+
+def without_infinities(record: Record) -> Record:
+    """None where a number is not finite, such as the gradient's norm at a step that loss scaling skips."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
+    }
 
 
 def flatten_metrics(record: Record) -> dict[str, float]:
