@@ -133,7 +133,7 @@ def _wrong_value(schema: type, layers: Sequence[dict[str, Any]]) -> str | None:
         try:
             OmegaConf.merge(OmegaConf.structured(schema), alone)
         except OmegaConfBaseException:
-            return f"{key} is {value!r}, expected {_expected(schema, key)}; see --help"
+            return f"'{key}' is {value!r}, expected {_expected(schema, key)}; see --help"
     return None
 
 

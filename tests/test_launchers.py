@@ -295,7 +295,7 @@ def test_an_image_depends_on_its_class_and_number_alone() -> None:
 
 def test_every_image_of_a_class_and_number_has_a_seed_of_its_own() -> None:
     labels, numbers = np.repeat(np.arange(1000), 50), np.tile(np.arange(50), 1000)
-    seeds = np.concatenate([image_seeds(seed, labels, numbers, 1000) for seed in (0, 1, 2)])
+    seeds = np.concatenate([sample.image_seeds(seed, labels, numbers, 1000) for seed in (0, 1, 2)])
     assert len(np.unique(seeds)) == 150_000
 
 
