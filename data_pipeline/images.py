@@ -182,8 +182,8 @@ def pack_images(
         raise ValueError(f"{out}: already packed; delete it or choose another output folder")
     images = open_source(source, val_fraction=val_fraction, seed=seed, digits_side=digits_side)
     packings = {split: _Packing(images, split, resize_to=resize_short_side) for split in SPLITS}
-    encoding = _encoding(resize_short_side)
-    options = {"source": source, "seed": seed, "classes": list(images.classes), "encoding": encoding}
+    stored = encoding(resize_short_side)
+    options = {"source": source, "seed": seed, "classes": list(images.classes), "encoding": stored}
     indexes = {}
     for packing in packings.values():
         indexes[packing.split] = packing.write(out, samples_per_shard=samples_per_shard, seed=seed, options=options)
@@ -192,7 +192,8 @@ def pack_images(
     return PackReport(indexes["train"], indexes["val"], skipped)
 
 
-def _encoding(resize_to: int | None) -> str:
+def encoding(resize_to: int | None) -> str:
+    """How an index says in which form its images are stored."""
     return "original files" if resize_to is None else f"JPEG quality 95, short side at most {resize_to} pixels"
 
 
@@ -268,4 +269,4 @@ def _image_member(data: bytes, *, resize_to: int | None) -> dict[str, bytes]:
 def _suffix(data: bytes) -> str:
     # By content: ImageNet has a PNG among its files named .JPEG.
     with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-        return FORMATS[image.format]
+        return FORMATS.get(image.format, "jpg")  # MPO, the JPEG of some phones, comes under a name of its own

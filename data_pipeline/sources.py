@@ -50,7 +50,10 @@ def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int
     root = Path(source)
     if not root.is_dir():
         raise FileNotFoundError(f"{source}: no such folder; give a folder of class folders, or '{DIGITS}'")
-    if all((root / split).is_dir() for split in SPLITS):
+    given = [split for split in SPLITS if (root / split).is_dir()]
+    if len(given) == 1:
+        raise ValueError(f"{source}: has {given[0]}/ but not both splits; add the other, or give {source}/{given[0]}")
+    if given:
         return _folder_with_splits(root)
     classes = _class_names(root)
     splits = split_by_class(_files_by_class(root, root, classes), val_fraction=val_fraction, seed=seed)

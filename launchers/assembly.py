@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
@@ -26,26 +28,19 @@ Dataset = ImageDataset | CodeDataset
 def load_tokenizer(path: str) -> tuple[VQVAE, str]:
     """A trained tokenizer and its sha256, from a run folder or an exported model."""
     found = ModelOnDisk.find(path)
-    model = VQVAE(build_config(VQVAEConfig, [found.config("VQVAE")], source=str(found.folder)))
+    config = build_config(VQVAEConfig, [found.config("VQVAE")], source=str(found.folder))
+    with torch.device("meta"):
+        model = VQVAE(config)
     return found.fill(model), found.sha256()
 
 
 def load_var(path: str) -> VAR:
     """A trained transformer, from a run folder or an exported model."""
     found = ModelOnDisk.find(path)
-    return found.fill(VAR(build_config(VARConfig, [found.config("VAR")], source=str(found.folder))))
-
-
-def refuse_misfit(var: VARConfig, tokenizer: VQVAEConfig) -> None:
-    """Raise ValueError where the transformer's config contradicts its tokenizer's."""
-    pairs = {
-        "patch_nums": (var.patch_nums, tokenizer.patch_nums),
-        "vocab_size": (var.vocab_size, tokenizer.quantizer.vocab_size),
-        "code_width": (var.code_width, tokenizer.quantizer.code_width),
-    }
-    for name, (ours, theirs) in pairs.items():
-        if ours != theirs:
-            raise ValueError(f"model.{name} is {ours}, its tokenizer has {theirs}; make them equal or train anew")
+    config = build_config(VARConfig, [found.config("VAR")], source=str(found.folder))
+    with torch.device("meta"):
+        model = VAR(config)
+    return found.fill(model)
 
 
 def image_transform(tokenizer: VQVAEConfig, views: ViewConfig) -> ImageTransform:
@@ -62,13 +57,35 @@ def open_images(
 def open_codes_or_images(
     folder: str, config: TrainConfig, tokenizer: VQVAEConfig, sha256: str, *, random_views: bool
 ) -> Dataset:
-    """Code shards, which must be this tokenizer's, or image shards, which stage 2 then encodes at every step."""
+    """Code shards, which must be this tokenizer's, or image shards, which stage 2 then encodes at every step.
+
+    Raises:
+        ValueError: made for something else, or with another number of classes than the transformer has.
+    """
     if Index.read(Path(folder)).kind == "images":
-        return open_images(folder, tokenizer, config.data.views, seed=config.seed, random_views=random_views)
-    vocab_size = tokenizer.quantizer.vocab_size
-    return CodeDataset(
-        Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256
-    )
+        dataset: Dataset = open_images(
+            folder, tokenizer, config.data.views, seed=config.seed, random_views=random_views
+        )
+    else:
+        vocab_size = tokenizer.quantizer.vocab_size
+        dataset = CodeDataset(
+            Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256
+        )
+    if dataset.num_classes != config.model.num_classes:
+        raise ValueError(
+            f"{folder}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "
+            "make them equal"
+        )
+    return dataset
+
+
+def describe_one_batch(dataset: Dataset, micro_batch: int) -> str:
+    """Read the first training batch and say what it is; for dry runs."""
+    batches = train_batches(dataset, batch_size=micro_batch, rank=0, world_size=1, samples_seen=0, seed=0, workers=0)
+    batch = next(batches)
+    kind = "codes" if batch.data.ndim == 2 else "images"
+    labels = f"labels {batch.labels.min()}..{batch.labels.max()}"
+    return f"{len(dataset):,} samples; one batch of {kind} {tuple(batch.data.shape)}, {labels}"
 
 
 def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> Callable[[], Iterable[Any]]:
@@ -78,15 +95,19 @@ def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> C
     )
 
 
-def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World) -> Checkpoints:
-    """The run folder's checkpoints.
+def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **identity: str) -> Checkpoints:
+    """The run folder's checkpoints. `identity`: what else, besides seed and batch, must not change during a run.
 
     Raises:
-        ValueError: the batch cannot be split over this world, or the newest checkpoint is of another model or world.
+        ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
     """
     accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
     checkpoints = Checkpoints(
-        Path(config.run) / "checkpoints", keep=config.loop.keep_checkpoints, world=world, model_config=config.model
+        Path(config.run) / "checkpoints",
+        keep=config.loop.keep_checkpoints,
+        world=world,
+        model_config=config.model,
+        identity={"seed": config.seed, "loop.global_batch": config.loop.global_batch, **identity},
     )
     found = checkpoints.latest()
     if found:
@@ -100,7 +121,7 @@ def run_stage(
     """Train a stage in its run folder: from its newest checkpoint if there is one, else from the start."""
     folder = Path(config.run)
     speak = say if world.is_rank_zero else say_nothing
-    found = checkpoints.latest()
+    found = checkpoints.agreed_latest()
     state = checkpoints.restore(found, stage.engines) if found else TrainState()
     speak(f"resuming from {found}" if found else f"starting in {folder}")
     record = RunRecord(folder)
@@ -122,7 +143,12 @@ def run_stage(
             workers=config.data.workers,
         )
 
-    state = loop.run(state, make_batches)
+    try:
+        state = loop.run(state, make_batches)
+    except BaseException:
+        if view is not None:
+            view.close(failed=True)
+        raise
     if view is not None:
         view.close()
     speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")

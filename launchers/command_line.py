@@ -10,11 +10,12 @@ import argparse
 import difflib
 import os
 import sys
+import time
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from training.checkpoint import flatten
 from training.loop import TrainingDiverged
@@ -22,6 +23,7 @@ from training.loop import TrainingDiverged
 Config = TypeVar("Config")
 EXIT_BAD_INPUT = 64  # EX_USAGE of sysexits.h
 EXIT_DIVERGED = 70  # EX_SOFTWARE
+RANK_ZERO_FIRST_SECONDS = 5.0
 MAX_CONFIG_BYTES = 2**20
 
 
@@ -34,6 +36,13 @@ class Command(Generic[Config]):
     world_size: int | None  # the world that a dry run is asked about
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as every other error."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}; options are shown by --help")
+
+
 def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> None:
     """Parse sys.argv, launch, and turn what a user can cause into one line on stderr and exit code 64 (divergence: 70).
 
@@ -41,12 +50,16 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
     """
     try:
         command = parse(schema, sys.argv[1:], description)
-        if command is not None:
+        only_says = command is None or command.dry_run
+        if command is not None and not (only_says and int(os.environ.get("RANK") or 0) > 0):
             launch(command)
     except (ValueError, OSError, TrainingDiverged) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK") == "1":
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+        rank = int(os.environ.get("RANK") or 0)
+        if rank > 0:  # most errors are the same on all ranks: rank 0 says them, and its launcher ends the others here
+            time.sleep(RANK_ZERO_FIRST_SECONDS)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", file=sys.stderr, flush=True)
         sys.exit(EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_BAD_INPUT)
 
 
@@ -58,7 +71,7 @@ def one_line(error: Exception) -> str:
 
 def parse(schema: type[Config], arguments: Sequence[str], description: str) -> Command[Config] | None:
     """Parse a command line; None when it only asked for the config to be printed."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         epilog=f"settings, as a.b=c here or as YAML:\n{describe_schema(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -71,6 +84,8 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
     known, unknown = parser.parse_known_intermixed_args(arguments)
     overrides = known.overrides + [_undash(argument) for argument in unknown]
+    if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
+        raise ValueError(f"--world-size is {known.world_size}; it is a number of GPUs, 1 or more, for --dry-run")
     config = load_config(schema, known.config, overrides)
     if known.print_config:
         print(to_yaml(config), end="")

@@ -17,6 +17,12 @@ from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig
 from training.tracking import TrackingConfig
 
 
+def refuse_below_zero(**settings: int) -> None:
+    for name, value in settings.items():
+        if value < 0:
+            raise ValueError(f"{name} is {value}; it must be 0 or more")
+
+
 @dataclass(frozen=True)
 class ViewConfig:
     """How a picture becomes a training view: short side to image_size * resize_ratio, then a crop."""
@@ -33,6 +39,9 @@ class DataConfig:
     validation: str = "data/imagenet256/codes/val"
     workers: int = 2
     views: ViewConfig = field(default_factory=ViewConfig)  # for image shards; code shards hold finished views
+
+    def __post_init__(self) -> None:
+        refuse_below_zero(**{"data.workers": self.workers})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,9 @@ class TokenizerConfig:
     loop: LoopConfig = field(default_factory=LoopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
+    def __post_init__(self) -> None:
+        refuse_below_zero(seed=self.seed)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
@@ -91,6 +103,11 @@ class TrainConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+
+    def __post_init__(self) -> None:
+        refuse_below_zero(seed=self.seed)
+        if not 0 <= self.label_drop < 1:
+            raise ValueError(f"label_drop is {self.label_drop}; it is a probability, in [0, 1)")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,6 +24,7 @@ from launchers.assembly import load_tokenizer, open_images  # noqa: E402
 from launchers.command_line import Command, load_config, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig, TrainConfig  # noqa: E402
 from launchers.pictures import save_grid, to_uint8  # noqa: E402
+from training.checkpoint import latest_checkpoint, read_manifest  # noqa: E402
 from training.tracking import absolute_uri  # noqa: E402
 
 LAUNCHERS = Path(__file__).resolve().parent
@@ -40,7 +41,7 @@ class DemoConfig:
     processes: int = 2
     views: int = 8  # random crops of each training digit
     per_class: int = 100
-    cfg: float = 1.0
+    cfg: float = 1.25
     top_k: int = 0
     top_p: float = 0.98
 
@@ -55,7 +56,7 @@ def launch(command: Command[DemoConfig]) -> None:
     seconds: dict[str, float] = {}
     for name, line in stages.items():
         if name == "encode_codes":
-            forget_stale_codes(config)
+            forget_stale(config)
         seconds[name] = run_command(name, line)
     started = time.monotonic()
     report = judge(config)
@@ -104,9 +105,13 @@ def run_command(name: str, line: list[str]) -> float:
     return time.monotonic() - started
 
 
-def forget_stale_codes(config: DemoConfig) -> None:
-    """Delete codes of a tokenizer that has since been trained anew: they are the demo's own and quickly made."""
+def forget_stale(config: DemoConfig) -> None:
+    """Delete the demo's own codes and transformer if their tokenizer has since been trained anew."""
     _, sha256 = load_tokenizer(load_config(TokenizerConfig, config.tokenizer).run)
+    run = Path(load_config(TrainConfig, config.transformer).run)
+    newest = latest_checkpoint(run / "checkpoints")
+    if newest and read_manifest(newest)["identity"]["tokenizer_sha256"] != sha256:
+        shutil.rmtree(run)
     codes = Path(config.data) / "codes"
     for split in ("train", "val"):
         if is_complete(codes / split) and Index.read(codes / split).meta["tokenizer_sha256"] != sha256:

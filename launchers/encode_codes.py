@@ -18,15 +18,18 @@ from launchers.assembly import image_transform, load_tokenizer  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import EncodeConfig  # noqa: E402
 from models.vqvae import VQVAE  # noqa: E402
+from training.distributed import World  # noqa: E402
 
 
 def launch(command: Command[EncodeConfig]) -> None:
     config = command.config
+    if World.from_environment().world_size > 1:
+        raise ValueError("encode_codes.py runs on one process so far; start it with `python launchers/encode_codes.py`")
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
     for split, views in (("train", config.views), ("val", 1)):
         images, out = Path(config.images) / split, Path(config.out) / split
-        if is_encoded(images, out, sha256=sha256, views=views):
+        if is_encoded(images, out, config, sha256=sha256, views=views):
             say(f"{out} holds these images in codes of this tokenizer already; nothing to do")
         elif command.dry_run:
             say(f"would encode {Index.read(images).num_samples} images x {views} views into {out}")
@@ -34,13 +37,22 @@ def launch(command: Command[EncodeConfig]) -> None:
             encode_split(images, out, tokenizer, config, sha256=sha256, views=views)
 
 
-def is_encoded(images: Path, out: Path, *, sha256: str, views: int) -> bool:
-    """Whether `out` is complete and what this command would write."""
+def is_encoded(images: Path, out: Path, config: EncodeConfig, *, sha256: str, views: int) -> bool:
+    """Whether `out` is complete and what this command would write.
+
+    Raises:
+        ValueError: it is complete, but made with other settings; they are named.
+    """
     if not is_complete(out):
         return False
     found = Index.read(out, kind="codes").meta
     wanted = {"tokenizer_sha256": sha256, "views": views, "images_fingerprint": Index.read(images).fingerprint}
-    return all(found[name] == value for name, value in wanted.items())
+    wanted |= {"seed": config.seed, "resize_ratio": config.view.resize_ratio}
+    wanted |= {"flip": config.view.flip and views > 1}
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            raise ValueError(f"{out}: holds codes with {name} {found.get(name)}, now it is {value}; delete it first")
+    return True
 
 
 def encode_split(

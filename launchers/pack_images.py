@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.images import is_packed, pack_images  # noqa: E402
+from data_pipeline.images import encoding, is_packed, pack_images  # noqa: E402
 from data_pipeline.index import Index  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import PackConfig  # noqa: E402
@@ -22,8 +22,8 @@ def launch(command: Command[PackConfig]) -> None:
         say(f"would pack {config.source} into {config.out}/train and {config.out}/val")
         return
     out = Path(config.out)
-    if is_packed(out) and Index.read(out / "train").meta["source"] == config.source:
-        say(f"{config.source} is packed in {out} already; nothing to do (delete the folder to pack it again)")
+    if is_packed(out) and was_packed_so(out, config):
+        say(f"{config.source} is packed in {out} already; nothing to do")
         return
     report = pack_images(
         config.source,
@@ -35,6 +35,13 @@ def launch(command: Command[PackConfig]) -> None:
         report=say,
     )
     say(f"packed {report.train.num_samples} training and {report.val.num_samples} validation images into {config.out}")
+
+
+def was_packed_so(out: Path, config: PackConfig) -> bool:
+    """Whether `out` holds this source, packed with this seed and size; if not, pack_images refuses to overwrite it."""
+    found = Index.read(out / "train").meta
+    wanted = {"source": config.source, "seed": config.seed, "encoding": encoding(config.resize_short_side)}
+    return all(found.get(name) == value for name, value in wanted.items())
 
 
 def main() -> None:

@@ -21,9 +21,11 @@ from launchers.pictures import save_grid, to_uint8  # noqa: E402
 from models.generation import generate  # noqa: E402
 from models.var import VAR  # noqa: E402
 from models.vqvae import VQVAE  # noqa: E402
+from training.checkpoint import latest_checkpoint, read_manifest  # noqa: E402
 from training.distributed import World  # noqa: E402
 
 MAX_PER_CLASS = 2**16
+MAX_COLUMNS, MAX_ROWS = 20, 50  # of the picture
 
 
 def launch(command: Command[SampleConfig]) -> None:
@@ -32,16 +34,20 @@ def launch(command: Command[SampleConfig]) -> None:
         raise ValueError("sample.py runs on one process so far; start it with `python launchers/sample.py`")
     var = load_var(config.run)
     labels = sample_labels(config, var.config.num_classes)
+    refuse_unusable(config, var.config.num_classes)
     out = Path(config.out or Path(config.run) / "samples")
     if command.dry_run:
         say(f"would write {len(labels)} images to {out}")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, _ = load_tokenizer(config.tokenizer or tokenizer_of(config.run))
+    tokenizer, sha256 = load_tokenizer(config.tokenizer or tokenizer_of(config.run))
+    refuse_other_tokenizer(config.run, sha256)
     images = np.concatenate(list(sample_batches(var.to(device), tokenizer.to(device), labels, config)))
     out.mkdir(parents=True, exist_ok=True)
     np.savez(out / "samples.npz", arr_0=images, labels=labels)
-    save_grid(images, out / "samples.png", columns=config.per_class)
+    columns, rows = min(config.per_class, MAX_COLUMNS), MAX_ROWS
+    shown = np.flatnonzero(np.arange(len(images)) % config.per_class < columns)[: rows * columns]
+    save_grid(images[shown], out / "samples.png", columns=columns)
     say(f"wrote {len(images)} images to {out}/samples.npz and {out}/samples.png")
 
 
@@ -53,20 +59,38 @@ def tokenizer_of(run: str) -> str:
     return load_config(TrainConfig, str(recorded)).tokenizer
 
 
+def refuse_other_tokenizer(run: str, sha256: str) -> None:
+    """Raise ValueError if the run's checkpoint says that it was trained with another tokenizer."""
+    newest = latest_checkpoint(Path(run) / "checkpoints")
+    trained_with = read_manifest(newest)["identity"].get("tokenizer_sha256", sha256) if newest else sha256
+    if trained_with != sha256:
+        raise ValueError(
+            f"{run}: was trained with tokenizer {trained_with[:12]}, this one is {sha256[:12]}; "
+            "name the right one with tokenizer=PATH, or train the transformer again"
+        )
+
+
+def refuse_unusable(config: SampleConfig, num_classes: int) -> None:
+    """Raise ValueError for settings outside their range."""
+    last_seed = 2**32 // (num_classes * MAX_PER_CLASS) - 1  # torch's CPU generators keep 32 bits of a seed
+    limits = {"per_class": (1, MAX_PER_CLASS), "batch": (1, 2**20), "seed": (0, last_seed)}
+    for name, (least, most) in limits.items():
+        if not least <= getattr(config, name) <= most:
+            raise ValueError(f"{name} is {getattr(config, name)}; accepted: {least} to {most}")
+
+
 def sample_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
     """`per_class` times every class asked for, class by class. Raises ValueError for a class that does not exist."""
     classes = config.classes or tuple(range(num_classes))
     for label in classes:
         if not 0 <= label < num_classes:
             raise ValueError(f"classes has {label}; this model knows 0 to {num_classes - 1}")
-    if not 1 <= config.per_class <= MAX_PER_CLASS:
-        raise ValueError(f"per_class is {config.per_class}; accepted: 1 to {MAX_PER_CLASS}")
     return np.repeat(np.asarray(classes, np.int64), config.per_class)
 
 
 def image_seeds(seed: int, labels: np.ndarray, numbers: np.ndarray, num_classes: int) -> np.ndarray:
-    """A seed of its own for every (class, number); torch's CPU generators keep 32 bits of it."""
-    return ((seed * num_classes + labels) * MAX_PER_CLASS + numbers) % 2**32
+    """A seed of its own for every (seed, class, number)."""
+    return (seed * num_classes + labels) * MAX_PER_CLASS + numbers
 
 
 def sample_batches(var: VAR, tokenizer: VQVAE, labels: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.loader import train_batches  # noqa: E402
 from launchers.assembly import (  # noqa: E402
+    describe_one_batch,
     load_tokenizer,
     open_checkpoints,
     open_codes_or_images,
-    refuse_misfit,
     run_stage,
     validation_source,
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TrainConfig  # noqa: E402
+from models.generation import check_configs_agree  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, accumulation_steps  # noqa: E402
 from training.flops import training_flops  # noqa: E402
@@ -37,11 +37,13 @@ def launch(command: Command[TrainConfig]) -> None:
 
 
 def train(config: TrainConfig) -> None:
-    checkpoints = open_checkpoints(config, World.from_environment())
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    refuse_misfit(config.model, tokenizer.config)
+    check_configs_agree(config.model, tokenizer.config)
     dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
     validation = open_codes_or_images(config.data.validation, config, tokenizer.config, sha256, random_views=False)
+    checkpoints = open_checkpoints(
+        config, World.from_environment(), tokenizer_sha256=sha256, data=dataset.index.fingerprint
+    )
     world = join_world()
     model = build_var(
         config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
@@ -74,22 +76,12 @@ def dry_run(config: TrainConfig, world_size: int) -> None:
     for name, size in parts.items():
         say(f"GiB per GPU         {size / 2**30:7.2f}  {name}")
     try:
-        say(f"data                {describe_one_batch(config)}")
+        tokenizer, sha256 = load_tokenizer(config.tokenizer)
+        check_configs_agree(config.model, tokenizer.config)
+        dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
+        say(f"data                {describe_one_batch(dataset, config.engine.micro_batch)}")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")
-
-
-def describe_one_batch(config: TrainConfig) -> str:
-    tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    refuse_misfit(config.model, tokenizer.config)
-    dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
-    batches = train_batches(
-        dataset, batch_size=config.engine.micro_batch, rank=0, world_size=1, samples_seen=0, seed=config.seed
-    )
-    batch = next(batches)
-    kind = "codes" if batch.data.ndim == 2 else "images"
-    labels = f"{batch.labels.min()}..{batch.labels.max()}"
-    return f"{len(dataset):,} samples; one batch of {kind} {tuple(batch.data.shape)}, labels {labels}"
 
 
 def main() -> None:

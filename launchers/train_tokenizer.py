@@ -10,13 +10,21 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.loader import train_batches  # noqa: E402
-from launchers.assembly import open_checkpoints, open_images, run_stage, validation_source  # noqa: E402
+import torch  # noqa: E402
+
+from launchers.assembly import (  # noqa: E402
+    describe_one_batch,
+    open_checkpoints,
+    open_images,
+    run_stage,
+    validation_source,
+)
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig  # noqa: E402
 from models.discriminator import PatchDiscriminator  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, EngineConfig, accumulation_steps  # noqa: E402
+from training.flops import tokenizer_training_flops  # noqa: E402
 from training.optim import build_optimizer  # noqa: E402
 from training.tokenizer_loop import TokenizerStage, build_tokenizer  # noqa: E402
 
@@ -40,10 +48,13 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
 
 
 def train(config: TokenizerConfig) -> None:
-    checkpoints = open_checkpoints(config, World.from_environment())
     views = config.data.views
     dataset = open_images(config.data.train, config.model, views, seed=config.seed, random_views=True)
     validation = open_images(config.data.validation, config.model, views, seed=config.seed, random_views=False)
+    adversary = str(config.discriminator) if config.loss.adversarial_weight else "none"
+    checkpoints = open_checkpoints(
+        config, World.from_environment(), data=dataset.index.fingerprint, discriminator=adversary
+    )
     world = join_world()
     model = build_tokenizer(config.model, seed=config.seed).to(world.device)
     stage = TokenizerStage(
@@ -74,21 +85,17 @@ def start_discriminator(config: TokenizerConfig, world: World) -> Engine:
 
 def dry_run(config: TokenizerConfig, world_size: int) -> None:
     """Say what a run would need, without allocating the model."""
-    import torch
-
     accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
     with torch.device("meta"):
         number = sum(parameter.numel() for parameter in build_tokenizer(config.model, seed=0).parameters())
     say(f"parameters          {number:,}")
+    say(f"FLOPs per image     {tokenizer_training_flops(config.model):.4g} (training, without LPIPS and discriminator)")
     say(f"images              {config.model.image_size} px")
     say(f"tokens per image    {config.model.scales.num_tokens}, scales {config.model.patch_nums}")
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
     try:
         images = open_images(config.data.train, config.model, config.data.views, seed=0, random_views=True)
-        batches = train_batches(
-            images, batch_size=config.engine.micro_batch, rank=0, world_size=1, samples_seen=0, seed=config.seed
-        )
-        say(f"data                {len(images):,} images; one batch {tuple(next(batches).data.shape)}")
+        say(f"data                {describe_one_batch(images, config.engine.micro_batch)}")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")
 

@@ -22,7 +22,6 @@ class AutoencoderConfig:
     multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)      # channels of each level, in units of width; each level halves
     num_res_blocks: int = 2                             # per level of the encoder; the decoder has one more
     code_width: int = 32                                # C, channels of the feature map
-    dropout: float = 0.0                                # inside the residual blocks
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -32,8 +31,6 @@ class AutoencoderConfig:
             raise ValueError(f"multipliers {self.multipliers} must hold at least one level, each 1 or more")
         if self.num_res_blocks < 1 or self.code_width < 1:
             raise ValueError(f"num_res_blocks {self.num_res_blocks} and code_width {self.code_width} must be 1 or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout {self.dropout} is outside [0, 1)")
 
     @property
     def downsampling(self) -> int:
@@ -57,18 +54,17 @@ def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut: (B, in_width, h, w) -> (B, out_width, h, w)."""
 
-    def __init__(self, in_width: int, out_width: int, *, dropout: float) -> None:
+    def __init__(self, in_width: int, out_width: int) -> None:
         super().__init__()
         self.norm1 = group_norm(in_width)
         self.conv1 = conv3x3(in_width, out_width)
         self.norm2 = group_norm(out_width)
-        self.dropout = nn.Dropout(dropout)
         self.conv2 = conv3x3(out_width, out_width)
         self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(self.dropout(F.silu(self.norm2(h))))
+        h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
 
@@ -113,10 +109,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where the level has it."""
 
-    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, has_attention: bool, dropout: float) -> None:
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, has_attention: bool) -> None:
         super().__init__()
         in_widths = [in_width] + [out_width] * (num_blocks - 1)
-        self.block = nn.ModuleList(ResBlock(width, out_width, dropout=dropout) for width in in_widths)
+        self.block = nn.ModuleList(ResBlock(width, out_width) for width in in_widths)
         self.attn = nn.ModuleList(SpatialAttention(out_width) for _ in range(num_blocks if has_attention else 0))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -130,8 +126,8 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder: blocks, then half the sides (not at the lowest resolution)."""
 
-    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool, dropout: float) -> None:
-        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest, dropout=dropout)
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool) -> None:
+        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest)
         self.downsample = nn.Identity() if is_lowest else Downsample(out_width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -141,9 +137,8 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder: blocks, then twice the sides (not at full resolution)."""
 
-    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool, is_highest: bool,
-                 dropout: float) -> None:
-        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest, dropout=dropout)
+    def __init__(self, in_width: int, out_width: int, *, num_blocks: int, is_lowest: bool, is_highest: bool) -> None:
+        super().__init__(in_width, out_width, num_blocks=num_blocks, has_attention=is_lowest)
         self.upsample = nn.Identity() if is_highest else Upsample(out_width)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -153,11 +148,11 @@ class UpLevel(Level):
 class Middle(nn.Module):
     """Block, attention, block at the lowest resolution."""
 
-    def __init__(self, width: int, *, dropout: float) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.block_1 = ResBlock(width, width, dropout=dropout)
+        self.block_1 = ResBlock(width, width)
         self.attn_1 = SpatialAttention(width)
-        self.block_2 = ResBlock(width, width, dropout=dropout)
+        self.block_2 = ResBlock(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
@@ -173,10 +168,9 @@ class Encoder(nn.Module):
         lowest = len(out_widths) - 1
         self.conv_in = conv3x3(IMAGE_CHANNELS, config.width)
         self.down = nn.ModuleList(
-            DownLevel(in_width, out_width, num_blocks=config.num_res_blocks, is_lowest=i == lowest,
-                      dropout=config.dropout)
+            DownLevel(in_width, out_width, num_blocks=config.num_res_blocks, is_lowest=i == lowest)
             for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
-        self.mid = Middle(out_widths[-1], dropout=config.dropout)
+        self.mid = Middle(out_widths[-1])
         self.norm_out = group_norm(out_widths[-1])
         self.conv_out = conv3x3(out_widths[-1], config.code_width)
 
@@ -197,10 +191,9 @@ class Decoder(nn.Module):
         in_widths = (*out_widths[1:], out_widths[-1])
         lowest = len(out_widths) - 1
         self.conv_in = conv3x3(config.code_width, out_widths[-1])
-        self.mid = Middle(out_widths[-1], dropout=config.dropout)
+        self.mid = Middle(out_widths[-1])
         self.up = nn.ModuleList(                        # counted from full resolution, run from the last to the first
-            UpLevel(in_width, out_width, num_blocks=config.num_res_blocks + 1, is_lowest=i == lowest, is_highest=i == 0,
-                    dropout=config.dropout)
+            UpLevel(in_width, out_width, num_blocks=config.num_res_blocks + 1, is_lowest=i == lowest, is_highest=i == 0)
             for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
         self.norm_out = group_norm(out_widths[0])
         self.conv_out = conv3x3(out_widths[0], IMAGE_CHANNELS)

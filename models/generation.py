@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from models.transformer import KVCache
-from models.var import VAR
-from models.vqvae import VQVAE
+from models.var import VAR, VARConfig
+from models.vqvae import VQVAE, VQVAEConfig
 
 
 def guidance_schedule(cfg: float, num_scales: int) -> list[float]:
@@ -60,7 +60,7 @@ def generate(var: VAR, tokenizer: VQVAE, labels: Tensor, *, cfg: float = 1.5, to
     cfg: guidance at the last scale, 0 = off. top_k, top_p: see filter_logits. seeds: one per image, unless top_k = 1.
     The guidance t of the first scale is 0, yet its unconditional half is computed: later scales attend to it.
     """
-    check_models_agree(var, tokenizer)
+    check_configs_agree(var.config, tokenizer.config)
     check_sampling(cfg, top_k, top_p)
     generators = image_generators(seeds, num_images=labels.shape[0]) if top_k != 1 else None
     is_guided = cfg != 0
@@ -101,12 +101,11 @@ def image_generators(seeds: Sequence[int] | Tensor | None, *, num_images: int) -
     return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
 
-def check_models_agree(var: VAR, tokenizer: VQVAE) -> None:
+def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:
     """Raise ValueError where the transformer was made for another tokenizer."""
-    quantizer = tokenizer.quantizer.config
-    for name, got, wanted in (("patch_nums", var.scales.patch_nums, tokenizer.scales.patch_nums),
-                              ("vocab_size", var.config.vocab_size, quantizer.vocab_size),
-                              ("code_width", var.config.code_width, quantizer.code_width)):
+    for name, got, wanted in (("patch_nums", var.patch_nums, tokenizer.patch_nums),
+                              ("vocab_size", var.vocab_size, tokenizer.quantizer.vocab_size),
+                              ("code_width", var.code_width, tokenizer.quantizer.code_width)):
         if got != wanted:
             raise ValueError(f"the transformer has {name} {got}, the tokenizer {wanted}; use the one it was trained on")
 

@@ -2,7 +2,8 @@
 
 It does not own the tokenizer: it maps inputs of code width C and class labels to logits. `forward` is teacher-forced
 training, all scales at once; `forward_scale` is one scale of generation. Dropping labels for guidance and drawing
-stochastic depth are the caller's, so that the model is a function of its arguments.
+stochastic depth are the caller's, so that the model is a function of its arguments. In bf16 and fp16 the embeddings are
+added in that precision, where the public code adds them in float32; the logits are float32 always.
 
 Shapes: B batch, K scales, L tokens, p_k side of token map k, C code width, D model width, V vocabulary.
 """

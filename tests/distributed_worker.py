@@ -18,6 +18,7 @@ from torch import Tensor
 
 from data_pipeline.loader import train_batches, validation_batches
 from models.autoencoder import AutoencoderConfig
+from models.discriminator import PatchDiscriminator
 from models.quantizer import QuantizerConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
@@ -80,14 +81,16 @@ def var_stage(world: World, engine: EngineConfig) -> VARStage:
     )
 
 
-def tokenizer_stage(world: World, engine: EngineConfig) -> TokenizerStage:
+def tokenizer_stage(world: World, engine: EngineConfig, *, adversarial: bool = False) -> TokenizerStage:
     model = build_tokenizer(TOKENIZER, seed=0).to(world.device)
+    judge = PatchDiscriminator(width=8, num_layers=1, seed=0).to(world.device)
+    start = partial(Engine, config=engine, global_batch=GLOBAL_BATCH, world=world)
     return TokenizerStage(
-        Engine(model, build_optimizer(model, OPTIMIZER), engine, global_batch=GLOBAL_BATCH, world=world),
+        start(model, build_optimizer(model, OPTIMIZER)),
         model,
-        ReconstructionLossConfig(lpips_weight=0, adversarial_weight=0),
+        ReconstructionLossConfig(lpips_weight=0, adversarial_weight=0.4 if adversarial else 0, adversarial_start=0.3),
         CodebookCareConfig(restart_every=2, restart_until=1.0),
-        discriminator=None,
+        discriminator=start(judge, build_optimizer(judge, OPTIMIZER)) if adversarial else None,
         global_batch=GLOBAL_BATCH,
         seed=5,
         world=world,
@@ -107,8 +110,8 @@ def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool,
         checkpoint_every=100,
         stop_after_steps=stop_after,
     )
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2, world=world, model_config=model)
-    found = checkpoints.latest()
+    checkpoints = Checkpoints(folder / "checkpoints", keep=2, world=world, model_config=model, identity={})
+    found = checkpoints.agreed_latest()
     state = checkpoints.restore(found, stage.engines) if found else TrainState()
     record = RunRecord(folder)
     dataset = InMemory(images=images)
@@ -149,10 +152,24 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
     make_stage = partial(tokenizer_stage, world, stage_1)
     results["tokenizer"] = train(make_stage(), world, out / "tokenizer", **pictures)
     results["tokenizer_parts"] = train_in_parts(make_stage, world, out / "tokenizer_parts", **pictures)
-    bf16 = EngineConfig(zero_stage=3, precision="bf16", micro_batch=4, activation_checkpointing=True)
-    results["bf16"] = train(var_stage(world, bf16), world, out / "bf16", **codes)
+    make_stage = partial(tokenizer_stage, world, stage_1, adversarial=True)
+    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
+    results["adversarial_parts"] = train_in_parts(make_stage, world, out / "adversarial_parts", **pictures)
+    for zero_stage in (1, 3):
+        bf16 = EngineConfig(zero_stage=zero_stage, precision="bf16", micro_batch=4, reduce_bucket_size=1_000_000)
+        name, make_stage = f"bf16_stage{zero_stage}", partial(var_stage, world, bf16)
+        results[f"{name}_initial_error"] = initial_error(make_stage(), world)
+        results[name] = train(make_stage(), world, out / name, **codes)
+        results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
     results["error"] = shared_error(world)
     return results
+
+
+def initial_error(stage: VARStage, world: World) -> float:
+    """How far the engine's float32 weights are from those the model was given, at the worst."""
+    wanted = build_var(TRANSFORMER, seed=0, activation_checkpointing=False).state_dict()
+    found = stage.engines["model"].full_state_dict()  # empty but on rank 0
+    return max((float((found[name] - wanted[name]).abs().max()) for name in found), default=0.0)
 
 
 def shared_error(world: World) -> str:

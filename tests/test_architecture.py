@@ -23,6 +23,7 @@ DOORS = {
     "sklearn": {"launchers/demo.py", "data_pipeline/sources.py"},
 }
 MODELS_MAY_IMPORT = {"models", "torch", "collections", "dataclasses", "itertools", "math", "__future__"}
+TESTED_ELSEWHERE = {"training/distributed.py": "tests/test_distributed_world.py"}  # test_distributed.py needs two ranks
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
 
 
@@ -76,6 +77,12 @@ def test_files_and_functions_stay_readable(path: Path) -> None:
 def test_every_module_says_what_it_is_for(path: Path) -> None:
     if path.name != "__init__.py":
         assert ast.get_docstring(ast.parse(path.read_text())), f"{label(path)} opens without a docstring"
+
+
+@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=label)
+def test_every_source_file_has_its_test_file(path: Path) -> None:
+    wanted = TESTED_ELSEWHERE.get(label(path), f"tests/test_{path.name}")
+    assert (ROOT / wanted).is_file(), f"{label(path)} has no {wanted}"
 
 
 def test_our_packages_are_the_ones_in_this_repository() -> None:

@@ -50,7 +50,6 @@ def test_the_last_layer_is_the_weight_that_makes_pixels() -> None:
 
 @pytest.mark.parametrize("change, message", [
     ({"width": 48}, "width 48"), ({"multipliers": ()}, "multipliers"), ({"num_res_blocks": 0}, "num_res_blocks 0"),
-    ({"dropout": 1.0}, "dropout 1.0"),
 ])
 def test_an_impossible_shape_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -32,9 +32,9 @@ def make_engine(value: float = 1.0) -> PlainEngine:
 
 
 def make_checkpoints(
-    root: Path, *, keep: int = 2, world: World = World(), config: VARConfig = VAR_CONFIG
+    root: Path, *, keep: int = 2, world: World = World(), config: VARConfig = VAR_CONFIG, seed: int = 0
 ) -> Checkpoints:
-    return Checkpoints(root, keep=keep, world=world, model_config=config)
+    return Checkpoints(root, keep=keep, world=world, model_config=config, identity={"seed": seed})
 
 
 @pytest.fixture
@@ -156,8 +156,13 @@ def test_another_model_is_refused_naming_the_key_and_both_values(root: Path, sav
         make_checkpoints(root, config=other).restore(saved, {"model": make_engine()})
 
 
+def test_another_identity_is_refused_naming_the_key_and_both_values(root: Path, saved: Path) -> None:
+    with pytest.raises(ValueError, match="of another run: its seed is 0, this run has 1"):
+        make_checkpoints(root, seed=1).restore(saved, {"model": make_engine()})
+
+
 def test_another_kind_of_model_is_refused(root: Path, saved: Path) -> None:
-    checkpoints = Checkpoints(root, keep=2, world=World(), model_config=VQVAE_CONFIG)
+    checkpoints = Checkpoints(root, keep=2, world=World(), model_config=VQVAE_CONFIG, identity={"seed": 0})
     with pytest.raises(ValueError, match="its kind is VAR, this run has VQVAE"):
         checkpoints.restore(saved, {"model": make_engine()})
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 import yaml
 
-from launchers.assembly import refuse_misfit
 from launchers.command_line import load_config, to_yaml
 from launchers.config import EncodeConfig, PackConfig, SampleConfig, TokenizerConfig, TrainConfig
 from launchers.train_tokenizer import refuse_unfit_engine
+from models.generation import check_configs_agree
 from models.vqvae import VQVAE
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -67,7 +67,7 @@ def test_a_transformer_fits_the_tokenizer_beside_it(name: str) -> None:
     transformer = load_train_config(name)
     for tokenizer in (load_tokenizer_config(other) for other in TOKENIZERS):
         if tokenizer.run == transformer.tokenizer:
-            refuse_misfit(transformer.model, tokenizer.model)
+            check_configs_agree(transformer.model, tokenizer.model)
 
 
 @pytest.mark.parametrize("name", [name for name in TRANSFORMERS if stated_parameters(name)])
@@ -124,3 +124,9 @@ def test_defaults_read_back_as_the_same(schema: type, required: dict[str, Any], 
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
     assert load_config(schema, str(resolved)) == config
+
+
+@pytest.mark.parametrize("label_drop", [-0.1, 1.0])
+def test_a_drop_rate_that_is_no_probability_is_refused(label_drop: float) -> None:
+    with pytest.raises(ValueError, match=f"label_drop is {label_drop}"):
+        TrainConfig(run="r", tokenizer="t", model=VARConfig(), label_drop=label_drop)

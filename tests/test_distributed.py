@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -21,7 +22,10 @@ INCIDENTAL = ("images_per_second", "tokens_per_second", "data_wait_share", "time
 def run_world(world_size: int, out: Path) -> Path:
     out.mkdir()
     environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(WORKER.parent.parent)}
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(world_size), "--master_port", "29611"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(world_size), "--master_port", str(port)]
     done = subprocess.run(
         [*map(str, launcher), str(WORKER), str(out)], env=environment, capture_output=True, text=True, timeout=400
     )
@@ -71,7 +75,7 @@ def test_training_learns_something(results: dict[int, dict[str, Any]]) -> None:
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("run", [*STAGES, "tokenizer"])
+@pytest.mark.parametrize("run", [*STAGES, "tokenizer", "adversarial", "bf16_stage1", "bf16_stage3"])
 def test_a_run_in_parts_equals_an_uninterrupted_one(
     results: dict[int, dict[str, Any]], run: str, world_size: int
 ) -> None:
@@ -95,9 +99,23 @@ def test_the_tokenizer_trains_alike_on_two_ranks_restarted_codes_included(result
         assert curve(results[2]["tokenizer"], name) == pytest.approx(curve(results[1]["tokenizer"], name), rel=1e-3)
 
 
-def test_bf16_stays_close_to_float32(results: dict[int, dict[str, Any]]) -> None:
-    low, full = curve(results[2]["bf16"], "loss_avg"), curve(results[2]["stage3"], "loss_avg")
-    assert low == pytest.approx(full, abs=0.05)  # bf16 keeps 8 bits; losses here are about ln 16 = 2.77
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_bf16_learns_as_float32_does(results: dict[int, dict[str, Any]], stage: str) -> None:
+    low, full = curve(results[2][f"bf16_{stage}"], "loss_avg"), curve(results[2][stage], "loss_avg")
+    # over these six steps the loss falls by 0.04; bf16 keeps 8 bits of numbers that average out
+    assert low == pytest.approx(full, abs=2e-3)
+
+
+@pytest.mark.parametrize("stage", ["stage1", "stage3"])
+def test_initial_weights_survive_deepspeed_and_bf16_exactly(results: dict[int, dict[str, Any]], stage: str) -> None:
+    assert results[2][f"bf16_{stage}_initial_error"] == 0
+
+
+def test_the_discriminator_joins_after_its_start(results: dict[int, dict[str, Any]]) -> None:
+    losses = curve(results[2]["adversarial"], "discriminator_loss")
+    assert losses[:2] == [0, 0]  # 30 % of six steps
+    assert losses[2] == pytest.approx(1.0, abs=0.2)  # the hinge loss of logits near 0
+    assert len(set(losses[2:])) == 4  # from then on it moves with every step
 
 
 def test_an_error_on_one_rank_becomes_the_same_line_on_all(worlds: dict[int, Path]) -> None:

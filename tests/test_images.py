@@ -220,38 +220,6 @@ def test_a_file_is_stored_under_what_it_is_not_what_it_is_called(tmp_path: Path)
     assert "png" in ShardReader(tmp_path / "packed/train", report.train).read(0).members
 
 
-def test_digits_are_split_by_class_and_the_same_every_time(tmp_path: Path) -> None:
-    options = {**OPTIONS, "samples_per_shard": 1000, "val_fraction": 0.1}
-    first = pack_images("digits", tmp_path / "a", **options)
-    second = pack_images("digits", tmp_path / "b", **options)
-    assert first.train.fingerprint == second.train.fingerprint and first.val.fingerprint == second.val.fingerprint
-    assert first.train.num_samples + first.val.num_samples == 1797
-    reader = ShardReader(tmp_path / "a/val", first.val)
-    counts = Counter(label_of(reader.read(i)) for i in range(len(reader)))
-    assert sorted(counts) == list(range(10)) and set(counts.values()) <= {17, 18}
-    assert image_of(reader.read(0)).size == (16, 16)
-
-
-@pytest.mark.parametrize(
-    "folders, error, reason",
-    [
-        ([], FileNotFoundError, "no such folder; give a folder of class folders, or 'digits'"),
-        ([""], ValueError, "no class folders; expected one folder of images for each class"),
-        (["cat"], ValueError, "class folders are empty; put JPEG, PNG or WEBP images into them"),
-        (["train", "val"], ValueError, "no class folders"),
-        (["train/cat", "val/dog"], ValueError, "val has classes that train does not have: dog"),
-    ],
-)
-def test_sources_without_images_are_one_line_errors(
-    tmp_path: Path, folders: list[str], error: type[Exception], reason: str
-) -> None:
-    for folder in folders:
-        (tmp_path / "images" / folder).mkdir(parents=True)
-    with pytest.raises(error, match=reason) as caught:
-        pack_images(str(tmp_path / "images"), tmp_path / "packed", **OPTIONS)
-    assert "\n" not in str(caught.value) and not is_packed(tmp_path / "packed")
-
-
 def test_a_source_of_unreadable_images_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
     (tmp_path / "images/cat").mkdir(parents=True)
     for name in "ab":

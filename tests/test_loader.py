@@ -3,49 +3,20 @@
 from __future__ import annotations
 
 import io
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterable
-from itertools import islice
-from multiprocessing import active_children
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import VIEWS, open_codes, pack_codes
 
-from data_pipeline.codes import CodeFormat
 from data_pipeline.images import ImageTransform
 from data_pipeline.loader import Batch, CodeDataset, ImageDataset, train_batches, validation_batches
 from data_pipeline.shards import Sample, write_shards
 
-PATCH_NUMS = (1, 2)  # 5 tokens
-VIEWS = 3
 GLOBAL_BATCH = 8
-
-
-def codes_of(sample_id: int, view: int) -> np.ndarray:
-    """Codes that say whose they are: (L,)."""
-    return np.array([sample_id, view, 0, 0, 7])
-
-
-def pack_codes(folder: Path, num_samples: int = 21, *, label: Callable[[int], int] = lambda i: i % 3) -> Path:
-    code_format = CodeFormat(num_tokens=5, views=VIEWS, bits=12)
-    records = [
-        code_format.pack(label(i), np.stack([codes_of(i, view) for view in range(VIEWS)])) for i in range(num_samples)
-    ]
-    samples = [Sample(f"{i:09d}", {"vq12": record}) for i, record in enumerate(records)]
-    meta = {"patch_nums": [1, 2], "vocab_size": 64, "num_tokens": 5, "bits": 12, "views": VIEWS}
-    meta |= {"tokenizer_sha256": "a" * 64, "classes": list("abc")}
-    write_shards(samples, folder, kind="codes", meta=meta, samples_per_shard=4)
-    return folder
-
-
-def open_codes(folder: Path) -> CodeDataset:
-    return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64)
 
 
 def pack_grey_images(folder: Path, num_samples: int = 5) -> Path:
@@ -217,49 +188,7 @@ def test_impossible_shares_are_refused_at_once(codes: CodeDataset, change: dict)
         train_batches(codes, **{**options, **change})
 
 
-def test_workers_do_not_touch_the_global_generator(codes: CodeDataset) -> None:
-    torch.manual_seed(0)
-    state = torch.get_rng_state()
-    global_stream(codes, num_steps=2, workers=1)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 def test_batches_move_to_a_device(codes: CodeDataset) -> None:
     batch = next(train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0))
     moved = batch.to("meta")
     assert all(getattr(moved, name).is_meta for name in ("data", "labels", "positions", "weights"))
-
-
-def child_processes() -> set[int]:
-    return {process.pid for process in active_children()}
-
-
-def test_workers_outlive_a_signal_to_the_job_and_stop_when_closed(codes: CodeDataset) -> None:
-    others = child_processes()
-    batches = train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0, workers=1)
-    next(batches)
-    children = child_processes() - others
-    for child in children:
-        os.kill(child, signal.SIGTERM)
-    expected = global_stream(codes, num_steps=6, global_batch=2, samples_seen=2)
-    assert joined(islice(batches, 6)).positions.tolist() == expected.positions.tolist()
-    batches.close()
-    assert len(children) == 1 and not children & child_processes()
-    assert list(batches) == []
-
-
-@pytest.mark.parametrize("ending", ["", "raise RuntimeError('the trainer failed')"])
-def test_a_program_that_holds_its_batches_to_the_end_still_ends(tmp_path: Path, ending: str) -> None:
-    pack_codes(tmp_path / "codes")
-    program = (
-        "from pathlib import Path; from data_pipeline.loader import *\n"
-        f"folder = Path({str(tmp_path / 'codes')!r})\n"
-        "data = CodeDataset(folder, patch_nums=(1, 2), vocab_size=64, tokenizer_sha256=None)\n"
-        "batches = train_batches(data, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0, workers=2)\n"
-        "held = batches._results  # as a traceback would\n"
-        f"print(next(batches).labels.shape)\n{ending}\n"
-    )
-    root = Path(__file__).resolve().parent.parent
-    done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
-    assert "torch.Size([2])" in done.stdout and done.returncode == (1 if ending else 0)
-    assert done.stderr == "" or "the trainer failed" in done.stderr

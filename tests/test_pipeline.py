@@ -22,8 +22,9 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "digits"
-SHORT = ["loop.epochs=0.5", "loop.validate_every=0.25", "loop.checkpoint_every=4", "loop.log_every=1"]
+SHORT = ["loop.epochs=1", "loop.validate_every=0.25", "loop.checkpoint_every=4", "loop.log_every=1"]
 PACK = ["source=digits", "out=data/digits/images", "val_fraction=0.2"]
+TOKENIZER = ["--config", str(CONFIGS / "tokenizer.yaml"), "loop.epochs=0.2"]
 ENCODE = ["tokenizer=runs/digits/tokenizer", "images=data/digits/images", "out=data/digits/codes", "views=2"]
 
 
@@ -71,9 +72,8 @@ def train_arguments(run: str, *more: str) -> list[str]:
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
     place = Workplace(tmp_path_factory.mktemp("place"))
-    tokenizer = ["--config", str(CONFIGS / "tokenizer.yaml"), "loop.epochs=0.2"]
     place.succeed("pack_images", *PACK)
-    place.succeed("train_tokenizer", *tokenizer)
+    place.succeed("train_tokenizer", *TOKENIZER)
     place.succeed("encode_codes", *ENCODE)
     return place
 
@@ -91,7 +91,7 @@ def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: Workplace) -> None:
     train = [record for record in trained.records("runs/whole") if record["kind"] == "train"]
-    assert [record["step"] for record in train] == list(range(1, 13))
+    assert [record["step"] for record in train] == list(range(1, 24))
     assert train[0]["loss_avg"] == pytest.approx(np.log(64), abs=0.1)
     assert train[-1]["loss_avg"] < train[0]["loss_avg"]
     numbers = ("loss_last", "error_avg", "error_last", "learning_rate", "gradient_norm", "tokens_per_second", "pflop")
@@ -114,7 +114,7 @@ def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained:
     wait_for(lambda: record.exists() and len(record.read_text().splitlines()) > 5, seconds=120)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    assert not (trained.folder / "runs/killed/checkpoints/step-00000012").exists()
+    assert not (trained.folder / "runs/killed/checkpoints/step-00000023").exists()
     said = trained.succeed("train", *train_arguments("runs/killed"), ranks=2)
     assert "resuming from" in said
     assert lasting(trained.records("runs/killed")) == lasting(trained.records("runs/whole"))
@@ -207,6 +207,18 @@ class TestBadInput:
         world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         line = place.fail("train", *train_arguments("runs/x"), env=world)
         assert "global_batch 64 is not divisible by the world size 3" in line
+
+    def test_another_number_of_classes(self, place: Workplace) -> None:
+        line = place.fail("train", *train_arguments("runs/x"), "model.num_classes=5")
+        assert "has 10 classes, model.num_classes is 5" in line
+
+    def test_checkpoint_of_another_seed(self, trained: Workplace) -> None:
+        line = trained.fail("train", *train_arguments("runs/whole"), "seed=9")
+        assert "seed is 0, this run has 9" in line
+
+    def test_another_tokenizer_to_sample_with(self, trained: Workplace) -> None:
+        trained.succeed("train_tokenizer", *TOKENIZER, "run=runs/other", "seed=1", "tracking.mlflow=false")
+        assert "was trained with tokenizer" in trained.fail("sample", "run=runs/whole", "tokenizer=runs/other")
 
     def test_checkpoint_of_another_model(self, trained: Workplace) -> None:
         line = trained.fail("train", *train_arguments("runs/whole"), "model.depth=3")

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 import pickle
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pytest
 import webdataset
 
@@ -59,10 +57,6 @@ def test_equal_samples_give_equal_bytes_and_fingerprints(tmp_path: Path) -> None
     assert (tmp_path / "a/shard-000001.tar").read_bytes() == (tmp_path / "b/shard-000001.tar").read_bytes()
     other = pack(tmp_path / "c", make_samples(6))
     assert other.fingerprint != first.fingerprint
-
-
-def test_index_round_trips(tmp_path: Path) -> None:
-    assert pack(tmp_path) == Index.read(tmp_path, kind="images")
 
 
 def test_a_code_record_of_1022_bytes_takes_1536(tmp_path: Path) -> None:
@@ -204,44 +198,3 @@ def test_tars_with_anything_but_plain_members_are_refused(tmp_path: Path, conten
     index = Index("images", (ShardEntry("shard-000000.tar", 1, len(content), "0" * 64),), META)
     with pytest.raises(ValueError, match="shard-000000.tar: damaged shard"):
         ShardReader(tmp_path, index).read(0)
-
-
-def test_a_folder_without_index_is_an_error_with_a_next_step(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder; run launchers/pack_images.py"):
-        Index.read(tmp_path / "missing")
-    with pytest.raises(FileNotFoundError, match="never packed to the end; run launchers/pack_images.py"):
-        Index.read(tmp_path)
-
-
-def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
-    pack(tmp_path)
-    with pytest.raises(ValueError, match="holds images, expected codes"):
-        Index.read(tmp_path, kind="codes")
-
-
-@pytest.mark.parametrize(
-    "change, reason",
-    [
-        ({"version": 2}, "version is 2"),
-        ({"kind": "movies"}, "kind is 'movies'"),
-        ({"shards": [{"name": "x"}]}, "missing"),
-        ({"shards": [{"name": "../shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64}]}, "shard name"),
-        ({"shards": [{"name": "shard-000000.tar", "samples": -1, "bytes": 1, "sha256": "0" * 64}]}, "samples is -1"),
-        ({"shards": [{"name": "shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "?"}]}, "sha256 is"),
-        ({"shards": 3}, "int"),
-        ({"meta": {}}, "lacks classes"),
-    ],
-)
-def test_a_malformed_index_is_one_clear_error(tmp_path: Path, change: dict, reason: str) -> None:
-    pack(tmp_path)
-    path = tmp_path / "index.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=f"index.json: malformed index, .*{reason}.*pack this data again") as caught:
-        Index.read(tmp_path)
-    assert "\n" not in str(caught.value)
-
-
-def test_random_bytes_in_place_of_the_index_are_a_clear_error(tmp_path: Path) -> None:
-    (tmp_path / "index.json").write_bytes(np.random.default_rng(0).bytes(100))
-    with pytest.raises(ValueError, match="index.json: malformed index"):
-        Index.read(tmp_path)

@@ -110,6 +110,7 @@ def test_mlflow_gets_every_point_once_even_when_the_run_is_started_again(
     record.forget_after(25)  # killed at 30, resumed from a checkpoint at 25: some steps are taken, and timed, anew
     second = MLflowView(folder, config, {"model.depth": 2})
     record.write([train_record(step, loss=[2.0, 3.0]) | {"time": 5000.0 + step} for step in range(26, 41)])
+    second.notify()
     second.close()
 
     from mlflow.tracking import MlflowClient
@@ -145,6 +146,7 @@ def test_a_dead_tracker_neither_raises_nor_blocks(
 def test_closing_gives_up_on_a_tracker_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MLflowView, "_connect", lambda self: time.sleep(5))
     view = MLflowView(tmp_path, TrackingConfig(), {})
+    view.notify()
     started = time.monotonic()
     view.close(patience_seconds=0.1)
     assert time.monotonic() - started < 2

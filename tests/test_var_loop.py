@@ -219,12 +219,6 @@ def test_the_headline_shows_losses_and_accuracies() -> None:
     assert make_stage().headline(record) == "loss 2.5000 (last 2.2500) acc 25.00% (last 10.00%)"
 
 
-@pytest.mark.parametrize("label_drop", [-0.1, 1.0])
-def test_a_drop_rate_that_is_no_probability_is_refused(label_drop: float) -> None:
-    with pytest.raises(ValueError, match=f"label_drop is {label_drop}"):
-        make_stage(label_drop=label_drop)
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_activation_checkpointing_reaches_the_model(checkpointing: bool) -> None:
     assert build_var(VAR_CONFIG, seed=0, activation_checkpointing=checkpointing).checkpoint_activations == checkpointing

@@ -1,21 +1,44 @@
-"""The smallest models, batches and engine on which the loops of both stages can be driven in one process."""
+"""The smallest models, batches, engine and study on which both stages can be driven in one process."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
+from data_pipeline.codes import CodeFormat
+from data_pipeline.loader import CodeDataset
+from data_pipeline.shards import Sample, write_shards
+from launchers import encode_codes, pack_images
+from launchers.assembly import (
+    load_tokenizer,
+    open_checkpoints,
+    open_codes_or_images,
+    run_stage,
+    validation_source,
+)
+from launchers.command_line import Command
+from launchers.config import DataConfig, EncodeConfig, PackConfig, TrainConfig, ViewConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
-from models.var import VARConfig
+from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
+from training.checkpoint import TrainState, describe, write_model
+from training.distributed import World
 from training.engine import EngineConfig
+from training.loop import LoopConfig
+from training.tracking import TrackingConfig
+from training.var_loop import VARStage
 
 PATCH_NUMS = (1, 2)  # 5 tokens
+VIEWS = 3  # of the codes that `pack_codes` writes
+ONE_TO_ONE = ViewConfig(resize_ratio=1.0)  # the pictures have the tokenizer's size already
 VAR_CONFIG = VARConfig(depth=1, patch_nums=PATCH_NUMS, vocab_size=16, code_width=4, num_classes=3)
 VQVAE_CONFIG = VQVAEConfig(
     patch_nums=PATCH_NUMS,
@@ -112,3 +135,94 @@ class PlainEngine:
 
     def load(self, folder: Path, tag: str) -> None:
         self.model.load_state_dict(torch.load(folder / tag / "shard-0.pt", weights_only=True))
+
+
+def codes_of(sample_id: int, view: int) -> np.ndarray:
+    """Codes that say whose they are: (L,)."""
+    return np.array([sample_id, view, 0, 0, 7])
+
+
+def pack_codes(folder: Path, num_samples: int = 21, *, label: Callable[[int], int] = lambda i: i % 3) -> Path:
+    code_format = CodeFormat(num_tokens=5, views=VIEWS, bits=12)
+    records = [
+        code_format.pack(label(i), np.stack([codes_of(i, view) for view in range(VIEWS)])) for i in range(num_samples)
+    ]
+    samples = [Sample(f"{i:09d}", {"vq12": record}) for i, record in enumerate(records)]
+    meta = {"patch_nums": [1, 2], "vocab_size": 64, "num_tokens": 5, "bits": 12, "views": VIEWS}
+    meta |= {"tokenizer_sha256": "a" * 64, "classes": list("abc")}
+    write_shards(samples, folder, kind="codes", meta=meta, samples_per_shard=4)
+    return folder
+
+
+def open_codes(folder: Path) -> CodeDataset:
+    return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64)
+
+
+@dataclass(frozen=True)
+class Study:
+    """A folder with packed pictures, a tokenizer, and their codes."""
+
+    folder: Path
+
+    def encode_config(self, **changes: Any) -> EncodeConfig:
+        paths = {"tokenizer": "tokenizer", "images": "images", "out": "codes"}
+        settings = {name: str(self.folder / path) for name, path in paths.items()} | {"views": 2, "view": ONE_TO_ONE}
+        return EncodeConfig(**(settings | changes))
+
+    def train_config(self, run: str = "run", *, kind: str = "codes", **loop: Any) -> TrainConfig:
+        return TrainConfig(
+            run=str(self.folder / run),
+            tokenizer=str(self.folder / "tokenizer"),
+            model=VAR_CONFIG,
+            data=DataConfig(
+                train=str(self.folder / kind / "train"),
+                validation=str(self.folder / kind / "val"),
+                workers=0,
+                views=ONE_TO_ONE,
+            ),
+            engine=EngineConfig(zero_stage=0, precision="fp32", micro_batch=2),
+            loop=LoopConfig(global_batch=4, epochs=2.0, validate_every=1.0, **loop),
+            tracking=TrackingConfig(mlflow=False),
+        )
+
+
+def make_study(folder: Path) -> Study:
+    found = Study(folder)
+    side, generator = VQVAE_CONFIG.image_size, np.random.default_rng(0)
+    for label in ("a", "b", "c"):
+        (found.folder / "pictures" / label).mkdir(parents=True)
+        for number in range(6):
+            pixels = generator.integers(0, 256, (side, side, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(found.folder / "pictures" / label / f"{number}.png")
+    images, pictures = str(found.folder / "images"), str(found.folder / "pictures")
+    pack_images.launch(command(PackConfig(source=pictures, out=images, val_fraction=0.25)))
+    write_model(found.folder / "tokenizer", make_tokenizer().state_dict(), describe(VQVAE_CONFIG))
+    encode_codes.launch(command(found.encode_config()))
+    return found
+
+
+def command(config: Any, **options: Any) -> Command[Any]:
+    return Command(config, **({"dry_run": False, "world_size": None} | options))
+
+
+def train_var(config: TrainConfig) -> tuple[TrainState, VAR]:
+    """`launchers/train.py` with a plain engine in the place of DeepSpeed's."""
+    world = World()
+    tokenizer, sha256 = load_tokenizer(config.tokenizer)
+    dataset, validation = (
+        open_codes_or_images(folder, config, tokenizer.config, sha256, random_views=random_views)
+        for folder, random_views in ((config.data.train, True), (config.data.validation, False))
+    )
+    identity = {"tokenizer_sha256": sha256, "data": dataset.index.fingerprint}
+    model = VAR(config.model, seed=config.seed)
+    stage = VARStage(
+        PlainEngine(model, accumulation=config.loop.global_batch // config.engine.micro_batch),
+        config.model,
+        tokenizer,
+        label_drop=config.label_drop,
+        global_batch=config.loop.global_batch,
+        seed=config.seed,
+        world=world,
+        validation=validation_source(validation, config.engine, world),
+    )
+    return run_stage(config, stage, dataset, open_checkpoints(config, world, **identity), world), model

@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from training.distributed import World, agree_on_error, barrier
+from training.distributed import World, agree_on_error, agree_on_value, barrier
 from training.engine import Engine
 
 FORMAT = 1
@@ -37,31 +37,51 @@ class TrainState:
 
 
 class Checkpoints:
-    """The checkpoints of one run folder."""
+    """The checkpoints of one run folder.
 
-    def __init__(self, root: Path, *, keep: int, world: World, model_config: Any) -> None:
+    `identity` is what a run cannot change and still be the same run, besides its model: its tokenizer, data, seed.
+    """
+
+    def __init__(self, root: Path, *, keep: int, world: World, model_config: Any, identity: Mapping[str, Any]) -> None:
         self.root = root
         self.keep = keep
         self.world = world
         self.model_config = describe(model_config)
+        self.identity = dict(identity)
 
     def latest(self) -> Path | None:
         """The newest committed checkpoint, or None."""
         return latest_checkpoint(self.root)
 
+    def agreed_latest(self) -> Path | None:
+        """The newest committed checkpoint, after all ranks have seen the same one. A collective."""
+        found = self.latest()
+        agree_on_value(found and found.name, "the newest checkpoint", self.world)
+        return found
+
     def save(self, engines: Mapping[str, Engine], state: TrainState) -> Path:
         """Write and commit a checkpoint of all engines; the one named "model" is also written whole. A collective."""
         final = self.root / f"step-{state.step:08d}"
         temporary = self.root / f".tmp-{final.name}"
-        if self.world.is_rank_zero:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        barrier(self.world)
-        agree_on_error(_save_shards(temporary, engines), self.world)
+        agree_on_error(self._make_room(temporary) if self.world.is_rank_zero else None, self.world)
+        for tag, engine in engines.items():
+            engine.save(temporary, tag)
         weights = engines["model"].full_state_dict()
+        barrier(self.world)
+        agree_on_value(sorted(_relative_files(temporary)), f"the files in {temporary}", self.world)
         error = self._commit(temporary, final, weights, state) if self.world.is_rank_zero else None
         agree_on_error(error, self.world)
         return final
+
+    def _make_room(self, temporary: Path) -> Exception | None:
+        """Remove what an interrupted save or removal has left behind, and make the folder to write to."""
+        try:
+            for leftover in [*self.root.glob(".tmp-*"), *self.root.glob(".old-*")]:
+                shutil.rmtree(leftover)
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            return error
+        return None
 
     def _commit(self, temporary: Path, final: Path, weights: dict[str, Tensor], state: TrainState) -> Exception | None:
         try:
@@ -71,6 +91,7 @@ class Checkpoints:
                 **asdict(state),
                 "world_size": self.world.world_size,
                 "model": self.model_config,
+                "identity": self.identity,
                 "files": _list_files(temporary),
             }
             _write_json(temporary / "manifest.json", manifest)
@@ -89,9 +110,10 @@ class Checkpoints:
             shutil.rmtree(doomed)
 
     def refuse_misfit(self, path: Path) -> None:
-        """Raise ValueError if the checkpoint is of another model or was written by another number of ranks."""
+        """Raise ValueError if the checkpoint is of another model, tokenizer, data or seed, or of other ranks."""
         manifest = read_manifest(path)
-        self._refuse_other_model(path, manifest["model"])
+        for what, ours in (("model", self.model_config), ("identity", self.identity)):
+            self._refuse_difference(path, what, flatten(ours), flatten(manifest[what]))
         if manifest["world_size"] != self.world.world_size:
             raise ValueError(
                 f"{path}: written by {manifest['world_size']} ranks, this run has {self.world.world_size}; "
@@ -111,23 +133,14 @@ class Checkpoints:
             engine.load(path, tag)
         return TrainState(step=manifest["step"], samples_seen=manifest["samples_seen"])
 
-    def _refuse_other_model(self, path: Path, found: dict[str, Any]) -> None:
-        theirs = flatten(found)
-        for name, value in flatten(self.model_config).items():
+    def _refuse_difference(self, path: Path, what: str, ours: dict[str, Any], theirs: dict[str, Any]) -> None:
+        kind = "of another model" if what == "model" else "of another run"
+        for name, value in ours.items():
             if theirs.get(name) != value:
                 raise ValueError(
-                    f"{path}: checkpoint of another model: its {name} is {theirs.get(name)}, this run has {value}; "
-                    "change the config back or choose another run folder"
+                    f"{path}: checkpoint {kind}: its {name} is {theirs.get(name)}, this run has {value}; "
+                    "change it back or choose another run folder"
                 )
-
-
-def _save_shards(folder: Path, engines: Mapping[str, Engine]) -> Exception | None:
-    try:
-        for tag, engine in engines.items():
-            engine.save(folder, tag)
-    except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-        return error
-    return None
 
 
 def committed_checkpoints(root: Path) -> list[Path]:
@@ -196,16 +209,19 @@ class ModelOnDisk:
 
     def config(self, kind: str) -> dict[str, Any]:
         """The model's config as plain data; `kind` is the class that must have been written, such as "VAR"."""
-        config = json.loads((self.folder / "config.json").read_text())
+        try:
+            config = json.loads((self.folder / "config.json").read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.folder}/config.json is not valid JSON ({error}); export the model again") from None
         if config.get("kind") != kind:
             raise ValueError(f"{self.folder}: holds a {config.get('kind')}, a {kind} is needed; check the path")
         return {name: value for name, value in config.items() if name != "kind"}
 
     def fill(self, model: nn.Module) -> nn.Module:
-        """Load the weights into `model` and return it in eval mode, frozen."""
+        """Put the weights into `model`, which may be on the meta device, and return it in eval mode, frozen."""
         file = self.folder / "model.safetensors"
         try:
-            model.load_state_dict(load_file(file))
+            model.load_state_dict(load_file(file), assign=True)
         except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{file}: cannot be loaded ({str(error).splitlines()[0]}); export it again") from None
         return model.eval().requires_grad_(False)
@@ -230,13 +246,16 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def _relative_files(folder: Path) -> list[str]:
+    return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+
+
 def _list_files(folder: Path) -> dict[str, dict[str, Any]]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _fsync(path)
-    return {
-        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files
-    }
+    listed = {}
+    for name in sorted(_relative_files(folder)):
+        _fsync(folder / name)
+        listed[name] = {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)}
+    return listed
 
 
 def _sha256(path: Path) -> str:

@@ -10,6 +10,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -122,3 +123,17 @@ def agree_on_error(error: Exception | None, world: World) -> None:
     if failures:
         texts = sorted(set(failures.values()))
         raise ValueError(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}")
+
+
+def agree_on_value(value: Any, what: str, world: World) -> None:
+    """Raise ValueError on all ranks if they do not all have the same `value`: most often their disks are not shared."""
+    if world.world_size == 1:
+        return
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(
+                f"rank 0 and rank {rank} do not see the same in {what}: {values[0]} and {other}; "
+                "the run folder must be on storage that all nodes share"
+            )

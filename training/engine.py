@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,8 +42,14 @@ class EngineConfig:
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; accepted: 0, 1, 2, 3")
         if self.precision not in PRECISIONS:
             raise ValueError(f"engine.precision is '{self.precision}'; accepted: {', '.join(PRECISIONS)}")
-        if self.micro_batch < 1:
-            raise ValueError(f"engine.micro_batch is {self.micro_batch}; it must be at least 1")
+        if self.zero_stage == 0 and self.precision != "fp32":
+            raise ValueError(
+                f"engine.precision {self.precision} needs engine.zero_stage 1, 2 or 3: without ZeRO DeepSpeed does not "
+                "accumulate its gradients in float32"
+            )
+        for name in ("micro_batch", "reduce_bucket_size", "prefetch_bucket_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
         if self.gradient_clipping < 0:
             raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; it must be 0 (off) or positive")
 
@@ -85,8 +92,14 @@ def compile_deepspeed_config(config: EngineConfig, *, global_batch: int, world_s
         "gradient_clipping": config.gradient_clipping,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: nothing to compile, the same losses as DeepSpeed's
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
-        # the public recipe starts the loss scale at 2^11 and doubles it every 1,000 steps
-        "fp16": {"enabled": config.precision == "fp16", "initial_scale_power": 11, "loss_scale_window": 1000},
+        # the public recipe starts the loss scale at 2^11 and doubles it every 1,000 steps, there to at most 2^15
+        "fp16": {
+            "enabled": config.precision == "fp16",
+            "initial_scale_power": 11,
+            "loss_scale_window": 1000,
+            "hysteresis": 2,
+            "min_loss_scale": 1,
+        },
         "data_types": {"grad_accum_dtype": "fp32"} if low_precision else {},
         "zero_optimization": _zero_section(config),
         "steps_per_print": 2**31 - 1,
@@ -101,6 +114,7 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
         "reduce_scatter": True,
         "reduce_bucket_size": config.reduce_bucket_size,
         "allgather_bucket_size": config.reduce_bucket_size,
+        "round_robin_gradients": False,
         "overlap_comm": config.zero_stage == 3,  # races were reported for stages 1 and 2: DeepSpeed 5545, 7965, 8061
     }
     if config.zero_stage == 3:
@@ -118,6 +132,8 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 def _import_deepspeed() -> Any:
     """Import deepspeed quietly, and close its unsafe `torch.load` calls: only four of its classes may be unpickled."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    # DeepSpeed compiles its CPU communication with the ninja of our own environment, which need not be active
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     import deepspeed
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -149,10 +165,14 @@ class Engine:
         self.model = model
         compiled = compile_deepspeed_config(config, global_batch=global_batch, world_size=world.world_size)
         self.accumulation = compiled["gradient_accumulation_steps"]
-        self._deepspeed = _import_deepspeed()
-        self._engine = self._deepspeed.initialize(
+        initial = [] if config.precision == "fp32" else [p.detach().clone() for p in model.parameters()]
+        deepspeed = _import_deepspeed()
+        self._engine = deepspeed.initialize(
             model=model, optimizer=optimizer, config=compiled, dist_init_required=False
         )[0]
+        # DeepSpeed makes its float32 master copy from the rounded weights; fp16 would lose d30's smallest ones
+        for parameter, value in zip(model.parameters(), initial, strict=False):
+            self.set_full_parameter(parameter, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -216,8 +236,16 @@ class Engine:
         return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
 
     def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's share of the state to folder/tag."""
-        self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        """Write this rank's share of the state to folder/tag.
+
+        Raises:
+            ValueError: it could not be written. The other ranks then wait inside DeepSpeed; this one must end, so that
+                its launcher ends them, and those of other nodes run into the timeout.
+        """
+        try:
+            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
+        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
+            raise ValueError(f"rank {self.world.rank} could not write {folder / tag}: {error}") from None
         if self.world.is_rank_zero:
             for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves programs beside the weights
                 script.unlink()

@@ -44,6 +44,8 @@ class LoopConfig:
         for name in ("global_batch", "epochs", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
+        if self.stop_after_steps < 0:
+            raise ValueError(f"loop.stop_after_steps is {self.stop_after_steps}; it must be 0 (off) or positive")
 
     def total_steps(self, num_samples: int) -> int:
         return max(1, math.ceil(self.epochs * num_samples / self.global_batch))
@@ -59,6 +61,17 @@ class StepContext:
     weight_decay: float
 
 
+class Batch(Protocol):
+    """What a loader yields for one rank."""
+
+    data: Tensor  # (B, L) codes, or (B, 3, H, H) images to be encoded here
+    labels: Tensor  # (B,)
+    positions: Tensor  # (B,) positions in the global stream of samples
+    weights: Tensor  # (B,) 1, or 0 for padding in validation
+
+    def to(self, device: torch.device) -> Batch: ...
+
+
 class Stage(Protocol):
     """What a stage supplies to the loop."""
 
@@ -66,7 +79,7 @@ class Stage(Protocol):
     flops_per_image: int
     tokens_per_image: int
 
-    def train_step(self, batches: Iterator[Any], context: StepContext) -> dict[str, Tensor]:
+    def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
         """One optimiser step on this rank's micro-batches; metrics as device tensors, means over this rank's images."""
 
     def window_metrics(self) -> dict[str, Any]:
@@ -132,15 +145,18 @@ class Loop:
         )
 
     def _position(self, state: TrainState, kind: str) -> Record:
-        position = {
+        return {
             "kind": kind,
             "step": state.step,
             "samples_seen": state.samples_seen,
             "epoch": state.samples_seen / self.num_samples,
+            "pflop": state.samples_seen * self.stage.flops_per_image / FLOPS_PER_PFLOP,
         }
-        if self.stage.flops_per_image:
-            position["pflop"] = state.samples_seen * self.stage.flops_per_image / FLOPS_PER_PFLOP
-        return position
+
+    @property
+    def _scales_loss(self) -> bool:
+        """With fp16's loss scaling an infinite gradient is no accident: the step is skipped and the scale lowered."""
+        return any(engine.config.precision == "fp16" for engine in self.stage.engines.values())
 
     def _validation_is_due(self, state: TrainState) -> bool:
         every = self.config.validate_every * self.num_samples
@@ -152,7 +168,9 @@ class Loop:
         self._pending.clear()
         values = mean_over_ranks(list(metrics), self.world)
         for position, value in zip(positions, values, strict=True):
-            self._refuse_divergence(position["step"], value["loss"])
+            self._refuse_divergence(position["step"], "loss", value["loss"])
+            if not self._scales_loss:
+                self._refuse_divergence(position["step"], "gradient norm", value["gradient_norm"])
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
         images = len(positions) * self.config.global_batch
@@ -168,17 +186,20 @@ class Loop:
         for record in records:
             self.say(self._progress_line(record, total))
 
-    def _refuse_divergence(self, step: int, loss: float | list[float]) -> None:
-        """Raise TrainingDiverged, on all ranks alike, if the loss of a step is not finite."""
-        if not all(math.isfinite(value) for value in (loss if isinstance(loss, list) else [loss])):
+    def _refuse_divergence(self, step: int, name: str, loss: float | list[float]) -> None:
+        """Raise TrainingDiverged, on all ranks alike, if a number of a step is not finite."""
+        if not _is_finite(loss):
             newest = self.checkpoints.latest() or "none yet"
             raise TrainingDiverged(
-                f"the loss of step {step} is {loss}; the newest checkpoint is {newest}: "
+                f"the {name} of step {step} is {loss}; the newest checkpoint is {newest}: "
                 "resume from it with a lower optimizer.base_lr"
             )
 
     def _validate(self, state: TrainState) -> None:
-        record = self._position(state, "validation") | self.stage.validate() | {"time": wall_time()}
+        measured = self.stage.validate()
+        for name, value in measured.items():
+            self._refuse_divergence(state.step, f"validation {name}", value)
+        record = self._position(state, "validation") | measured | {"time": wall_time()}
         self._publish([record])
         self.say(f"validation at step {state.step} | {self.stage.headline(record)}")
 
@@ -238,6 +259,10 @@ def _unflatten(row: list[float], names: list[str], sizes: list[int], like: dict[
         values[name] = row[start] if like[name].ndim == 0 else row[start : start + size]
         start += size
     return values
+
+
+def _is_finite(value: float | list[float]) -> bool:
+    return all(math.isfinite(number) for number in (value if isinstance(value, list) else [value]))
 
 
 def format_duration(seconds: float) -> str:

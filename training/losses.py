@@ -36,7 +36,7 @@ def _mean_per_scale(values: Tensor, scales: Scales) -> Tensor:
 
 def average_over_tokens(per_scale: Tensor, scales: Scales) -> Tensor:
     """From means per scale (..., K) to the mean over all L tokens (...): each scale counts with its share of tokens."""
-    sizes = per_scale.new_tensor([part.stop - part.start for part in scales.slices])
+    sizes = per_scale.new_tensor(scales.scale_sizes)
     return per_scale @ (sizes / scales.num_tokens)
 
 

@@ -31,6 +31,9 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.base_lr <= 0:
             raise ValueError(f"optimizer.base_lr is {self.base_lr}; it must be positive")
+        for name in ("weight_decay", "final_weight_decay"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
         for name in ("warmup_share", "warmup_start", "constant_share", "final_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1]")

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from models.vqvae import VQVAE, Reconstruction, VQVAEConfig
 from training.distributed import World, sum_over_ranks
 from training.engine import Engine
-from training.loop import StepContext
+from training.flops import tokenizer_training_flops
+from training.loop import Batch, StepContext
 from training.losses import (
     ReconstructionLossConfig,
     adaptive_weight,
@@ -26,7 +27,6 @@ from training.losses import (
     pixel_loss,
 )
 from training.tracking import Record
-from training.var_loop import Batch
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,7 @@ class TokenizerStage:
         self.world = world
         self.validation = validation
         self.lpips = load_lpips(loss.lpips_backbone).to(world.device) if loss.lpips_weight else None
-        self.flops_per_image = 0  # stage 1 has no place in the scaling laws; its cost is not counted
+        self.flops_per_image = tokenizer_training_flops(model.config)
         self.tokens_per_image = model.scales.num_tokens
         self._hits = self._no_hits()
 
@@ -238,6 +238,5 @@ def quantization_targets(model: VQVAE, images: Tensor, codes: Tensor) -> Tensor:
     features = model.features(images)  # (B, C, h, w)
     pyramid = [model.quantizer.downsample(features, side).flatten(2).mT for side in model.scales.patch_nums]
     targets = torch.cat(pyramid, dim=1)  # (B, L, C)
-    first = model.scales.patch_nums[0] ** 2
-    targets[:, first:] -= model.teacher_forcing_inputs(codes)
+    targets[:, model.scales.first_tokens :] -= model.teacher_forcing_inputs(codes)
     return targets

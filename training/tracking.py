@@ -82,8 +82,9 @@ class RunRecord:
 class MLflowView:
     """Feeds MLflow from metrics.jsonl in the background; never raises into training.
 
-    `mlflow.json` in the run folder keeps the MLflow run's id and how many steps it has, so that a run that is started
-    again goes on in the same MLflow run and sends no step twice.
+    `mlflow.json` in the run folder keeps the tracker, the MLflow run's id and how many steps it has, so that a run that
+    is started again goes on in the same MLflow run and sends no step twice. A tracker that fails is tried again at the
+    next news; one that does not know the run, because it is another or a new one, gets all of it.
     """
 
     def __init__(self, folder: Path, config: TrackingConfig, parameters: dict[str, Any]) -> None:
@@ -94,44 +95,56 @@ class MLflowView:
         self._offset = 0  # of what is still to be read in metrics.jsonl
         self._news = threading.Event()
         self._closing = threading.Event()
+        self._final_status = "FINISHED"
         self._thread = threading.Thread(target=self._follow, name="mlflow-view", daemon=True)
-        self._thread.start()
 
     def notify(self) -> None:
-        """There are new records to send."""
+        """There are new records to send. The first call starts the thread, after data workers have been forked."""
+        if self._thread.ident is None:
+            self._thread.start()
         self._news.set()
 
-    def close(self, patience_seconds: float = 60.0) -> None:
-        """Send what is left and mark the MLflow run as finished; gives up after `patience_seconds`."""
+    def close(self, *, failed: bool = False, patience_seconds: float = 60.0) -> None:
+        """Send what is left and mark the MLflow run as finished or failed; gives up after `patience_seconds`."""
+        if self._thread.ident is None:
+            return
+        self._final_status = "FAILED" if failed else "FINISHED"
         self._closing.set()
         self._news.set()
         self._thread.join(patience_seconds)
 
     def _follow(self) -> None:
-        try:
-            client, state = self._connect()
-            while True:
-                self._news.wait(timeout=10)
-                self._news.clear()
-                closing = self._closing.is_set()
+        client: Any = None
+        state: dict[str, Any] = {}
+        failures = 0
+        while not self._closing.is_set():
+            self._news.wait()
+            self._news.clear()
+            try:
+                if client is None:
+                    client, state = self._connect()
                 self._send_new(client, state)
-                if closing:
-                    client.set_terminated(state["run_id"])
-                    return
-        except Exception as error:  # whatever a tracker throws must not reach training: the record is complete without
-            reason = " ".join(str(error).split())[:200]
-            print(f"mlflow: {type(error).__name__}: {reason}; metrics.jsonl goes on", flush=True)
+                failures = 0
+            except Exception as error:  # whatever a tracker throws must not reach training: the record is complete
+                failures += 1
+                if failures == 1:
+                    reason = " ".join(str(error).split())[:200]
+                    print(f"mlflow: {type(error).__name__}: {reason}; metrics.jsonl goes on", flush=True)
+        if client is not None and not failures:
+            client.set_terminated(state["run_id"], self._final_status)
 
     def _connect(self) -> tuple[Any, dict[str, Any]]:
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow.tracking import MlflowClient
 
-        client = MlflowClient(tracking_uri=absolute_uri(self.config.uri))
+        uri = absolute_uri(self.config.uri)
+        client = MlflowClient(tracking_uri=uri)
         state = self._read_state()
-        if state is None:
+        if state is None or state["uri"] != uri or not _knows_run(client, state["run_id"]):
             run = client.create_run(self._experiment_id(client), run_name=self._run_name())
-            state = {"run_id": run.info.run_id, "experiment_id": run.info.experiment_id, "train": -1, "validation": -1}
+            place = {"uri": uri, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
+            state = place | {"train": -1, "validation": -1}
             for name, value in self.parameters.items():
                 client.log_param(state["run_id"], name, str(value)[:500])
             self._write_state(state)
@@ -181,6 +194,19 @@ def without_infinities(record: Record) -> Record:
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
     }
+
+
+def _knows_run(client: Any, run_id: str) -> bool:
+    """Whether the tracker has this run; a tracker that cannot be asked raises."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return False
+        raise
+    return True
 
 
 def flatten_metrics(record: Record) -> dict[str, float]:

@@ -8,7 +8,7 @@ looked up by an image's stream position: the draw does not depend on ranks or mi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,20 +19,9 @@ from models.vqvae import VQVAE
 from training.distributed import World, sum_over_ranks
 from training.engine import Engine
 from training.flops import training_flops
-from training.loop import StepContext
+from training.loop import Batch, StepContext
 from training.losses import average_over_tokens, token_scores
 from training.tracking import Record
-
-
-class Batch(Protocol):
-    """What a loader yields for one rank."""
-
-    data: Tensor  # (B, L) codes, or (B, 3, H, H) images to be encoded here
-    labels: Tensor  # (B,)
-    positions: Tensor  # (B,) positions in the global stream of samples
-    weights: Tensor  # (B,) 1, or 0 for padding in validation
-
-    def to(self, device: torch.device) -> Batch: ...
 
 
 class VARStage:
@@ -50,8 +39,6 @@ class VARStage:
         world: World,
         validation: Callable[[], Iterable[Batch]],
     ) -> None:
-        if not 0 <= label_drop < 1:
-            raise ValueError(f"label_drop is {label_drop}; it is a probability, in [0, 1)")
         self.engines = {"model": engine}
         self.config = config
         self.tokenizer = tokenizer
@@ -126,7 +113,8 @@ class VARStage:
 def build_var(config: VARConfig, *, seed: int, activation_checkpointing: bool) -> VAR:
     """The transformer with its initial weights, a function of the seed alone."""
     model = VAR(config, seed=seed)
-    model.checkpoint_activations = activation_checkpointing
+    if activation_checkpointing:
+        model.enable_activation_checkpointing()
     return model
 
 

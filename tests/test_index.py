@@ -1,0 +1,94 @@
+"""The index: what is written is what is read, anything else is one clear error, and its fingerprint sees all of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline.index import Index, ShardEntry, is_complete, refuse_complete
+from data_pipeline.shards import Sample, write_shards
+
+
+def pack(folder: Path) -> Index:
+    samples = [Sample(f"{i:09d}", {"cls": b"1", "png": bytes(i)}) for i in range(7)]
+    return write_shards(samples, folder, kind="images", meta={"classes": ["cat", "dog"]}, samples_per_shard=3)
+
+
+def test_index_round_trips(tmp_path: Path) -> None:
+    assert pack(tmp_path) == Index.read(tmp_path, kind="images")
+
+
+def test_a_folder_is_complete_once_it_has_its_index(tmp_path: Path) -> None:
+    assert not is_complete(tmp_path)
+    refuse_complete(tmp_path)
+    assert pack(tmp_path).num_samples == 7 and is_complete(tmp_path)
+    with pytest.raises(ValueError, match="already packed; delete it"):
+        refuse_complete(tmp_path)
+
+
+@pytest.mark.parametrize("field, value", [("samples", 9), ("bytes", 9), ("sha256", "0" * 64)])
+def test_every_field_of_every_shard_is_in_the_fingerprint(tmp_path: Path, field: str, value: int | str) -> None:
+    index = pack(tmp_path)
+    for number in range(3):
+        shards = list(index.shards)
+        shards[number] = replace(shards[number], **{field: value})
+        assert replace(index, shards=tuple(shards)).fingerprint != index.fingerprint
+
+
+def test_order_of_shards_and_meta_are_in_the_fingerprint_and_order_of_meta_is_not(tmp_path: Path) -> None:
+    index = pack(tmp_path)
+    assert replace(index, shards=index.shards[::-1]).fingerprint != index.fingerprint
+    assert replace(index, meta={"classes": ["dog", "cat"]}).fingerprint != index.fingerprint
+    meta = {"seed": 1, **index.meta}
+    assert replace(index, meta=meta).fingerprint == replace(index, meta=dict(reversed(meta.items()))).fingerprint
+
+
+def test_a_shard_is_listed_once() -> None:
+    shard = ShardEntry("shard-000000.tar", 1, 1, "0" * 64)
+    with pytest.raises(ValueError, match="listed twice"):
+        Index("images", (shard, shard), {"classes": ["cat"]})
+
+
+def test_a_folder_without_index_is_an_error_with_a_next_step(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder; run launchers/pack_images.py"):
+        Index.read(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="never packed to the end; run launchers/pack_images.py"):
+        Index.read(tmp_path)
+
+
+def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
+    pack(tmp_path)
+    with pytest.raises(ValueError, match="holds images, expected codes"):
+        Index.read(tmp_path, kind="codes")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"version": 2}, "version is 2"),
+        ({"kind": "movies"}, "kind is 'movies'"),
+        ({"shards": [{"name": "x"}]}, "missing"),
+        ({"shards": [{"name": "../shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64}]}, "shard name"),
+        ({"shards": [{"name": "shard-000000.tar", "samples": -1, "bytes": 1, "sha256": "0" * 64}]}, "samples is -1"),
+        ({"shards": [{"name": "shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "?"}]}, "sha256 is"),
+        ({"shards": 3}, "int"),
+        ({"meta": {}}, "lacks classes"),
+    ],
+)
+def test_a_malformed_index_is_one_clear_error(tmp_path: Path, change: dict, reason: str) -> None:
+    pack(tmp_path)
+    path = tmp_path / "index.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(ValueError, match=f"index.json: malformed index, .*{reason}.*pack this data again") as caught:
+        Index.read(tmp_path)
+    assert "\n" not in str(caught.value)
+
+
+def test_random_bytes_in_place_of_the_index_are_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(np.random.default_rng(0).bytes(100))
+    with pytest.raises(ValueError, match="index.json: malformed index"):
+        Index.read(tmp_path)
