@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Generic, NoReturn, TypeVar
 
 from training.checkpoint import flatten
+from training.distributed import end_process
 from training.loop import TrainingDiverged
 
 Config = TypeVar("Config")
@@ -53,6 +54,8 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
         only_says = command is None or command.dry_run
         if command is not None and not (only_says and int(os.environ.get("RANK") or 0) > 0):
             launch(command)
+        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
+            end_process(0)
     except (ValueError, OSError, TrainingDiverged) as error:
         if os.environ.get("NEXTSCALE_TRACEBACK") == "1":
             raise

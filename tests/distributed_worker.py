@@ -23,7 +23,7 @@ from models.quantizer import QuantizerConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.checkpoint import Checkpoints, TrainState
-from training.distributed import World, agree_on_error, barrier, join_world, leave_world
+from training.distributed import World, agree_on_error, barrier, end_process, join_world, leave_world
 from training.engine import Engine, EngineConfig
 from training.loop import Loop, LoopConfig, Stage
 from training.losses import ReconstructionLossConfig
@@ -187,6 +187,7 @@ def main() -> None:
     results = run_all(world, out)
     (out / f"rank{world.rank}.json").write_text(json.dumps(results))
     leave_world()
+    end_process(0)
 
 
 if __name__ == "__main__":

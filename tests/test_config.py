@@ -14,6 +14,7 @@ from launchers.command_line import load_config, to_yaml
 from launchers.config import EncodeConfig, PackConfig, SampleConfig, TokenizerConfig, TrainConfig
 from launchers.train_tokenizer import refuse_unfit_engine
 from models.generation import check_configs_agree
+from models.var import VARConfig
 from models.vqvae import VQVAE
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -129,4 +130,4 @@ def test_defaults_read_back_as_the_same(schema: type, required: dict[str, Any], 
 @pytest.mark.parametrize("label_drop", [-0.1, 1.0])
 def test_a_drop_rate_that_is_no_probability_is_refused(label_drop: float) -> None:
     with pytest.raises(ValueError, match=f"label_drop is {label_drop}"):
-        TrainConfig(run="r", tokenizer="t", model=VARConfig(), label_drop=label_drop)
+        TrainConfig(run="r", tokenizer="t", model=VARConfig(depth=1), label_drop=label_drop)

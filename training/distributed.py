@@ -7,10 +7,11 @@ is the same code with `world_size` 1. Collectives go through torch.distributed, 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -92,6 +93,17 @@ def leave_world() -> None:
     """Leave the process group, if this process is in one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this rank at once, its output written.
+
+    An ordinary exit takes the interpreter down while gloo's threads may still want it, and now and then such a rank is
+    aborted (SIGABRT) after its work is done and saved.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
 
 
 def barrier(world: World) -> None:

@@ -117,9 +117,11 @@ class MLflowView:
         client: Any = None
         state: dict[str, Any] = {}
         failures = 0
-        while not self._closing.is_set():
+        closing = False
+        while not closing:
             self._news.wait()
             self._news.clear()
+            closing = self._closing.is_set()  # before reading: what was written by then will be sent
             try:
                 if client is None:
                     client, state = self._connect()
