@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -144,9 +147,32 @@ def test_a_dead_tracker_neither_raises_nor_blocks(
 
 
 def test_closing_gives_up_on_a_tracker_that_hangs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(MLflowView, "_connect", lambda self: time.sleep(5))
+    monkeypatch.setattr(MLflowView, "_connect", lambda self: threading.Event().wait())
     view = MLflowView(tmp_path, TrackingConfig(), {})
     view.notify()
     started = time.monotonic()
     view.close(patience_seconds=0.1)
     assert time.monotonic() - started < 2
+
+
+def test_what_is_written_while_the_tracker_is_slow_is_sent_before_closing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[int] = []
+    sending = threading.Event()
+
+    def send_slowly(view: MLflowView, records: list[dict[str, Any]], client: Any, state: dict[str, Any]) -> None:
+        sending.set()
+        time.sleep(0.1)
+        sent.extend(record["step"] for record in records)
+
+    client = SimpleNamespace(set_terminated=lambda run_id, status: None)
+    monkeypatch.setattr(MLflowView, "_connect", lambda self: (client, {"run_id": "1", "train": -1, "validation": -1}))
+    monkeypatch.setattr(MLflowView, "_send", send_slowly)
+    view = MLflowView(tmp_path, TrackingConfig(), {})
+    view.record.write([train_record(1)])
+    view.notify()
+    sending.wait(10)
+    view.record.write([train_record(2)])
+    view.close()
+    assert sent == [1, 2]
