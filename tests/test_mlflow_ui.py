@@ -22,6 +22,7 @@ from training.tracking import MLflowView, Record, RunRecord, TrackingConfig, wal
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
+DEMO = Path(__file__).resolve().parent.parent / "runs"
 STEPS, VALIDATIONS = 50, (10, 30, 50)
 POINTS_OF_CHART = {
     "loss/train_loss_avg": STEPS,
@@ -68,7 +69,12 @@ def is_healthy(url: str) -> bool:
 
 
 @pytest.fixture
-def database(tmp_path: Path) -> str:
+def database(tmp_path: Path, request: pytest.FixtureRequest) -> str:
+    """A new database, or a copy of the one that a test names as its parameter."""
+    if original := getattr(request, "param", None):
+        if not original.is_file():
+            pytest.skip(f"needs {original}: run make demo")
+        shutil.copy(original, tmp_path / "mlflow.db")
     return f"sqlite:///{tmp_path}/mlflow.db"
 
 
@@ -120,3 +126,16 @@ def test_mlflow_draws_the_curves_of_a_run(page: Page, database: str, server: str
     page.get_by_role("link", name="demo/d4").wait_for()
     assert {title: points_drawn(page, title) for title in POINTS_OF_CHART} == POINTS_OF_CHART
     page.screenshot(path=tmp_path / "charts.png")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("database", [DEMO / "mlflow.db"], indirect=True)
+def test_mlflow_draws_the_curves_of_the_demo(page: Page, server: str, tmp_path: Path) -> None:
+    experiment = json.loads((DEMO / "digits" / "d4" / "mlflow.json").read_text())["experiment_id"]
+    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")  # the address that the demo prints
+    page.get_by_role("link", name="digits/d4").wait_for()
+    records = [json.loads(line) for line in (DEMO / "digits" / "d4" / "metrics.jsonl").read_text().splitlines()]
+    num_validations = sum(record["kind"] == "validation" for record in records)
+    assert points_drawn(page, "loss/validation_loss_avg") == num_validations
+    assert points_drawn(page, "loss/train_loss_avg") > len(records) // 4  # plotly leaves out points on a line
+    page.screenshot(path=tmp_path / "demo.png")
