@@ -48,7 +48,9 @@ def write_run(folder: Path, database: str) -> str:
     record = RunRecord(folder)
     record.write([record_at("train", step) for step in range(1, STEPS + 1)])
     record.write([record_at("validation", step) for step in VALIDATIONS])
-    MLflowView(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4}).close(PATIENCE)
+    view = MLflowView(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
+    view.notify()
+    view.close(patience_seconds=PATIENCE)
     return json.loads((folder / "mlflow.json").read_text())["experiment_id"]
 
 
