@@ -13,7 +13,7 @@ from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
 from launchers.command_line import build_config, say, say_nothing, to_yaml
-from launchers.config import TokenizerConfig, TrainConfig, ViewConfig
+from launchers.config import RunConfig, TokenizerConfig, TrainConfig, ViewConfig
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoint import Checkpoints, ModelOnDisk, TrainState, flatten
@@ -116,7 +116,7 @@ def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **iden
 
 
 def run_stage(
-    config: TrainConfig | TokenizerConfig, stage: Stage, dataset: Dataset, checkpoints: Checkpoints, world: World
+    config: RunConfig, stage: Stage, dataset: Dataset, checkpoints: Checkpoints, world: World
 ) -> TrainState:
     """Train a stage in its run folder: from its newest checkpoint if there is one, else from the start."""
     folder = Path(config.run)

@@ -57,15 +57,11 @@ class PackConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerConfig:
-    """launchers/train_tokenizer.py: stage 1."""
+class RunConfig:
+    """What the runs of both stages have. `run` is the folder that a run is."""
 
     run: str
     seed: int = 0
-    model: VQVAEConfig = field(default_factory=VQVAEConfig)
-    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    codebook: CodebookCareConfig = field(default_factory=CodebookCareConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -74,6 +70,16 @@ class TokenizerConfig:
 
     def __post_init__(self) -> None:
         refuse_below_zero(seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(RunConfig):
+    """launchers/train_tokenizer.py: stage 1."""
+
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    codebook: CodebookCareConfig = field(default_factory=CodebookCareConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,22 +96,15 @@ class EncodeConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(RunConfig):
     """launchers/train.py: stage 2."""
 
-    run: str
     tokenizer: str
-    seed: int = 0
-    label_drop: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
     model: VARConfig
-    data: DataConfig = field(default_factory=DataConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    loop: LoopConfig = field(default_factory=LoopConfig)
-    tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    label_drop: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
 
     def __post_init__(self) -> None:
-        refuse_below_zero(seed=self.seed)
+        super().__post_init__()
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop is {self.label_drop}; it is a probability, in [0, 1)")
 
