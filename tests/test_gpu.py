@@ -1,0 +1,52 @@
+"""What must hold on a CUDA device too: the same logits and codes as on the CPU, and training through DeepSpeed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_worker import TOKENIZER, TRANSFORMER
+
+from models.generation import generate
+from models.var import VAR
+from training.tokenizer_loop import build_tokenizer
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+WORKER = Path(__file__).with_name("distributed_worker.py")
+
+
+@torch.no_grad()
+def test_logits_on_a_gpu_equal_those_on_the_cpu() -> None:
+    var, tokenizer = VAR(TRANSFORMER, seed=0).eval(), build_tokenizer(TOKENIZER, seed=0).eval()
+    codes = torch.randint(16, (4, TRANSFORMER.scales.num_tokens), generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(4)
+    inputs = tokenizer.teacher_forcing_inputs(codes)
+    on_cpu = var(inputs, labels)
+    on_gpu = var.cuda()(inputs.cuda(), labels.cuda()).cpu()
+    assert torch.allclose(on_cpu, on_gpu, atol=1e-4)  # float32 sums in another order
+
+
+def test_sampling_runs_on_a_gpu() -> None:
+    var, tokenizer = VAR(TRANSFORMER, seed=0).cuda().eval(), build_tokenizer(TOKENIZER, seed=0).cuda().eval()
+    codes = generate(var, tokenizer, torch.arange(4).cuda(), cfg=1.5, top_k=0, top_p=0.9, seeds=[0, 1, 2, 3])
+    assert codes.is_cuda and codes.shape == (4, TRANSFORMER.scales.num_tokens)
+    assert tokenizer.decode(codes).isfinite().all()
+
+
+def test_every_stage_and_precision_of_the_two_rank_test_trains_on_one_gpu(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
+    command = [sys.executable, str(WORKER), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    results = json.loads((tmp_path / "rank0.json").read_text())
+    for name in ("stage0", "stage1", "stage2", "stage3", "bf16_stage1", "bf16_stage3"):
+        losses = [record["loss_avg"] for record in results[name] if record["kind"] == "train"]
+        assert losses[-1] < losses[0], name
