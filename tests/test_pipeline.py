@@ -29,7 +29,7 @@ ENCODE = ["tokenizer=runs/digits/tokenizer", "images=data/digits/images", "out=d
 
 
 @dataclass(frozen=True)
-class Workplace:
+class Project:
     """A folder with packed digits, a barely trained tokenizer and its codes."""
 
     folder: Path
@@ -70,18 +70,18 @@ def train_arguments(run: str, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    place = Workplace(tmp_path_factory.mktemp("place"))
-    place.succeed("pack_images", *PACK)
-    place.succeed("train_tokenizer", *TOKENIZER)
-    place.succeed("encode_codes", *ENCODE)
-    return place
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.succeed("pack_images", *PACK)
+    project.succeed("train_tokenizer", *TOKENIZER)
+    project.succeed("encode_codes", *ENCODE)
+    return project
 
 
 @pytest.fixture(scope="module")
-def trained(place: Workplace) -> Workplace:
-    place.succeed("train", *train_arguments("runs/whole"), ranks=2)
-    return place
+def trained(project: Project) -> Project:
+    project.succeed("train", *train_arguments("runs/whole"), ranks=2)
+    return project
 
 
 def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -89,7 +89,7 @@ def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
 
 
-def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: Workplace) -> None:
+def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: Project) -> None:
     train = [record for record in trained.records("runs/whole") if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(1, 24))
     assert train[0]["loss_avg"] == pytest.approx(np.log(64), abs=0.1)
@@ -100,7 +100,7 @@ def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained
     assert len(train[0]["loss"]) == 3  # one per scale
 
 
-def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: Workplace) -> None:
+def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: Project) -> None:
     command = trained.command("train", *train_arguments("runs/killed"), ranks=2)
     process = subprocess.Popen(
         command,
@@ -127,7 +127,7 @@ def wait_for(condition: Any, *, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_sampling_writes_images_that_do_not_depend_on_the_batch(trained: Workplace) -> None:
+def test_sampling_writes_images_that_do_not_depend_on_the_batch(trained: Project) -> None:
     images = {}
     for batch in (3, 20):
         trained.succeed("sample", "run=runs/whole", f"out=out{batch}", "per_class=2", f"batch={batch}")
@@ -137,101 +137,101 @@ def test_sampling_writes_images_that_do_not_depend_on_the_batch(trained: Workpla
     assert np.abs(images[3].astype(int) - images[20]).max() <= 1  # float32 sums in another order, then rounding
 
 
-def test_mlflow_shows_what_metrics_jsonl_holds(place: Workplace) -> None:
+def test_mlflow_shows_what_metrics_jsonl_holds(project: Project) -> None:
     from mlflow.tracking import MlflowClient
 
-    client = MlflowClient(f"sqlite:///{place.folder}/runs/mlflow.db")
-    state = json.loads((place.folder / "runs/digits/tokenizer/mlflow.json").read_text())
+    client = MlflowClient(f"sqlite:///{project.folder}/runs/mlflow.db")
+    state = json.loads((project.folder / "runs/digits/tokenizer/mlflow.json").read_text())
     points = {point.step: point.value for point in client.get_metric_history(state["run_id"], "loss/train_loss")}
-    records = [record for record in place.records("runs/digits/tokenizer") if record["kind"] == "train"]
+    records = [record for record in project.records("runs/digits/tokenizer") if record["kind"] == "train"]
     assert points == {record["step"]: record["loss"] for record in records}
     assert client.get_run(state["run_id"]).info.status == "FINISHED"
 
 
-def test_stage_2_trains_from_images_as_well(place: Workplace) -> None:
+def test_stage_2_trains_from_images_as_well(project: Project) -> None:
     images = ["data.train=data/digits/images/train", "data.validation=data/digits/images/val", "loop.epochs=0.1"]
-    place.succeed("train", *train_arguments("runs/online", *images))
-    assert [record["step"] for record in place.records("runs/online") if record["kind"] == "train"] == [1, 2, 3]
+    project.succeed("train", *train_arguments("runs/online", *images))
+    assert [record["step"] for record in project.records("runs/online") if record["kind"] == "train"] == [1, 2, 3]
 
 
-def test_packing_and_encoding_again_do_nothing(place: Workplace) -> None:
-    said = place.succeed("pack_images", *PACK)
-    said += place.succeed("encode_codes", *ENCODE)
+def test_packing_and_encoding_again_do_nothing(project: Project) -> None:
+    said = project.succeed("pack_images", *PACK)
+    said += project.succeed("encode_codes", *ENCODE)
     assert said.count("nothing to do") == 3
 
 
-def test_a_dry_run_allocates_no_model_and_needs_no_data(place: Workplace) -> None:
+def test_a_dry_run_allocates_no_model_and_needs_no_data(project: Project) -> None:
     for name, count in {"d16": "310,283,520", "d30": "2,010,020,356", "d36_512": "2,353,893,904"}.items():
-        said = place.succeed("train", "--config", str(ROOT / f"configs/{name}.yaml"), "--dry-run", "--world-size", "8")
+        said = project.succeed("train", "--config", str(ROOT / f"configs/{name}.yaml"), "--dry-run", "--world-size", "8")
         assert count in said and "not there yet" in said
-    assert "one batch of codes (32, 21)" in place.succeed("train", *train_arguments("runs/dry"), "--dry-run")
+    assert "one batch of codes (32, 21)" in project.succeed("train", *train_arguments("runs/dry"), "--dry-run")
 
 
 class TestBadInput:
     """One line that names the thing, what was found and what to do; exit code 64."""
 
-    def test_unknown_key(self, place: Workplace) -> None:
-        line = place.fail("train", *train_arguments("runs/x"), "model.dept=4")
+    def test_unknown_key(self, project: Project) -> None:
+        line = project.fail("train", *train_arguments("runs/x"), "model.dept=4")
         assert "model.dept" in line and "did you mean 'model.depth'" in line
 
-    def test_wrong_type(self, place: Workplace) -> None:
-        line = place.fail("train", *train_arguments("runs/x"), "model.depth=deep")
+    def test_wrong_type(self, project: Project) -> None:
+        line = project.fail("train", *train_arguments("runs/x"), "model.depth=deep")
         assert "depth" in line and "deep" in line
 
-    def test_missing_config(self, place: Workplace) -> None:
-        assert "nowhere.yaml: no such config file" in place.fail("train", "--config", "nowhere.yaml")
+    def test_missing_config(self, project: Project) -> None:
+        assert "nowhere.yaml: no such config file" in project.fail("train", "--config", "nowhere.yaml")
 
-    def test_missing_tokenizer(self, place: Workplace) -> None:
-        assert "nowhere: no model there" in place.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
+    def test_missing_tokenizer(self, project: Project) -> None:
+        assert "nowhere: no model there" in project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
 
-    def test_empty_folder(self, place: Workplace) -> None:
-        (place.folder / "empty").mkdir()
-        assert "empty" in place.fail("pack_images", "source=empty", "out=packed")
+    def test_empty_folder(self, project: Project) -> None:
+        (project.folder / "empty").mkdir()
+        assert "empty" in project.fail("pack_images", "source=empty", "out=packed")
 
-    def test_truncated_shard(self, place: Workplace) -> None:
-        shutil.copytree(place.folder / "data/digits/codes/train", place.folder / "cut")
-        shard = next((place.folder / "cut").glob("*.tar"))
+    def test_truncated_shard(self, project: Project) -> None:
+        shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "cut")
+        shard = next((project.folder / "cut").glob("*.tar"))
         shard.write_bytes(shard.read_bytes()[:-1000])
-        assert shard.name in place.fail("train", *train_arguments("runs/x"), "data.train=cut")
+        assert shard.name in project.fail("train", *train_arguments("runs/x"), "data.train=cut")
 
-    def test_codes_of_another_tokenizer(self, place: Workplace) -> None:
-        shutil.copytree(place.folder / "data/digits/codes/train", place.folder / "foreign")
-        index = place.folder / "foreign" / "index.json"
+    def test_codes_of_another_tokenizer(self, project: Project) -> None:
+        shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "foreign")
+        index = project.folder / "foreign" / "index.json"
         meta = json.loads(index.read_text())
         meta["meta"]["tokenizer_sha256"] = "0" * 64
         index.write_text(json.dumps(meta))
-        line = place.fail("train", *train_arguments("runs/x"), "data.train=foreign")
+        line = project.fail("train", *train_arguments("runs/x"), "data.train=foreign")
         assert "0000" in line and "encode_codes.py" in line
 
-    def test_batch_not_divisible_by_the_world(self, place: Workplace) -> None:
+    def test_batch_not_divisible_by_the_world(self, project: Project) -> None:
         world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        line = place.fail("train", *train_arguments("runs/x"), env=world)
+        line = project.fail("train", *train_arguments("runs/x"), env=world)
         assert "global_batch 64 is not divisible by the world size 3" in line
 
-    def test_another_number_of_classes(self, place: Workplace) -> None:
-        line = place.fail("train", *train_arguments("runs/x"), "model.num_classes=5")
+    def test_another_number_of_classes(self, project: Project) -> None:
+        line = project.fail("train", *train_arguments("runs/x"), "model.num_classes=5")
         assert "has 10 classes, model.num_classes is 5" in line
 
-    def test_checkpoint_of_another_seed(self, trained: Workplace) -> None:
+    def test_checkpoint_of_another_seed(self, trained: Project) -> None:
         line = trained.fail("train", *train_arguments("runs/whole"), "seed=9")
         assert "seed is 0, this run has 9" in line
 
-    def test_another_tokenizer_to_sample_with(self, trained: Workplace) -> None:
+    def test_another_tokenizer_to_sample_with(self, trained: Project) -> None:
         trained.succeed("train_tokenizer", *TOKENIZER, "run=runs/other", "seed=1", "tracking.mlflow=false")
         assert "was trained with tokenizer" in trained.fail("sample", "run=runs/whole", "tokenizer=runs/other")
 
-    def test_checkpoint_of_another_model(self, trained: Workplace) -> None:
+    def test_checkpoint_of_another_model(self, trained: Project) -> None:
         line = trained.fail("train", *train_arguments("runs/whole"), "model.depth=3")
         assert "depth is 2, this run has 3" in line
 
-    def test_corrupt_image_is_skipped_counted_and_named(self, place: Workplace) -> None:
+    def test_corrupt_image_is_skipped_counted_and_named(self, project: Project) -> None:
         from PIL import Image
 
         for label in ("cat", "dog"):
-            (place.folder / "photos" / label).mkdir(parents=True)
+            (project.folder / "photos" / label).mkdir(parents=True)
             for number in range(4):
                 picture = Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8))
-                picture.save(place.folder / "photos" / label / f"{number}.png")
-        (place.folder / "photos/cat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
-        said = place.succeed("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
+                picture.save(project.folder / "photos" / label / f"{number}.png")
+        (project.folder / "photos/cat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
+        said = project.succeed("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
         assert "1 skipped" in said and "broken.jpg" in said
