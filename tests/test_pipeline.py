@@ -162,7 +162,8 @@ def test_packing_and_encoding_again_do_nothing(project: Project) -> None:
 
 def test_a_dry_run_allocates_no_model_and_needs_no_data(project: Project) -> None:
     for name, count in {"d16": "310,283,520", "d30": "2,010,020,356", "d36_512": "2,353,893,904"}.items():
-        said = project.succeed("train", "--config", str(ROOT / f"configs/{name}.yaml"), "--dry-run", "--world-size", "8")
+        config = str(ROOT / f"configs/{name}.yaml")
+        said = project.succeed("train", "--config", config, "--dry-run", "--world-size", "8")
         assert count in said and "not there yet" in said
     assert "one batch of codes (32, 21)" in project.succeed("train", *train_arguments("runs/dry"), "--dry-run")
 
