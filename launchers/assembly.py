@@ -143,13 +143,12 @@ def run_stage(
             workers=config.data.workers,
         )
 
+    failed = True
     try:
         state = loop.run(state, make_batches)
-    except BaseException:
+        failed = False
+    finally:
         if view is not None:
-            view.close(failed=True)
-        raise
-    if view is not None:
-        view.close()
+            view.close(failed=failed)
     speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")
     return state

@@ -33,8 +33,8 @@ def launch(command: Command[SampleConfig]) -> None:
     if World.from_environment().world_size > 1:
         raise ValueError("sample.py runs on one process so far; start it with `python launchers/sample.py`")
     var = load_var(config.run)
-    labels = sample_labels(config, var.config.num_classes)
     refuse_unusable(config, var.config.num_classes)
+    labels = sample_labels(config, var.config.num_classes)
     out = Path(config.out or Path(config.run) / "samples")
     if command.dry_run:
         say(f"would write {len(labels)} images to {out}")

@@ -193,11 +193,3 @@ class MultiScaleQuantizer(nn.Module):
         for k, f_hat in zip(range(1, self.scales.num_scales), self._running_f_hat(codes)):
             inputs.append(self.next_input(f_hat, k))
         return torch.cat(inputs, dim=1)
-
-    @torch.no_grad()
-    def reset_codes(self, indices: Tensor, vectors: Tensor) -> None:
-        """Overwrite codes, e.g. unused ones: indices (N,) int64, vectors (N, C)."""
-        wanted = (*indices.shape, self.config.code_width)
-        if tuple(vectors.shape) != wanted:
-            raise ValueError(f"vectors have shape {tuple(vectors.shape)}, expected {wanted}")
-        self.codebook[indices] = vectors.to(self.codebook)

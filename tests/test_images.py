@@ -11,18 +11,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tiny import PACK_OPTIONS
 
 from data_pipeline.images import ImageTransform, decode_image, image_of, is_packed, label_of, pack_images
 from data_pipeline.index import Index
 from data_pipeline.shards import ShardReader
-
-OPTIONS = {
-    "samples_per_shard": 4,
-    "seed": 0,
-    "val_fraction": 0.25,
-    "resize_short_side": None,
-    "report": lambda line: None,
-}
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -153,7 +146,7 @@ def test_a_packed_folder_gives_every_image_back_with_its_class(tmp_path: Path) -
     source = make_folder(tmp_path / "images")
     out = tmp_path / "packed"
     assert not is_packed(out)
-    report = pack_images(str(source), out, **OPTIONS)
+    report = pack_images(str(source), out, **PACK_OPTIONS)
     assert is_packed(out) and report.train == Index.read(out / "train", kind="images") and not report.skipped
     assert report.train.meta["classes"] == ["cat", "dog"]
     names = []
@@ -169,13 +162,13 @@ def test_a_packed_folder_gives_every_image_back_with_its_class(tmp_path: Path) -
 
 
 def test_the_held_out_share_is_the_same_in_every_class(tmp_path: Path) -> None:
-    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **OPTIONS)
+    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
     reader = ShardReader(tmp_path / "packed/val", report.val)
     assert Counter(label_of(reader.read(i)) for i in range(len(reader))) == {0: 2, 1: 2}
 
 
 def test_samples_are_shuffled_when_written(tmp_path: Path) -> None:
-    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **OPTIONS)
+    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
     reader = ShardReader(tmp_path / "packed/train", report.train)
     labels = [label_of(reader.read(i)) for i in range(len(reader))]
     assert labels != sorted(labels)
@@ -184,7 +177,7 @@ def test_samples_are_shuffled_when_written(tmp_path: Path) -> None:
 def test_existing_splits_are_kept(tmp_path: Path) -> None:
     make_folder(tmp_path / "images/train", num_images=5)
     make_folder(tmp_path / "images/val", classes=("dog",), num_images=2)
-    report = pack_images(str(tmp_path / "images"), tmp_path / "packed", **OPTIONS)
+    report = pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
     assert (report.train.num_samples, report.val.num_samples) == (10, 2)
     assert label_of(ShardReader(tmp_path / "packed/val", report.val).read(0)) == 1
 
@@ -194,7 +187,7 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
     (source / "cat/broken.jpg").write_bytes(encoded(noise(90, 120), "JPEG")[:2000])
     (source / "dog/notes.txt").write_text("not an image")
     lines: list[str] = []
-    report = pack_images(str(source), tmp_path / "packed", **{**OPTIONS, "report": lines.append})
+    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "report": lines.append})
     assert report.train.num_samples + report.val.num_samples == 16
     assert sorted(name for name, _ in report.skipped) == ["cat/broken.jpg", "dog/notes.txt"]
     assert dict(report.skipped)["dog/notes.txt"] == "not a JPEG, PNG or WEBP image"
@@ -206,7 +199,7 @@ def test_corrupt_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
 
 def test_large_images_are_scaled_down_and_the_index_says_so(tmp_path: Path) -> None:
     source = make_folder(tmp_path / "images")
-    report = pack_images(str(source), tmp_path / "packed", **{**OPTIONS, "resize_short_side": 6})
+    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": 6})
     sample = ShardReader(tmp_path / "packed/train", report.train).read(0)
     assert sorted(sample.members) == ["cls", "jpg"] and image_of(sample).size == (8, 6)
     assert report.train.meta["encoding"] == "JPEG quality 95, short side at most 6 pixels"
@@ -216,7 +209,7 @@ def test_a_file_is_stored_under_what_it_is_not_what_it_is_called(tmp_path: Path)
     source = make_folder(tmp_path / "images")
     for path in source.rglob("*.png"):
         path.rename(path.with_suffix(".JPEG"))
-    report = pack_images(str(source), tmp_path / "packed", **OPTIONS)
+    report = pack_images(str(source), tmp_path / "packed", **PACK_OPTIONS)
     assert "png" in ShardReader(tmp_path / "packed/train", report.train).read(0).members
 
 
@@ -225,20 +218,20 @@ def test_a_source_of_unreadable_images_is_an_error_with_the_first_reason(tmp_pat
     for name in "ab":
         (tmp_path / f"images/cat/{name}.jpg").write_bytes(b"no image")
     with pytest.raises(ValueError, match="no readable images for train, the first: cat/.*: not a JPEG, PNG or WEBP"):
-        pack_images(str(tmp_path / "images"), tmp_path / "packed", **OPTIONS)
+        pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
     assert not is_packed(tmp_path / "packed")
 
 
 def test_packed_images_are_not_overwritten(tmp_path: Path) -> None:
     source = str(make_folder(tmp_path / "images"))
-    pack_images(source, tmp_path / "packed", **OPTIONS)
+    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
     with pytest.raises(ValueError, match="already packed; delete it or choose another"):
-        pack_images(source, tmp_path / "packed", **OPTIONS)
+        pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
 
 
 def test_an_interrupted_packing_is_simply_repeated(tmp_path: Path) -> None:
     source = str(make_folder(tmp_path / "images"))
-    first = pack_images(source, tmp_path / "packed", **OPTIONS)
+    first = pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
     (tmp_path / "packed/val/index.json").unlink()
     assert not is_packed(tmp_path / "packed")
-    assert pack_images(source, tmp_path / "packed", **OPTIONS) == first
+    assert pack_images(source, tmp_path / "packed", **PACK_OPTIONS) == first

@@ -8,18 +8,11 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import PACK_OPTIONS
 
 from data_pipeline.images import image_of, is_packed, label_of, pack_images
 from data_pipeline.shards import MAX_MEMBER_BYTES, ShardReader
 from data_pipeline.sources import ImageFile, ImageSource, open_source, split_by_class
-
-OPTIONS = {
-    "samples_per_shard": 4,
-    "seed": 0,
-    "val_fraction": 0.25,
-    "resize_short_side": None,
-    "report": lambda line: None,
-}
 
 
 def make_files(root: Path, *names: str) -> Path:
@@ -102,7 +95,7 @@ def test_digits_at_their_own_size_are_the_originals() -> None:
 
 
 def test_digits_are_split_by_class_and_the_same_every_time(tmp_path: Path) -> None:
-    options = {**OPTIONS, "samples_per_shard": 1000, "val_fraction": 0.1}
+    options = {**PACK_OPTIONS, "samples_per_shard": 1000, "val_fraction": 0.1}
     first = pack_images("digits", tmp_path / "a", **options)
     second = pack_images("digits", tmp_path / "b", **options)
     assert first.train.fingerprint == second.train.fingerprint and first.val.fingerprint == second.val.fingerprint
@@ -129,5 +122,5 @@ def test_sources_without_images_are_one_line_errors(
     for folder in folders:
         (tmp_path / "images" / folder).mkdir(parents=True)
     with pytest.raises(error, match=reason) as caught:
-        pack_images(str(tmp_path / "images"), tmp_path / "packed", **OPTIONS)
+        pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
     assert "\n" not in str(caught.value) and not is_packed(tmp_path / "packed")

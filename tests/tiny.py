@@ -37,6 +37,13 @@ from training.tracking import TrackingConfig
 from training.var_loop import VARStage
 
 PATCH_NUMS = (1, 2)  # 5 tokens
+PACK_OPTIONS = {
+    "samples_per_shard": 4,
+    "seed": 0,
+    "val_fraction": 0.25,
+    "resize_short_side": None,
+    "report": lambda line: None,
+}
 VIEWS = 3  # of the codes that `pack_codes` writes
 ONE_TO_ONE = ViewConfig(resize_ratio=1.0)  # the pictures have the tokenizer's size already
 VAR_CONFIG = VARConfig(depth=1, patch_nums=PATCH_NUMS, vocab_size=16, code_width=4, num_classes=3)

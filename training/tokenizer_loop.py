@@ -103,6 +103,7 @@ class TokenizerStage:
         engine = self.engines["model"]
         engine.train()
         adversarial = self.discriminator is not None and context.progress >= self.loss.adversarial_start
+        restarting = self.care.is_due(context.progress, context.samples_seen, self.global_batch)
         hits = self._no_hits()
         parts: list[dict[str, Tensor]] = []
         seen: list[SeenImages] = []
@@ -115,9 +116,10 @@ class TokenizerStage:
             if self.discriminator is not None:
                 parts[-1] |= self._discriminator_step(images, reconstruction.images.detach(), adversarial, context)
             self._count(reconstruction.codes, hits)
-            seen.append(SeenImages(batch.positions - context.samples_seen, images, reconstruction.codes))
+            if restarting:  # the images of a whole step are kept only then
+                seen.append(SeenImages(batch.positions - context.samples_seen, images, reconstruction.codes))
         self._hits += hits
-        if self.care.is_due(context.progress, context.samples_seen, self.global_batch):
+        if restarting:
             self._restart_unused(seen, hits, context)
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return means | {"gradient_norm": norm}
