@@ -78,10 +78,18 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(width, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, h*w, 3*width)
-        q, k, v = qkv.unsqueeze(1).chunk(3, dim=-1)                     # (B, 1, h*w, width)
+        q, k, v = self._queries_keys_values(x)                          # (B, 1, h*w, width)
         h = F.scaled_dot_product_attention(q, k, v)                     # (B, 1, h*w, width)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
+
+    def scores(self, x: Tensor) -> Tensor:
+        """The weights with which `forward` mixes the values: (B, width, h, w) -> (B, h*w, h*w), rows sum to 1."""
+        q, k, _ = self._queries_keys_values(x)
+        return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1).squeeze(1)
+
+    def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, h*w, 3*width)
+        return qkv.unsqueeze(1).chunk(3, dim=-1)                        # each (B, 1, h*w, width)
 
 
 class Downsample(nn.Module):
@@ -157,6 +165,10 @@ class Middle(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.block_2(self.attn_1(self.block_1(x)))
 
+    def scores(self, x: Tensor) -> Tensor:
+        """The attention's weights: (B, width, h, w) -> (B, h*w, h*w)."""
+        return self.attn_1.scores(self.block_1(x))
+
 
 class Encoder(nn.Module):
     """E of Algorithm 1, before the quantiser's convolution: images (B, 3, H, W) -> (B, C, h, w)."""
@@ -175,11 +187,18 @@ class Encoder(nn.Module):
         self.conv_out = conv3x3(out_widths[-1], config.code_width)
 
     def forward(self, images: Tensor) -> Tensor:
+        x = self.mid(self._lowest(images))              # (B, level_widths[-1], h, w)
+        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, h, w)
+
+    def attention_map(self, images: Tensor) -> Tensor:
+        """Scores of the last self-attention before quantisation: images -> (B, h*w, h*w), rows sum to 1 (Fig. 9)."""
+        return self.mid.scores(self._lowest(images))
+
+    def _lowest(self, images: Tensor) -> Tensor:
         x = self.conv_in(images)                        # (B, width, H, W)
         for level in self.down:
             x = level(x)
-        x = self.mid(x)                                 # (B, level_widths[-1], h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, h, w)
+        return x                                        # (B, level_widths[-1], h, w)
 
 
 class Decoder(nn.Module):

@@ -1,104 +1,137 @@
-"""Generation: sample scale after scale, coarse to fine (Fig. 4 right), with classifier-free guidance, top-k and top-p.
+"""Generation: sample scale after scale, coarse to fine (Fig. 4 right), freely or around tokens that are given (Sec. 6).
 
-`cfg` is in VAR's units: 0 is no guidance, otherwise guidance grows over the scales from 0 to `cfg`. Randomness is a
-function of one seed per image, so image i is the same in any batch. Decoding the codes to images is the tokenizer's.
+Everything is one loop, `generate_scales`: plain generation knows no token beforehand, in-painting, out-painting and
+editing know those that a mask keeps, and teacher-forced first scales are known as a whole. Known tokens take the place
+of drawn ones before they are embedded, so they come out as they went in. Decoding codes to images is the tokenizer's.
 
-Shapes: B batch, K scales, L tokens, p_k side of token map k, V vocabulary.
+Shapes: B batch, K scales, L tokens, p_k side of token map k, V vocabulary, C code width, h = w = p_K.
 """
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from models.transformer import KVCache
+from models.editing import keep_tokens
+from models.sampling import Sampling, choose_tokens, filter_logits, guide, image_seeds, smooth_code_vectors
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 
-
-def guidance_schedule(cfg: float, num_scales: int) -> list[float]:
-    """Guidance of every scale, from 0 at the first to `cfg` at the last: t_k = cfg k / (K - 1) (public code)."""
-    return [cfg * k / max(num_scales - 1, 1) for k in range(num_scales)]
+Seeds = Sequence[int] | Tensor | None
 
 
-def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
-    """Classifier-free guidance of strength t: away from what would be predicted without the class."""
-    return (1 + t) * conditional - t * unconditional
+@dataclass(frozen=True)
+class KnownTokens:
+    """Tokens that are given instead of drawn."""
+
+    codes: Tensor   # (B, L) int64; what stands where mask is False does not matter
+    mask: Tensor    # (B, L) bool, True = given
 
 
-def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Keep the likeliest tokens of (..., V), cut the others to -inf: top-k, then top-p of what is left.
+@dataclass(frozen=True)
+class Generated:
+    """What came out, and the feature map to decode. The map is that of the codes, unless sampling was smooth."""
 
-    top_k: how many, 0 = all; ties with the last one stay. top_p: the fewest whose probability reaches it, 0 or 1 = all.
+    codes: Tensor   # (B, L) int64
+    f_hat: Tensor   # (B, C, h, w)
+
+
+def generate(var: VAR, tokenizer: VQVAE, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
+             seeds: Seeds = None) -> Tensor:
+    """Sample codes of one image per label: labels (B,) int64 -> codes (B, L) int64.
+
+    cfg, top_k, top_p: see Sampling. seeds: one per image; none are needed if top_k is 1.
     """
-    vocab_size = logits.shape[-1]
-    if 0 < top_k < vocab_size:
-        kth_largest = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
-    if 0 < top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        is_cut[..., -1] = False
-        logits = logits.masked_fill(is_cut.scatter(-1, order, is_cut), -torch.inf)
-    return logits
+    sampling = Sampling(cfg=cfg, top_k=top_k, top_p=top_p)
+    return generate_scales(var, tokenizer, labels, sampling, seeds=seeds).codes
 
 
-def sample_tokens(logits: Tensor, uniforms: Tensor) -> Tensor:
-    """Invert the cumulative distribution: logits (B, n, V), uniforms (B, n) in [0, 1) -> tokens (B, n) int64.
+def edit(var: VAR, tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, labels: Tensor, *, cfg: float = 3.0,
+         top_k: int = 900, top_p: float = 0.95, seeds: Seeds = None, keep_coarsest: bool = True) -> Tensor:
+    """Keep a part of each image and draw the rest anew: in-painting, out-painting, class-conditional editing (Sec. 6).
 
-    One number per token instead of V makes it cheap to draw noise per image. In float64 u * total stays below total.
+    images: (B, 3, H, W) in [-1, 1]. keep_mask: (h, w) or (B, h, w), true or 1 where the image stays, see `keep_tokens`.
+    labels: (B,) int64, the class to draw, or var.config.null_class for none. Returns codes (B, L), in which the kept
+    tokens are those of the image. Defaults and method are those of the public demo_zero_shot_edit notebook, but for its
+    smoothing (Sampling.smooth). keep_coarsest: whether the 1x1 scale, a mean of the whole image, stays in any case.
     """
-    cumulative = logits.double().softmax(dim=-1).cumsum(dim=-1)                             # (B, n, V)
-    thresholds = uniforms.to(cumulative)[..., None] * cumulative[..., -1:]                  # (B, n, 1)
-    return torch.searchsorted(cumulative, thresholds, right=True).squeeze(-1)               # (B, n)
+    known = known_part(tokenizer, images, keep_mask, keep_coarsest=keep_coarsest)
+    sampling = Sampling(cfg=cfg, top_k=top_k, top_p=top_p)
+    return generate_scales(var, tokenizer, labels, sampling, seeds=seeds, known=known).codes
+
+
+def known_part(tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, *, keep_coarsest: bool) -> KnownTokens:
+    """The tokens of images (B, 3, H, W) that a mask keeps; arguments as for `edit`."""
+    codes = tokenizer.encode(images)                                                        # (B, L)
+    mask = keep_tokens(tokenizer.scales, keep_mask.to(codes.device), keep_coarsest=keep_coarsest)
+    return KnownTokens(codes, mask.expand(codes.shape))
 
 
 @torch.no_grad()
-def generate(var: VAR, tokenizer: VQVAE, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
-             seeds: Sequence[int] | Tensor | None = None) -> Tensor:
-    """Sample codes of one image per label: labels (B,) int64 -> codes (B, L) int64.
+def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampling, *, seeds: Seeds = None,
+                    known: KnownTokens | None = None) -> Generated:
+    """The loop: draw scale k given all before it, put known tokens in place, add the result to f_hat.
 
-    cfg: guidance at the last scale, 0 = off. top_k, top_p: see filter_logits. seeds: one per image, unless top_k = 1.
-    The guidance t of the first scale is 0, yet its unconditional half is computed: later scales attend to it.
+    labels: (B,) int64, 0 to num_classes, the last being the null class. Raises ValueError where the models do not fit
+    together, or seeds, labels, known tokens or guidance do not fit the models.
     """
     check_configs_agree(var.config, tokenizer.config)
-    check_sampling(cfg, top_k, top_p)
-    generators = image_generators(seeds, num_images=labels.shape[0]) if top_k != 1 else None
-    is_guided = cfg != 0
-    all_labels = torch.cat([labels, torch.full_like(labels, var.config.null_class)]) if is_guided else labels
-    cache = var.allocate_cache(all_labels.shape[0])
-    f_hat = tokenizer.quantizer.empty_f_hat(labels.shape[0])                                # (B, C, h, w)
+    check_labels(labels, var.config)
+    check_known(known, labels.shape[0], var.config)
+    seeds = None if sampling.is_greedy else image_seeds(seeds, labels.shape[0], labels.device)
+    scales, quantizer = var.scales, tokenizer.quantizer
+    model = GuidedModel(var, labels, sampling.schedule(scales.num_scales))
+    f_hat = quantizer.empty_f_hat(labels.shape[0])                                          # (B, C, h, w)
     token_maps = []
-    for k, t in enumerate(guidance_schedule(cfg, var.scales.num_scales)):
-        inputs = None if k == 0 else tokenizer.quantizer.next_input(f_hat, k)               # (B, p_k^2, C)
-        logits = guided_logits(var, inputs, all_labels, k, cache, t=t) if is_guided \
-            else var.forward_scale(inputs, all_labels, k, cache)                            # (B, p_k^2, V)
-        tokens = choose_tokens(filter_logits(logits, top_k, top_p), generators)             # (B, p_k^2)
+    for k, part in enumerate(scales.slices):
+        inputs = None if k == 0 else quantizer.next_input(f_hat, k)                         # (B, p_k^2, C)
+        logits = filter_logits(model.logits(inputs, k), sampling.top_k, sampling.top_p)     # (B, p_k^2, V)
+        tokens = choose_tokens(logits, seeds, part)                                         # (B, p_k^2)
+        vectors = quantizer.lookup(tokens)                                                  # (B, p_k^2, C)
+        if sampling.smooth:
+            progress = k / max(scales.num_scales - 1, 1)
+            vectors = smooth_code_vectors(logits, seeds, part, quantizer.codebook, progress=progress)
+        if known is not None:
+            is_known = known.mask[:, part]                                                  # (B, p_k^2)
+            tokens = torch.where(is_known, known.codes[:, part], tokens)
+            vectors = torch.where(is_known[..., None], quantizer.lookup(tokens), vectors)
         token_maps.append(tokens)
-        f_hat = f_hat + tokenizer.quantizer.embed_scale(tokens, k)
-    return var.scales.join(token_maps)
+        f_hat = f_hat + quantizer.embed_vectors(vectors, k)
+    return Generated(scales.join(token_maps), f_hat)
 
 
-def guided_logits(var: VAR, inputs: Tensor | None, labels: Tensor, k: int, cache: KVCache, *, t: float) -> Tensor:
-    """Logits of scale k under guidance t: inputs (B, p_k^2, C), labels (2B,) real then null -> (B, p_k^2, V)."""
-    both_inputs = None if inputs is None else torch.cat([inputs, inputs])                   # (2B, p_k^2, C)
-    conditional, unconditional = var.forward_scale(both_inputs, labels, k, cache).chunk(2)
-    return guide(conditional, unconditional, t)
+class GuidedModel:
+    """Logits of one scale after another under a guidance schedule.
 
+    The unconditional half of the batch is not computed at scales whose guidance is 0. Later scales attend to these:
+    when guidance sets in, the scales that were left out are computed first, for the unconditional half alone.
+    """
 
-def choose_tokens(logits: Tensor, generators: list[torch.Generator] | None) -> Tensor:
-    """The likeliest token without generators, a draw with: logits (B, n, V) -> (B, n)."""
-    if generators is None:
-        return logits.argmax(dim=-1)
-    uniforms = torch.stack([torch.rand(logits.shape[1], generator=generator) for generator in generators])  # (B, n)
-    return sample_tokens(logits, uniforms)
+    def __init__(self, var: VAR, labels: Tensor, schedule: Sequence[float]) -> None:
+        self.var = var
+        self.schedule = schedule
+        self.labels = labels                                                                # (B,)
+        self.null_labels = torch.full_like(labels, var.config.null_class)                   # (B,)
+        batch, is_guided = labels.shape[0], any(schedule)
+        self.both = var.allocate_cache(2 * batch if is_guided else batch)
+        self.conditional = self.both.rows(slice(batch))
+        self.unconditional = self.both.rows(slice(batch, None))
+        self.left_out: list[tuple[Tensor | None, int]] = []
 
-
-def image_generators(seeds: Sequence[int] | Tensor | None, *, num_images: int) -> list[torch.Generator]:
-    """One CPU generator per image."""
-    seeds = [] if seeds is None else [int(seed) for seed in seeds]
-    if len(seeds) != num_images:
-        raise ValueError(f"got {len(seeds)} seeds for {num_images} images, expected one per image (none if top_k is 1)")
-    return [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+    def logits(self, inputs: Tensor | None, k: int) -> Tensor:
+        """Guided logits of scale k: inputs (B, p_k^2, C), None at the first scale -> (B, p_k^2, V) float32."""
+        t = self.schedule[k]
+        if t == 0:
+            self.left_out.append((inputs, k))
+            return self.var.forward_scale(inputs, self.labels, k, self.conditional)
+        for earlier_inputs, earlier in self.left_out:
+            self.var.forward_scale(earlier_inputs, self.null_labels, earlier, self.unconditional)
+        self.left_out.clear()
+        self.both.position = self.conditional.position
+        both_inputs = None if inputs is None else torch.cat([inputs, inputs])               # (2B, p_k^2, C)
+        logits = self.var.forward_scale(both_inputs, torch.cat([self.labels, self.null_labels]), k, self.both)
+        self.conditional.position = self.unconditional.position = self.both.position
+        return guide(*logits.chunk(2), t)
 
 
 def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:
@@ -110,11 +143,19 @@ def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:
             raise ValueError(f"the transformer has {name} {got}, the tokenizer {wanted}; use the one it was trained on")
 
 
-def check_sampling(cfg: float, top_k: int, top_p: float) -> None:
-    """Raise ValueError for a setting that means nothing."""
-    if cfg < 0:
-        raise ValueError(f"cfg {cfg} must be 0 (no guidance) or more")
-    if top_k < 0:
-        raise ValueError(f"top_k {top_k} must be 0 (all tokens) or more")
-    if not 0 <= top_p <= 1:
-        raise ValueError(f"top_p {top_p} is outside [0, 1]")
+def check_labels(labels: Tensor, config: VARConfig) -> None:
+    """Raise ValueError for labels that the model does not know."""
+    if labels.ndim != 1:
+        raise ValueError(f"labels have shape {tuple(labels.shape)}, expected (batch,)")
+    wrong = labels[(labels < 0) | (labels > config.null_class)]
+    if wrong.numel():
+        raise ValueError(f"label {wrong[0].item()} is not one of 0 to {config.null_class}, where {config.null_class} "
+                         "is the null class")
+
+
+def check_known(known: KnownTokens | None, batch: int, config: VARConfig) -> None:
+    """Raise ValueError where known tokens have another shape than the codes to be made."""
+    wanted = (batch, config.scales.num_tokens)
+    if known is not None and (tuple(known.codes.shape) != wanted or tuple(known.mask.shape) != wanted):
+        raise ValueError(f"known codes have shape {tuple(known.codes.shape)} and their mask {tuple(known.mask.shape)}, "
+                         f"expected {wanted}")

@@ -110,8 +110,12 @@ class MultiScaleQuantizer(nn.Module):
 
     def embed_scale(self, tokens: Tensor, k: int) -> Tensor:
         """What scale k adds to f_hat, phi_k(upsample(lookup(Z, r_k))): tokens (B, p_k^2) -> (B, C, h, w)."""
+        return self.embed_vectors(self.lookup(tokens), k)
+
+    def embed_vectors(self, vectors: Tensor, k: int) -> Tensor:
+        """`embed_scale` of code vectors, or of mixtures of them: (B, p_k^2, C) -> (B, C, h, w)."""
         side = self.scales.patch_nums[k]
-        z = self.lookup(tokens).transpose(1, 2).unflatten(2, (side, side))          # (B, C, p_k, p_k)
+        z = vectors.transpose(1, 2).unflatten(2, (side, side))                      # (B, C, p_k, p_k)
         with torch.autocast(z.device.type, enabled=False):
             return self.phi[self.phi_of_scale[k]](self._upsample(z))                # (B, C, h, w)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)      # 256 px at 16x downsampling: K = 10, L = 680
 PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)     # 512 px: K = 10, L = 2240
+PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)     # 1024 px: K = 14, L = 9451
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """The parts of the VAR transformer: attention over this and earlier scales, feed-forward, AdaLN block, key-value cache.
 
 A GPT-2-like decoder with two departures (Sec. 4): the class modulates every layer norm (AdaLN), and queries and keys
-are unit vectors. Nothing here draws random numbers or depends on train/eval mode; stochastic depth arrives as
-`residual_scale`. Each parameter is read only in the forward of the module that owns it, so that weights can be
-partitioned from outside.
+are unit vectors. Both can be left out, as in the ablation of Table 3. Nothing here draws random numbers or depends on
+train/eval mode; stochastic depth arrives as `residual_scale`. Each parameter is read only in the forward of the module
+that owns it, so that weights can be partitioned from outside.
 
 Shapes: B batch, n tokens in this call, m tokens that may be seen (n in training, all so far with a cache), D model
 width, H heads, D/H head width, K scales.
@@ -42,6 +42,10 @@ class KVCache:
         self.keys[layer, :, :, self.position:end] = k
         self.values[layer, :, :, self.position:end] = v
         return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+
+    def rows(self, part: slice) -> "KVCache":
+        """The cache of a part of the batch: the same storage, a position of its own."""
+        return KVCache(self.keys[:, part], self.values[:, part], self.position)
 
     def advance(self, num_tokens: int) -> None:
         """Close a scale of `num_tokens`, once all layers have stored it."""
@@ -147,6 +151,11 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
 
 
+def branch_factor(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tensor | float:
+    """What branch 0 (attention) or 1 (feed-forward) is multiplied by: residual_scale (2, B) -> (B, 1, 1), or 1."""
+    return 1.0 if residual_scale is None else residual_scale[branch].to(x.dtype)[:, None, None]
+
+
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the class."""
 
@@ -166,13 +175,28 @@ class AdaLNBlock(nn.Module):
         """
         m = self.modulation(condition)
         h = self.attention(modulate(x, m.attention_scale, m.attention_shift), mask=mask, cache=cache)
-        x = x + self._branch_scale(residual_scale, 0, x) * m.attention_gate * h
+        x = x + branch_factor(residual_scale, 0, x) * m.attention_gate * h
         h = self.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
-        return x + self._branch_scale(residual_scale, 1, x) * m.feed_forward_gate * h
+        return x + branch_factor(residual_scale, 1, x) * m.feed_forward_gate * h
 
-    @staticmethod
-    def _branch_scale(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tensor | float:
-        return 1.0 if residual_scale is None else residual_scale[branch].to(x.dtype)[:, None, None]
+
+class LayerNormBlock(nn.Module):
+    """GPT-2's block: plain layer norms with weights of their own and no gates (Table 3, row 2)."""
+
+    def __init__(self, width: int, num_heads: int, *, layer: int, hidden_width: int, qk_norm: bool) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.attention = SelfAttention(width, num_heads, layer=layer, qk_norm=qk_norm)
+        self.feed_forward_norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.feed_forward = FeedForward(width, hidden_width)
+
+    def forward(self, x: Tensor, condition: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None,
+                residual_scale: Tensor | None = None) -> Tensor:
+        """As AdaLNBlock, but the condition is not looked at: the class is in the start token alone."""
+        h = self.attention(self.attention_norm(x), mask=mask, cache=cache)
+        x = x + branch_factor(residual_scale, 0, x) * h
+        h = self.feed_forward(self.feed_forward_norm(x))
+        return x + branch_factor(residual_scale, 1, x) * h
 
 
 class FinalNorm(nn.Module):
@@ -185,3 +209,13 @@ class FinalNorm(nn.Module):
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         scale, shift = self.linear(F.silu(condition)).unflatten(1, (2, 1, -1)).unbind(1)    # (B, 1, D)
         return modulate(x, scale, shift)
+
+
+class PlainFinalNorm(nn.LayerNorm):
+    """The layer norm before the head where the class modulates nothing: x (B, n, D) -> (B, n, D)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=NORM_EPS)
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        return super().forward(x)

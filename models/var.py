@@ -15,9 +15,19 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.scales import PATCH_NUMS_256, Scales
-from models.transformer import INITIAL_LOG_SCALE, NUM_MODULATIONS, AdaLNBlock, FinalNorm, KVCache
+from models.transformer import (
+    INITIAL_LOG_SCALE,
+    NUM_MODULATIONS,
+    AdaLNBlock,
+    FinalNorm,
+    KVCache,
+    LayerNormBlock,
+    PlainFinalNorm,
+)
 
 HEAD_DIM = 64
+ADALN, SHARED_ADALN, LAYER_NORM = "adaln", "shared_adaln", "layer_norm"
+NORMS = (ADALN, SHARED_ADALN, LAYER_NORM)
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,8 @@ class VARConfig:
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
     vocab_size: int = 4096          # V, the tokenizer's
     code_width: int = 32            # C, the tokenizer's
-    num_classes: int = 1000
-    shared_adaln: bool = False      # one AdaLN map for all blocks (the 512 px model)
+    num_classes: int = 1000         # 0: unconditional; every label is then 0, the null class
+    norm: str = ADALN               # shared_adaln: one map for all blocks (512 px); layer_norm: none (Table 3, row 2)
     qk_norm: bool = True            # unit-norm queries and keys
     mlp_ratio: float = 4.0          # hidden width of the feed-forward, in units of width
     init_gamma: float = 1e-3        # factor on the initial weights of the gates
@@ -37,9 +47,11 @@ class VARConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", Scales(self.patch_nums).patch_nums)
-        for name in ("depth", "vocab_size", "code_width", "num_classes"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be 1 or more")
+        for name, least in (("depth", 1), ("vocab_size", 1), ("code_width", 1), ("num_classes", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} {getattr(self, name)} must be {least} or more")
+        if self.norm not in NORMS:
+            raise ValueError(f"norm '{self.norm}' is not one of {', '.join(NORMS)}")
         for name in ("mlp_ratio", "init_gamma", "init_head"):
             if getattr(self, name) <= 0:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
@@ -67,6 +79,10 @@ class VARConfig:
         return self.num_classes
 
     @property
+    def is_conditional(self) -> bool:
+        return self.num_classes > 0
+
+    @property
     def scales(self) -> Scales:
         return Scales(self.patch_nums)
 
@@ -77,11 +93,12 @@ class VARConfig:
         attention = 4 * w**2 + 3 * w + (self.num_heads if self.qk_norm else 0)
         feed_forward = 2 * w * self.hidden_width + self.hidden_width + w
         adaln_map = NUM_MODULATIONS * (w**2 + w)
-        adaln = adaln_map + d * NUM_MODULATIONS * w if self.shared_adaln else d * adaln_map
+        norms = {ADALN: d * adaln_map + 2 * (w**2 + w), LAYER_NORM: d * 4 * w + 2 * w,
+                 SHARED_ADALN: adaln_map + d * NUM_MODULATIONS * w + 2 * (w**2 + w)}[self.norm]
         num_positions = scales.first_tokens + scales.num_tokens + scales.num_scales
         embeddings = (self.code_width + 1) + (self.num_classes + 1) + num_positions
-        head = 2 * (w**2 + w) + w * self.vocab_size + self.vocab_size
-        return d * (attention + feed_forward) + adaln + embeddings * w + head
+        head = w * self.vocab_size + self.vocab_size
+        return d * (attention + feed_forward) + norms + embeddings * w + head
 
 
 class VAR(nn.Module):
@@ -99,12 +116,10 @@ class VAR(nn.Module):
         self.position_embedding = nn.Parameter(torch.empty(self.scales.num_tokens, width))
         self.scale_embedding = nn.Embedding(self.scales.num_scales, width)
         self.input_embedding = nn.Linear(config.code_width, width)
-        self.shared_modulation = nn.Linear(width, NUM_MODULATIONS * width) if config.shared_adaln else None
-        self.blocks = nn.ModuleList(
-            AdaLNBlock(width, config.num_heads, layer=layer, hidden_width=config.hidden_width, qk_norm=config.qk_norm,
-                       shared_adaln=config.shared_adaln)
-            for layer in range(config.depth))
-        self.final_norm = FinalNorm(width)
+        is_shared = config.norm == SHARED_ADALN
+        self.shared_modulation = nn.Linear(width, NUM_MODULATIONS * width) if is_shared else None
+        self.blocks = nn.ModuleList(make_block(config, layer) for layer in range(config.depth))
+        self.final_norm = PlainFinalNorm(width) if config.norm == LAYER_NORM else FinalNorm(width)
         self.head = nn.Linear(width, config.vocab_size)
         self.init_weights(torch.Generator("cpu").manual_seed(seed))
 
@@ -120,18 +135,27 @@ class VAR(nn.Module):
                 parameter.zero_()
             elif name.endswith("log_scale"):
                 parameter.fill_(INITIAL_LOG_SCALE)
+            elif name.endswith("norm.weight"):                      # of plain layer norms
+                parameter.fill_(1)
             else:
                 is_offset = name.endswith("modulation.offset")      # shared AdaLN: the one table with its own std
                 draw_(parameter, std=width**-0.5 if is_offset else std, generator=generator)
         self.head.weight.mul_(config.init_head)         # logits near 0, so the first loss is ln V
-        self.final_norm.linear.weight.mul_(0.5)
         for block in self.blocks:
             block.attention.proj.weight.div_(math.sqrt(2 * depth))  # 2d branches add up to unit variance
             block.feed_forward.fc2.weight.div_(math.sqrt(2 * depth))
+        if config.norm != LAYER_NORM:
+            self._damp_modulation()
+
+    def _damp_modulation(self) -> None:
+        """Scale down the initial AdaLN maps."""
+        self.final_norm.linear.weight.mul_(0.5)
+        for block in self.blocks:
             # the rows are the two gates, then scales and shifts: gates near 0 make a block start as the identity
-            modulation = block.modulation.offset if config.shared_adaln else block.modulation.linear.weight
+            is_shared = self.config.norm == SHARED_ADALN
+            modulation = block.modulation.offset if is_shared else block.modulation.linear.weight
             rows = modulation.view(NUM_MODULATIONS, -1)
-            rows[:2].mul_(config.init_gamma)
+            rows[:2].mul_(self.config.init_gamma)
             rows[2:].mul_(0.5)
 
     def names_without_weight_decay(self) -> frozenset[str]:
@@ -203,12 +227,20 @@ class VAR(nn.Module):
             return condition
         return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
 
-    def _run_block(self, block: AdaLNBlock, x: Tensor, condition: Tensor, *, mask: Tensor,
+    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, mask: Tensor,
                    residual_scale: Tensor | None) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
             return block(x, condition, mask=mask, residual_scale=residual_scale)
         return checkpoint(block, x, condition, mask=mask, residual_scale=residual_scale, use_reentrant=False,
                           preserve_rng_state=False)     # the blocks draw no random numbers
+
+
+def make_block(config: VARConfig, layer: int) -> nn.Module:
+    """Block number `layer`, of the kind that config.norm names."""
+    sizes = {"layer": layer, "hidden_width": config.hidden_width, "qk_norm": config.qk_norm}
+    if config.norm == LAYER_NORM:
+        return LayerNormBlock(config.width, config.num_heads, **sizes)
+    return AdaLNBlock(config.width, config.num_heads, shared_adaln=config.norm == SHARED_ADALN, **sizes)
 
 
 def draw_(parameter: Tensor, *, std: float, generator: torch.Generator) -> None:

@@ -68,10 +68,13 @@ class VQVAE(nn.Module):
 
     def features(self, images: Tensor) -> Tensor:
         """The feature map f that is quantised: images (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""
+        self._check_shape(images)
+        return self.quant_conv(self.encoder(images))
+
+    def _check_shape(self, images: Tensor) -> None:
         wanted = (IMAGE_CHANNELS, self.config.image_size, self.config.image_size)
         if images.ndim != 4 or tuple(images.shape[1:]) != wanted:
             raise ValueError(f"images have shape {tuple(images.shape)}, expected (batch, *{wanted})")
-        return self.quant_conv(self.encoder(images))
 
     def forward(self, images: Tensor) -> Reconstruction:
         """Encode, quantise straight-through, decode: images (B, 3, H, W) in [-1, 1]."""
@@ -89,9 +92,23 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, L) -> images (B, 3, H, W) clamped to [-1, 1] (Algorithm 2)."""
-        return self._decode_features(self.quantizer.decode(codes)).clamp(-1, 1)
+        return self.decode_features(self.quantizer.decode(codes))
+
+    @torch.no_grad()
+    def decode_features(self, f_hat: Tensor) -> Tensor:
+        """Feature maps (B, C, h, w) -> images (B, 3, H, W) clamped to [-1, 1]."""
+        return self._decode_features(f_hat).clamp(-1, 1)
 
     @torch.no_grad()
     def teacher_forcing_inputs(self, codes: Tensor) -> Tensor:
         """The transformer's inputs for scales 2 .. K: codes (B, L) -> (B, L - p_1^2, C) float32."""
         return self.quantizer.teacher_forcing_inputs(codes)
+
+    @torch.no_grad()
+    def token_dependency(self, images: Tensor) -> Tensor:
+        """How much each token of the feature map looks at each other one, in raster order (Fig. 9, appendix A).
+
+        Images (B, 3, H, W) in [-1, 1] -> (B, h*w, h*w), row i the attention of token i; rows sum to 1.
+        """
+        self._check_shape(images)
+        return self.encoder.attention_map(images)

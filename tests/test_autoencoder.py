@@ -41,6 +41,25 @@ def test_spatial_attention_matches_the_formula() -> None:
     torch.testing.assert_close(attention(x), wanted)
 
 
+def test_the_scores_times_the_values_are_what_attention_adds() -> None:
+    attention, x = SpatialAttention(32), torch.randn(2, 32, 3, 5)
+    scores = attention.scores(x)
+    assert scores.shape == (2, 15, 15)
+    torch.testing.assert_close(scores.sum(dim=-1), torch.ones(2, 15))
+    values = attention.qkv(attention.norm(x)).flatten(2).chunk(3, dim=1)[2]             # (B, C, h*w)
+    mixed = (scores @ values.transpose(1, 2)).transpose(1, 2).reshape(x.shape)
+    torch.testing.assert_close(attention(x), x + attention.proj_out(mixed))
+
+
+def test_the_attention_map_of_an_encoder_is_that_of_its_last_attention() -> None:
+    encoder, images, seen = Encoder(CONFIG), torch.randn(2, 3, 16, 16), []
+    hook = encoder.mid.attn_1.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0]))
+    encoder(images)
+    hook.remove()
+    assert torch.equal(encoder.attention_map(images), encoder.mid.attn_1.scores(seen[0]))
+    assert encoder.attention_map(images).shape == (2, 16, 16)
+
+
 def test_the_last_layer_is_the_weight_that_makes_pixels() -> None:
     decoder = Decoder(CONFIG)
     decoder(torch.randn(1, 6, 4, 4)).sum().backward()

@@ -22,11 +22,11 @@ def test_attention_pairs_of_the_published_schedules() -> None:
     assert attention_pairs(Scales(PATCH_NUMS_512)) == 3_269_850
 
 
-@pytest.mark.parametrize("shared_adaln", [False, True])
+@pytest.mark.parametrize("norm", ["adaln", "shared_adaln", "layer_norm"])
 @pytest.mark.parametrize("patch_nums", [(1, 2, 3), (2, 3)])
-def test_forward_macs_are_what_a_counter_sees(patch_nums: tuple[int, ...], shared_adaln: bool) -> None:
+def test_forward_macs_are_what_a_counter_sees(patch_nums: tuple[int, ...], norm: str) -> None:
     config = VARConfig(
-        depth=2, patch_nums=patch_nums, vocab_size=8, code_width=4, num_classes=3, shared_adaln=shared_adaln
+        depth=2, patch_nums=patch_nums, vocab_size=8, code_width=4, num_classes=3, norm=norm
     )
     with torch.device("meta"):
         model = VAR(config)
@@ -52,5 +52,5 @@ def test_training_costs_three_forward_passes_of_two_flops_a_mac() -> None:
 
 
 def test_adaln_is_counted_once_per_image_not_per_token() -> None:
-    own, shared = VARConfig(depth=16), VARConfig(depth=16, shared_adaln=True)
+    own, shared = VARConfig(depth=16), VARConfig(depth=16, norm="shared_adaln")
     assert forward_macs(own) - forward_macs(shared) == 15 * 6 * own.width**2

@@ -1,13 +1,15 @@
-"""Generation: guidance, top-k, top-p, seeds."""
+"""Generation: one loop for free drawing, known tokens and editing; guidance where it is needed and nowhere else."""
 from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import AutoencoderConfig
-from models.generation import filter_logits, generate, guidance_schedule, guide, sample_tokens
+from models.generation import GuidedModel, KnownTokens, edit, generate, generate_scales, known_part
 from models.quantizer import QuantizerConfig
+from models.sampling import Sampling
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 
@@ -47,10 +49,13 @@ def test_codes_are_tokens_of_every_scale(var: VAR, tokenizer: VQVAE) -> None:
     assert tokenizer.decode(codes).shape == (7, 3, 8, 8)
 
 
-def test_a_seed_gives_the_same_image_in_a_batch_of_1_and_of_7(var: VAR, tokenizer: VQVAE) -> None:
-    together = generate(var, tokenizer, LABELS, seeds=torch.arange(100, 107), **SAMPLING)
-    for i, label in enumerate(LABELS):
-        assert torch.equal(generate(var, tokenizer, label[None], seeds=[100 + i], **SAMPLING)[0], together[i])
+def test_a_seed_gives_the_same_image_in_a_batch_of_1_of_7_and_of_50(var: VAR, tokenizer: VQVAE) -> None:
+    labels, seeds = torch.arange(50) % 5, torch.arange(100, 150)
+    together = generate(var, tokenizer, labels, seeds=seeds, **SAMPLING)
+    for batch in (1, 7):
+        parts = [generate(var, tokenizer, part, seeds=part_seeds, **SAMPLING)
+                 for part, part_seeds in zip(labels.split(batch), seeds.split(batch))]
+        assert torch.equal(torch.cat(parts), together)
 
 
 def test_another_seed_gives_another_image_and_the_global_seed_changes_nothing(var: VAR, tokenizer: VQVAE) -> None:
@@ -83,58 +88,8 @@ def test_top_k_of_1_with_guidance_is_the_argmax_of_the_guided_teacher_forced_log
     codes = generate(var, tokenizer, LABELS, cfg=3.0, top_k=1)
     conditional = teacher_forced_logits(var, tokenizer, codes, LABELS)
     unconditional = teacher_forced_logits(var, tokenizer, codes, torch.full_like(LABELS, CONFIG.null_class))
-    t = torch.tensor(guidance_schedule(3.0, 3))[CONFIG.scales.scale_ids()][:, None]
+    t = torch.tensor([0.0, 1.5, 3.0])[CONFIG.scales.scale_ids()][:, None]
     assert torch.equal(((1 + t) * conditional - t * unconditional).argmax(dim=-1), codes)
-
-
-def test_guidance_grows_linearly_from_0_at_the_first_scale_to_cfg_at_the_last() -> None:
-    assert guidance_schedule(3.0, 4) == [0.0, 1.0, 2.0, 3.0]
-    assert guidance_schedule(3.0, 1) == [0.0]
-
-
-def test_no_guidance_is_the_conditional_model() -> None:
-    conditional, unconditional = torch.randn(2, 5)
-    assert torch.equal(guide(conditional, unconditional, 0.0), conditional)
-    torch.testing.assert_close(guide(conditional, unconditional, 1.0), 2 * conditional - unconditional)
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    assert filter_logits(logits, 2, 0.0).tolist() == [-torch.inf, 3.0, -torch.inf, 2.0]
-
-
-@pytest.mark.parametrize("top_p, kept", [(0.2, {0}), (0.45, {0}), (0.55, {0, 1}), (0.75, {0, 1}), (0.85, {0, 1, 2})])
-def test_top_p_keeps_the_fewest_tokens_that_reach_it(top_p: float, kept: set[int]) -> None:
-    logits = torch.tensor([0.5, 0.3, 0.15, 0.05]).log()
-    filtered = filter_logits(logits, 0, top_p)
-    assert set(filtered.isfinite().nonzero().flatten().tolist()) == kept
-    assert torch.equal(filtered[sorted(kept)], logits[sorted(kept)])
-
-
-def test_top_p_applies_to_what_top_k_left() -> None:
-    logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
-    assert filter_logits(logits, 0, 0.6).isfinite().sum() == 2      # 0.4 + 0.3 reach 0.6
-    assert filter_logits(logits, 2, 0.5).isfinite().sum() == 1      # 0.4 / 0.7 reaches 0.5 alone
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (0, 1.0), (4, 0.0), (900, 1.0)])
-def test_filters_that_are_off_or_wider_than_the_vocabulary_keep_everything(top_k: int, top_p: float) -> None:
-    logits = torch.randn(2, 3, 4)
-    assert torch.equal(filter_logits(logits, top_k, top_p), logits)
-
-
-def test_tokens_are_drawn_with_their_probabilities_and_never_where_cut() -> None:
-    logits = torch.tensor([0.1, 0.0, 0.6, 0.3, 0.0]).log()          # two tokens cut off, one of them the last
-    uniforms = (torch.arange(10_000) + 0.5) / 10_000                # evenly spread, so counts are exact to one
-    tokens = sample_tokens(logits.expand(1, 10_000, 5), uniforms[None])
-    counts = tokens.flatten().bincount(minlength=5)
-    torch.testing.assert_close(counts, torch.tensor([1000, 0, 6000, 3000, 0]), rtol=0, atol=1)
-
-
-def test_the_extreme_uniforms_draw_the_first_and_the_last_possible_token() -> None:
-    logits = torch.tensor([-torch.inf, 0.0, 0.0, -torch.inf])
-    largest_below_1 = 1 - 2**-24                                    # of float32 draws
-    assert sample_tokens(logits.expand(1, 2, 4), torch.tensor([[0.0, largest_below_1]])).tolist() == [[1, 2]]
 
 
 def test_one_seed_per_image_is_required() -> None:
@@ -157,6 +112,183 @@ def test_a_transformer_of_another_tokenizer_is_refused(tokenizer: VQVAE, change:
 def test_meaningless_sampling_settings_are_refused(var: VAR, tokenizer: VQVAE, change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         generate(var, tokenizer, LABELS, seeds=range(7), **change)
+
+
+def guided_teacher_forced_logits(var: VAR, tokenizer: VQVAE, codes: Tensor, labels: Tensor,
+                                 schedule: tuple[float, ...]) -> Tensor:
+    """What generation must have seen, computed without a cache: (B, L, V)."""
+    conditional = teacher_forced_logits(var, tokenizer, codes, labels)
+    unconditional = teacher_forced_logits(var, tokenizer, codes, torch.full_like(labels, var.config.null_class))
+    t = torch.tensor(schedule)[var.scales.scale_ids()][:, None]
+    return (1 + t) * conditional - t * unconditional
+
+
+def perturb(model: torch.nn.Module) -> None:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+VARIANTS = {
+    "adaln": {}, "shared_adaln": {"norm": "shared_adaln"}, "layer_norm": {"norm": "layer_norm"},
+    "no_qk_norm": {"qk_norm": False},
+}
+
+
+@pytest.fixture(params=VARIANTS, scope="module")
+def variant(request: pytest.FixtureRequest) -> VAR:
+    var = VAR(replace(CONFIG, **VARIANTS[request.param]))
+    perturb(var)
+    return var
+
+
+@pytest.mark.parametrize("schedule", [(0.0, 1.5, 3.0), (0.0, 0.0, 2.0), (0.0, 2.0, 0.0), (2.0, 0.0, 1.0), (0.0,) * 3])
+def test_cached_generation_equals_running_the_whole_prefix_again(variant: VAR, tokenizer: VQVAE,
+                                                                 schedule: tuple[float, ...]) -> None:
+    """Also where the unconditional half was left out at first, or in between, and had to catch up."""
+    seen = []
+    forward = GuidedModel.logits
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(GuidedModel, "logits", lambda self, inputs, k: seen.append(forward(self, inputs, k)) or seen[-1])
+        codes = generate_scales(variant, tokenizer, LABELS, Sampling(guidance=schedule), seeds=range(7)).codes
+    expected = guided_teacher_forced_logits(variant, tokenizer, codes, LABELS, schedule)
+    torch.testing.assert_close(torch.cat(seen, dim=1), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_cached_editing_equals_running_the_whole_prefix_again(variant: VAR, tokenizer: VQVAE) -> None:
+    images, mask = make_images(), torch.tensor([[True, True, False, False]] * 4)
+    codes = edit(variant, tokenizer, images, mask, LABELS, cfg=3.0, top_k=1)
+    known = known_part(tokenizer, images, mask, keep_coarsest=True)
+    logits = guided_teacher_forced_logits(variant, tokenizer, codes, LABELS, (0.0, 1.5, 3.0))
+    assert torch.equal(torch.where(known.mask, known.codes, logits.argmax(dim=-1)), codes)
+
+
+def make_images() -> Tensor:
+    return torch.rand(7, 3, 8, 8, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+def flops_of(var: VAR, tokenizer: VQVAE, sampling: Sampling) -> int:
+    with FlopCounterMode(display=False) as counter:
+        generate_scales(var, tokenizer, LABELS, sampling, seeds=range(7))
+    return counter.get_total_flops()
+
+
+def test_without_guidance_the_transformer_costs_half_and_scales_without_it_cost_nothing_extra(
+        var: VAR, tokenizer: VQVAE) -> None:
+    decoding = sum_of_phi_flops(tokenizer)
+    free, ramp, early = (flops_of(var, tokenizer, sampling) - decoding for sampling in (
+        Sampling(cfg=0), Sampling(cfg=1.5), Sampling(guidance=(1.0, 1.0, 0.0))))
+    assert ramp == 2 * free
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        cache = var.allocate_cache(7)
+        for k, tokens in enumerate(CONFIG.patch_nums[:2]):
+            var.forward_scale(None if k == 0 else torch.zeros(7, tokens**2, 4), LABELS, k, cache)
+    assert early - free == counter.get_total_flops()                # two scales of the unconditional half, not three
+
+
+def sum_of_phi_flops(tokenizer: VQVAE) -> int:
+    """What adding three scales to f_hat of seven images costs."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        for k, side in enumerate(CONFIG.patch_nums):
+            tokenizer.quantizer.embed_scale(torch.zeros(7, side**2, dtype=torch.int64), k)
+    return counter.get_total_flops()
+
+
+def test_known_tokens_come_out_as_they_went_in_and_the_rest_is_drawn(var: VAR, tokenizer: VQVAE) -> None:
+    generator = torch.Generator().manual_seed(2)
+    known = KnownTokens(torch.randint(24, (7, 21), generator=generator), torch.rand(7, 21, generator=generator) > 0.5)
+    drawn = generate_scales(var, tokenizer, LABELS, Sampling(), seeds=range(7), known=known).codes
+    assert torch.equal(drawn[known.mask], known.codes[known.mask])
+    assert not torch.equal(drawn[~known.mask], known.codes[~known.mask])
+
+
+def test_knowing_what_would_be_drawn_anyway_changes_nothing(var: VAR, tokenizer: VQVAE) -> None:
+    """Teacher-forced first scales: the later ones are drawn as if the first had been drawn too."""
+    free = generate(var, tokenizer, LABELS, seeds=range(7), **SAMPLING)
+    first_two = (CONFIG.scales.scale_ids() < 2).expand(7, 21)
+    forced = generate_scales(var, tokenizer, LABELS, Sampling(**SAMPLING), seeds=range(7),
+                             known=KnownTokens(free, first_two))
+    assert torch.equal(forced.codes, free)
+
+
+@pytest.mark.parametrize("keep_coarsest", [True, False])
+def test_editing_keeps_the_tokens_of_the_mask_exactly(var: VAR, tokenizer: VQVAE, keep_coarsest: bool) -> None:
+    images, mask = make_images(), torch.zeros(4, 4)
+    mask[:2] = 1
+    codes = edit(var, tokenizer, images, mask, LABELS, seeds=range(7), keep_coarsest=keep_coarsest)
+    original, scales = tokenizer.encode(images), CONFIG.scales
+    coarsest, middle, last = (drawn == given for drawn, given in zip(scales.split(codes), scales.split(original)))
+    assert coarsest.all() == keep_coarsest
+    assert middle[:, :2].all() and last[:, :8].all()
+    assert not middle[:, 2:].all() and not last[:, 8:].all()
+
+
+def test_a_mask_that_keeps_everything_gives_the_reconstruction_and_one_that_keeps_nothing_a_free_draw(
+        var: VAR, tokenizer: VQVAE) -> None:
+    images, settings = make_images(), {"seeds": range(7), "keep_coarsest": False, "cfg": 1.0, "top_k": 0, "top_p": 0.9}
+    assert torch.equal(edit(var, tokenizer, images, torch.ones(4, 4), LABELS, **settings), tokenizer.encode(images))
+    del settings["keep_coarsest"]
+    free = generate(var, tokenizer, LABELS, **settings)
+    assert torch.equal(edit(var, tokenizer, images, torch.zeros(4, 4), LABELS, **settings, keep_coarsest=False), free)
+
+
+def test_each_image_may_have_a_mask_of_its_own(var: VAR, tokenizer: VQVAE) -> None:
+    images, masks = make_images(), torch.rand(7, 4, 4, generator=torch.Generator().manual_seed(3)) > 0.5
+    together = edit(var, tokenizer, images, masks, LABELS, seeds=range(7))
+    for i in (0, 6):
+        alone = edit(var, tokenizer, images[i:i + 1], masks[i], LABELS[i:i + 1], seeds=[i])
+        assert torch.equal(alone[0], together[i])
+
+
+def test_the_feature_map_is_that_of_the_codes_unless_sampling_is_smooth(var: VAR, tokenizer: VQVAE) -> None:
+    plain, smooth = (generate_scales(var, tokenizer, LABELS, Sampling(smooth=smooth), seeds=range(7))
+                     for smooth in (False, True))
+    assert torch.equal(tokenizer.decode_features(plain.f_hat), tokenizer.decode(plain.codes))
+    difference = smooth.f_hat - tokenizer.quantizer.decode(smooth.codes)
+    assert 0 < difference.abs().mean() < smooth.f_hat.abs().mean()
+
+
+def test_smoothing_leaves_known_tokens_alone(var: VAR, tokenizer: VQVAE) -> None:
+    codes = generate(var, tokenizer, LABELS, seeds=range(7))
+    all_known = KnownTokens(codes, torch.ones_like(codes, dtype=torch.bool))
+    smooth = generate_scales(var, tokenizer, LABELS, Sampling(smooth=True), seeds=range(7), known=all_known)
+    assert torch.equal(smooth.f_hat, generate_scales(var, tokenizer, LABELS, Sampling(), seeds=range(7),
+                                                     known=all_known).f_hat)
+
+
+def test_an_unconditional_model_draws_with_the_null_class_as_its_only_label(tokenizer: VQVAE) -> None:
+    var = VAR(replace(CONFIG, num_classes=0))
+    perturb(var)
+    codes = generate(var, tokenizer, torch.zeros(3, dtype=torch.int64), cfg=0, seeds=range(3))
+    guided = generate(var, tokenizer, torch.zeros(3, dtype=torch.int64), cfg=2, seeds=range(3))
+    assert torch.equal(codes, guided)           # there is no class to be guided towards
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_draws_valid_codes_close_to_the_float32_ones(tokenizer: VQVAE, dtype: torch.dtype) -> None:
+    var = VAR(CONFIG)
+    perturb(var)
+    exact = generate(var, tokenizer, LABELS, seeds=range(7), **SAMPLING)
+    half = generate(var.to(dtype), tokenizer, LABELS, seeds=range(7), **SAMPLING)
+    assert 0 <= half.min() and half.max() < 24
+    assert (half == exact)[:, 0].all() and (half == exact).float().mean() > 0.5
+
+
+@pytest.mark.parametrize("labels, message", [
+    (torch.tensor([6]), "label 6 is not one of 0 to 5, where 5 is the null class"), (torch.tensor([-1]), "label -1"),
+    (torch.zeros(1, 1, dtype=torch.int64), r"labels have shape \(1, 1\)"),
+])
+def test_labels_that_the_model_does_not_know_are_refused(var: VAR, tokenizer: VQVAE, labels: Tensor,
+                                                         message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(var, tokenizer, labels, seeds=[0])
+
+
+def test_known_tokens_of_another_shape_are_refused(var: VAR, tokenizer: VQVAE) -> None:
+    known = KnownTokens(torch.zeros(7, 20, dtype=torch.int64), torch.zeros(7, 20, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"known codes have shape \(7, 20\).* expected \(7, 21\)"):
+        generate_scales(var, tokenizer, LABELS, Sampling(), seeds=range(7), known=known)
 
 
 def tiny_tokenizer_config() -> VQVAEConfig:

@@ -3,18 +3,18 @@ import pytest
 import torch
 from torch import nn
 
-from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
+from models.quantizer import phi_indices
+from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 
-PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)
 # Depth to parameters. Those of depths 16 to 30 are of the released models; the paper prints 18.5M (d6, Sec. 5.2), and
 # 310M, 600M, 1.0B, 2.0B (Table 1).
 PARAMETERS = {
     6: 18_492_580, 8: 41_315_904, 10: 78_367_716, 12: 133_186_960, 14: 209_312_580, 16: 310_283_520, 18: 439_638_724,
     20: 600_917_136, 22: 797_657_700, 24: 1_033_399_360, 26: 1_311_681_060, 28: 1_636_041_744, 30: 2_010_020_356,
 }
-VAR_512 = VARConfig(depth=36, patch_nums=PATCH_NUMS_512, shared_adaln=True)
+VAR_512 = VARConfig(depth=36, patch_nums=PATCH_NUMS_512, norm="shared_adaln")
 
 
 def num_parameters(module: nn.Module) -> int:
@@ -49,6 +49,20 @@ def test_parameters_of_every_size(depth: int) -> None:
 
 def test_parameters_of_the_512_model_with_shared_adaln() -> None:    # Table 2, VAR-d36-s: 2.3B
     assert num_var_parameters(VAR_512) == VAR_512.num_parameters == 2_353_893_904
+
+
+def test_parameters_of_the_ablations() -> None:     # Table 3: rows 2 and 3, d16 before and after AdaLN: 207M and 310M
+    plain = VARConfig(depth=16, norm="layer_norm", qk_norm=False)
+    adaln = VARConfig(depth=16, qk_norm=False)
+    assert num_var_parameters(plain) == plain.num_parameters == pytest.approx(207e6, rel=0.01)
+    assert num_var_parameters(adaln) == adaln.num_parameters == pytest.approx(310e6, rel=0.01)
+
+
+def test_the_1024_model_fits_its_schedule() -> None:
+    config = VARConfig(depth=30, patch_nums=PATCH_NUMS_1024, norm="shared_adaln")
+    assert num_var_parameters(config) == config.num_parameters
+    assert phi_indices(14, 4) == (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
+    assert VQVAEConfig(patch_nums=PATCH_NUMS_1024).image_size == 1024
 
 
 @pytest.mark.parametrize("depth", [6, 16, 30])

@@ -12,7 +12,10 @@ BATCH = 3
 KINDS = {
     "adaln": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5),
     "shared_adaln": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5,
-                              shared_adaln=True),
+                              norm="shared_adaln"),
+    "layer_norm": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5,
+                            norm="layer_norm"),
+    "unconditional": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=0),
     "no_qk_norm": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5, qk_norm=False),
     "four_start_tokens": VARConfig(depth=2, patch_nums=(2, 3), vocab_size=32, code_width=6, num_classes=5),
 }
@@ -36,7 +39,7 @@ def make_batch(config: VARConfig) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(4)
     num_inputs = config.scales.num_tokens - config.scales.first_tokens
     inputs = torch.randn(BATCH, num_inputs, config.code_width, generator=generator)
-    return inputs, torch.tensor([0, 4, config.null_class])
+    return inputs, torch.tensor([0, max(0, config.num_classes - 1), config.null_class])
 
 
 def test_logits_are_float32_of_every_token(config: VARConfig) -> None:
@@ -68,10 +71,10 @@ def test_one_scale_at_a_time_with_a_cache_equals_all_scales_at_once(config: VARC
     assert cache.position == scales.num_tokens
 
 
-def test_the_label_changes_the_logits(config: VARConfig) -> None:
+def test_the_label_changes_the_logits_of_a_conditional_model(config: VARConfig) -> None:
     var, (inputs, labels) = make_var(config), make_batch(config)
     difference = var(inputs, labels) - var(inputs, torch.full_like(labels, config.null_class))
-    assert (difference[:2].abs().amax(dim=(1, 2)) > 1e-3).all()
+    assert ((difference[:2].abs().amax(dim=(1, 2)) > 1e-3) == config.is_conditional).all()
     assert torch.equal(difference[2], torch.zeros_like(difference[2]))      # that one was the null class already
 
 
@@ -108,10 +111,23 @@ def test_initial_standard_deviations_are_the_public_ones() -> None:
 
 
 def test_initial_offsets_of_shared_adaln_have_their_own_deviation() -> None:
-    config = VARConfig(depth=6, patch_nums=(1, 2), shared_adaln=True, init_gamma=0.01)
+    config = VARConfig(depth=6, patch_nums=(1, 2), norm="shared_adaln", init_gamma=0.01)
     offset = torch.stack([block.modulation.offset for block in VAR(config).blocks])
     assert abs(offset[:, 2:].std().item() * math.sqrt(config.width) / 0.5 - 1) < 0.05
     assert abs(offset[:, :2].std().item() * math.sqrt(config.width) / 0.01 - 1) < 0.07
+
+
+def test_plain_layer_norms_begin_with_weight_1_and_know_the_class_from_the_start_token_alone() -> None:
+    config = KINDS["layer_norm"]
+    norms = [module for module in VAR(config).modules() if isinstance(module, torch.nn.LayerNorm)]
+    assert len(norms) == 2 * config.depth + 1
+    assert all((norm.weight == 1).all() and (norm.bias == 0).all() for norm in norms)
+    var, (inputs, _) = make_var(config), make_batch(config)
+    first, second = (var(inputs, torch.full((BATCH,), label)) for label in (0, 1))
+    assert not torch.equal(first, second)
+    row = var.class_embedding.weight.data
+    row[1] = row[0]                     # the same start token for both classes: now nothing tells them apart
+    assert torch.equal(var(inputs, torch.zeros(BATCH, dtype=torch.int64)), var(inputs, torch.ones(BATCH).long()))
 
 
 def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: VARConfig) -> None:
@@ -197,8 +213,10 @@ def test_inputs_of_another_length_are_refused() -> None:
 
 
 @pytest.mark.parametrize("change, message", [
-    ({"depth": 0}, "depth 0"), ({"num_classes": 0}, "num_classes 0"), ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
+    ({"depth": 0}, "depth 0"), ({"num_classes": -1}, "num_classes -1 must be 0 or more"),
+    ({"mlp_ratio": 0.0}, "mlp_ratio 0.0"),
     ({"patch_nums": (2, 1)}, "increasing"),
+    ({"norm": "rms"}, "norm 'rms' is not one of adaln, shared_adaln, layer_norm"),
 ])
 def test_an_impossible_model_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -53,6 +53,16 @@ def test_what_stage_2_uses_keeps_no_gradients(tokenizer: VQVAE, images: torch.Te
     assert not tokenizer.teacher_forcing_inputs(codes).requires_grad
 
 
+def test_the_dependency_of_tokens_is_attention_over_the_whole_feature_map(
+    tokenizer: VQVAE, images: torch.Tensor
+) -> None:
+    dependency = tokenizer.token_dependency(images)
+    assert dependency.shape == (2, 16, 16) and not dependency.requires_grad
+    torch.testing.assert_close(dependency.sum(dim=-1), torch.ones(2, 16))
+    with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\)"):
+        tokenizer.token_dependency(torch.zeros(1, 3, 32, 32))
+
+
 def test_image_size_is_downsampling_times_the_last_side() -> None:
     assert CONFIG.image_size == 4 * 4
     assert VQVAEConfig().image_size == 256

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import Decoder, Encoder
 from models.scales import Scales
-from models.var import VARConfig
+from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
 from models.vqvae import VQVAEConfig
 
 FLOPS_PER_PFLOP = 10**15
@@ -30,7 +30,8 @@ def forward_macs(config: VARConfig) -> int:
     tokens_in = tokens - config.scales.first_tokens
     linear = depth * tokens * (4 * width * width + 2 * width * config.hidden_width)  # qkv, projection, two of the FFN
     attention = depth * 2 * attention_pairs(config.scales) * width  # q k^T and the weighted sum of v
-    modulation = (1 if config.shared_adaln else depth) * 6 * width * width + 2 * width * width  # once per image
+    num_maps = {ADALN: depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
+    modulation = num_maps * width * width  # once per image
     ends = tokens_in * config.code_width * width + tokens * width * config.vocab_size
     return linear + attention + modulation + ends
 

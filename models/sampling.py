@@ -1,0 +1,157 @@
+"""From logits to tokens: classifier-free guidance, top-k, top-p, and noise that belongs to an image.
+
+`cfg` is in VAR's units: 0 is no guidance. Tokens are drawn by adding Gumbel noise to the logits and taking the largest,
+which is a draw from their softmax. The noise is a function of (seed, token, code) alone, computed where the logits are:
+image i is the same in any batch, on any rank and on any device. Adding noise instead of inverting the cumulative
+distribution keeps it so under rounding: a logit that differs in its last bit matters only to codes that tie.
+
+Shapes: B batch, K scales, n tokens of a scale, L of all scales, V vocabulary, C code width.
+"""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_NOISE_NUMBERS = 2**25   # drawn at once; more images are taken in turns
+UNIFORM_BITS = 23           # the most for which the midpoints of [0, 1) stay inside (0, 1) in float32
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. The defaults are those of the released models' FID; the demo uses cfg 4, top_p 0.95."""
+
+    cfg: float = 1.5                    # guidance at the last scale, 0 = off; it grows from 0 at the first scale
+    guidance: tuple[float, ...] = ()    # guidance of every scale, instead of that ramp
+    top_k: int = 900                    # how many codes may be drawn; 0 = all, 1 = always the likeliest
+    top_p: float = 0.96                 # the fewest codes whose probability reaches it; 0 or 1 = all
+    smooth: bool = False                # add mixtures of codes to f_hat, see `smooth_weights`; for the eye, not for FID
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "guidance", tuple(self.guidance))
+        if not 0 <= self.cfg < float("inf"):
+            raise ValueError(f"cfg {self.cfg} must be 0 (no guidance) or more")
+        if any(not 0 <= t < float("inf") for t in self.guidance):
+            raise ValueError(f"guidance {self.guidance} must hold a strength of 0 or more for every scale")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k} must be 0 (all tokens) or more")
+        if not 0 <= self.top_p <= 1:
+            raise ValueError(f"top_p {self.top_p} is outside [0, 1]")
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether nothing is left to chance."""
+        return self.top_k == 1
+
+    def schedule(self, num_scales: int) -> tuple[float, ...]:
+        """Guidance t of each of K scales."""
+        if not self.guidance:
+            return guidance_schedule(self.cfg, num_scales)
+        if len(self.guidance) != num_scales:
+            raise ValueError(f"guidance {self.guidance} has {len(self.guidance)} strengths, the model {num_scales} "
+                             "scales; give one per scale")
+        return self.guidance
+
+
+def guidance_schedule(cfg: float, num_scales: int) -> tuple[float, ...]:
+    """Guidance of every scale, from 0 at the first to `cfg` at the last: t_k = cfg k / (K - 1) (public code)."""
+    return tuple(cfg * k / max(num_scales - 1, 1) for k in range(num_scales))
+
+
+def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
+    """Classifier-free guidance of strength t: away from what would be predicted without the class."""
+    return (1 + t) * conditional - t * unconditional
+
+
+def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """Keep the likeliest tokens of (..., V), cut the others to -inf: top-k, then top-p of what is left.
+
+    top_k: how many, 0 = all; ties with the last one stay. top_p: the fewest whose probability reaches it, 0 or 1 = all.
+    """
+    vocab_size = logits.shape[-1]
+    if 0 < top_k < vocab_size:
+        kth_largest = logits.topk(top_k, dim=-1).values[..., -1:]
+        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits.sort(dim=-1)
+        is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        is_cut[..., -1] = False
+        logits = logits.masked_fill(is_cut.scatter(-1, order, is_cut), -torch.inf)
+    return logits
+
+
+def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice) -> Tensor:
+    """The likeliest token without seeds, a draw with: logits (B, n, V), seeds (B,) -> (B, n) int64.
+
+    tokens: where these n tokens lie among the image's L; each has noise of its own.
+    """
+    if seeds is None:
+        return logits.argmax(dim=-1)
+    drawn = [(part_logits + gumbel_noise(part_seeds, tokens, logits.shape[-1])).argmax(dim=-1)
+             for part_logits, part_seeds in _in_turns(logits, seeds)]
+    return torch.cat(drawn)
+
+
+def smooth_code_vectors(logits: Tensor, seeds: Tensor | None, tokens: slice, codebook: Tensor, *,
+                        progress: float) -> Tensor:
+    """Mixtures of codes instead of one code per token: logits (B, n, V), codebook (V, C) -> (B, n, C).
+
+    A Gumbel-softmax with the noise of `choose_tokens`. progress: k / (K - 1). With it the logits are sharpened by
+    1 + progress and the temperature falls as 0.27 (1 - 0.95 progress), to 0.005 at least (public code, "more_smooth").
+    """
+    temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
+    if seeds is None:
+        return codebook[logits.argmax(dim=-1)]
+    mixed = [(part_logits * (1 + progress) + gumbel_noise(part_seeds, tokens, logits.shape[-1])).div(temperature)
+             .softmax(dim=-1).to(codebook.dtype) @ codebook
+             for part_logits, part_seeds in _in_turns(logits, seeds)]
+    return torch.cat(mixed)
+
+
+def _in_turns(logits: Tensor, seeds: Tensor) -> zip:
+    """Pair logits and seeds in parts of so few images that their noise fits into memory."""
+    images = max(1, MAX_NOISE_NUMBERS // (logits.shape[1] * logits.shape[2]))
+    return zip(logits.split(images), seeds.split(images), strict=True)
+
+
+def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int) -> Tensor:
+    """Standard Gumbel noise, a function of (seed, token, code): seeds (B,) int64 -> (B, n, V) float32."""
+    positions = torch.arange(tokens.start, tokens.stop, device=seeds.device)                # (n,)
+    codes = torch.arange(vocab_size, device=seeds.device)                                   # (V,)
+    counters = positions[:, None] * vocab_size + codes                                      # (n, V)
+    bits = splitmix64(splitmix64(seeds)[:, None, None] + counters * SPLITMIX_GAMMA)         # (B, n, V)
+    top_bits = _shift_right(bits, 64 - UNIFORM_BITS)
+    uniforms = top_bits.float().add_(0.5).mul_(2.0**-UNIFORM_BITS)                          # in (0, 1)
+    return uniforms.log_().neg_().log_().neg_()
+
+
+def image_seeds(seeds: Sequence[int] | Tensor | None, num_images: int, device: torch.device) -> Tensor:
+    """One seed per image: (B,) int64 on `device`. Raises ValueError for another number, or one outside [0, 2^63)."""
+    values = [] if seeds is None else [int(seed) for seed in seeds]
+    if len(values) != num_images:
+        raise ValueError(f"got {len(values)} seeds for {num_images} images, expected one each (none if top_k is 1)")
+    for seed in values:
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed {seed} is outside [0, 2^63)")
+    return torch.tensor(values, dtype=torch.int64, device=device)
+
+
+def _signed(value: int) -> int:
+    """A 64-bit pattern as the int64 that holds it."""
+    return value - 2**64 if value >= 2**63 else value
+
+
+SPLITMIX_GAMMA = _signed(0x9E3779B97F4A7C15)    # the step of SplitMix64's counter, odd and near 2^64 / golden ratio
+
+
+def splitmix64(x: Tensor) -> Tensor:
+    """The output function of SplitMix64 (Steele, Lea and Flood, 2014) on int64 bit patterns; products wrap around."""
+    x = x + SPLITMIX_GAMMA
+    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
+    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
+    return x ^ _shift_right(x, 31)
+
+
+def _shift_right(x: Tensor, bits: int) -> Tensor:
+    """Logical shift: int64 has no unsigned kind, and its own shift would drag the sign along."""
+    return (x >> bits) & ((1 << (64 - bits)) - 1)
