@@ -1,9 +1,10 @@
-"""Two habits for files that must not be wrong: appear complete or not at all, and be known by their sha256."""
+"""Two habits for files and folders that must not be wrong: appear complete or not at all, be known by their sha256."""
 
 from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,9 +21,38 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def refuse_occupied(folder: Path) -> None:
+    """Raise ValueError if there is something at `folder` that writing it would replace."""
+    if folder.is_dir() and any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty; choose another folder, or remove this one")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: is a file; choose another folder")
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """A folder to be filled that appears as `folder` only when complete and on disk, or not at all.
+
+    Raises ValueError if there is something at `folder` already.
+    """
+    refuse_occupied(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder = folder.absolute()  # "." has no name
+    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        for path in [*temporary.rglob("*"), temporary]:
+            _sync(path)
+        os.rename(temporary, folder)  # takes the place of an empty folder, never of another
+        _sync(folder.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:
@@ -31,9 +61,9 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sync_folder(folder: Path) -> None:
-    # Without this the new name itself may be lost in a power failure.
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    # For a folder: without this the new names in it may be lost in a power failure.
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -47,6 +47,7 @@ class Batch:
 class Dataset(Protocol):
     """What the loader needs: sizes, and samples by number and epoch."""
 
+    folder: Path
     index: Index
     num_classes: int
 
@@ -56,6 +57,8 @@ class Dataset(Protocol):
     def shard_sizes(self) -> tuple[int, ...]: ...
 
     def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]: ...
+
+    def label(self, sample_id: int) -> int: ...
 
 
 class _PackedDataset:
@@ -99,6 +102,14 @@ class ImageDataset(_PackedDataset):
         uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
         views, labels = zip(*(self._view_and_label(sample_id, row) for sample_id, row in zip(ids, uniforms)))
         return torch.stack(views), self._checked_labels(labels, ids)
+
+    def label(self, sample_id: int) -> int:
+        """The class of a sample, without decoding its image."""
+        sample = self.reader.read(sample_id)
+        try:
+            return label_of(sample)
+        except ValueError as error:
+            raise ValueError(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
 
     def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Tensor, int]:
         sample = self.reader.read(sample_id)
@@ -144,6 +155,10 @@ class CodeDataset(_PackedDataset):
             )
         return torch.from_numpy(np.ascontiguousarray(codes)), self._checked_labels(labels, ids)
 
+    def label(self, sample_id: int) -> int:
+        """The class of a sample."""
+        return self.format.unpack_view(self._record(sample_id), 0)[0]
+
     def _record(self, sample_id: int) -> bytes:
         sample: Sample = self.reader.read(sample_id)
         record = sample.members.get(self.format.suffix)
@@ -174,6 +189,21 @@ class _Request:
 def _read_batch(dataset: Dataset, request: _Request) -> Batch:
     data, labels = dataset.read(request.ids, request.epochs)
     return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights))
+
+
+def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
+    """The number of the first sample of each class, in the order asked for. Raises ValueError if one has no sample."""
+    first: dict[int, int] = {}
+    for sample_id in range(len(dataset)):
+        if first.keys() >= set(classes):
+            break
+        first.setdefault(dataset.label(sample_id), sample_id)
+    for label in classes:
+        if label not in first:
+            raise ValueError(
+                f"{dataset.folder}: has no sample of class {label}, of {dataset.num_classes} classes; ask for another"
+            )
+    return np.array([first[label] for label in classes])
 
 
 def train_batches(

@@ -3,44 +3,83 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
 
 from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
-from launchers.command_line import build_config, say, say_nothing, to_yaml
+from launchers.command_line import say, say_nothing
 from launchers.config import RunConfig, TokenizerConfig, TrainConfig, ViewConfig
-from models.var import VAR, VARConfig
+from launchers.config_files import to_yaml
+from launchers.loading import (
+    initial_sha256,
+    load_tokenizer,
+    load_var,
+    public_tokenizer,
+    public_var,
+    tokenizer_of,
+    trained_tokenizer_sha256,
+)
+from models.generation import check_configs_agree
+from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import Checkpoints, ModelOnDisk, TrainState, flatten
+from training.checkpoint import Checkpoints, TrainState, flatten
 from training.distributed import World
 from training.engine import EngineConfig, accumulation_steps
 from training.loop import Loop, Stage
+from training.model_on_disk import describe, model_sha256
 from training.tracking import MLflowView, RunRecord
 
 Dataset = ImageDataset | CodeDataset
 
 
-def load_tokenizer(path: str) -> tuple[VQVAE, str]:
-    """A trained tokenizer and its sha256, from a run folder or an exported model."""
-    found = ModelOnDisk.find(path)
-    config = build_config(VQVAEConfig, [found.config("VQVAE")], source=str(found.folder))
-    with torch.device("meta"):
-        model = VQVAE(config)
-    return found.fill(model), found.sha256()
+@dataclass(frozen=True)
+class Models:
+    """A transformer and its tokenizer: frozen, in eval mode, float32, on the CPU."""
+
+    var: VAR
+    tokenizer: VQVAE
+    tokenizer_sha256: str
 
 
-def load_var(path: str) -> VAR:
-    """A trained transformer, from a run folder or an exported model."""
-    found = ModelOnDisk.find(path)
-    config = build_config(VARConfig, [found.config("VAR")], source=str(found.folder))
-    with torch.device("meta"):
-        model = VAR(config)
-    return found.fill(model)
+def load_models(run: str, tokenizer: str = "", patch_nums: tuple[int, ...] = ()) -> Models:
+    """A transformer and the tokenizer it was trained with.
+
+    run: a run folder, a checkpoint, an imported or exported model, or a public .pth file. tokenizer: a folder or a
+    public file; empty: the one that `run` names. patch_nums: for a public file with a schedule of its own.
+
+    Raises:
+        FileNotFoundError: a model is not there, or no tokenizer is named.
+        ValueError: they do not fit together, or the transformer was trained with another tokenizer.
+    """
+    if Path(run).is_file():
+        var = public_var(run, patch_nums)
+        trained_with = ""
+    else:
+        var = load_var(run)
+        if patch_nums and patch_nums != var.config.patch_nums:
+            raise ValueError(f"patch_nums is {patch_nums}, {run} has {var.config.patch_nums}; leave it out")
+        tokenizer = tokenizer or tokenizer_of(run)
+        trained_with = trained_tokenizer_sha256(run)
+    if not tokenizer:
+        raise FileNotFoundError(f"{run}: nothing there names its tokenizer; add --tokenizer PATH")
+    found, sha256 = _file_or_folder(tokenizer, var.config.patch_nums)
+    if trained_with not in ("", sha256):
+        raise ValueError(
+            f"{run}: was trained with tokenizer {trained_with[:12]}, this one is {sha256[:12]}; "
+            "name the right one with --tokenizer PATH, or train the transformer again"
+        )
+    check_configs_agree(var.config, found.config)
+    return Models(var, found, sha256)
+
+
+def _file_or_folder(tokenizer: str, patch_nums: tuple[int, ...]) -> tuple[VQVAE, str]:
+    if not Path(tokenizer).is_file():
+        return load_tokenizer(tokenizer)
+    found = public_tokenizer(tokenizer, patch_nums)
+    return found, model_sha256(found.state_dict(), describe(found.config))
 
 
 def image_transform(tokenizer: VQVAEConfig, views: ViewConfig) -> ImageTransform:
@@ -60,7 +99,7 @@ def open_codes_or_images(
     """Code shards, which must be this tokenizer's, or image shards, which stage 2 then encodes at every step.
 
     Raises:
-        ValueError: made for something else, or with another number of classes than the transformer has.
+        ValueError: made for something else, or with another number of classes than a conditional transformer has.
     """
     if Index.read(Path(folder)).kind == "images":
         dataset: Dataset = open_images(
@@ -71,7 +110,7 @@ def open_codes_or_images(
         dataset = CodeDataset(
             Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256
         )
-    if dataset.num_classes != config.model.num_classes:
+    if config.model.is_conditional and dataset.num_classes != config.model.num_classes:
         raise ValueError(
             f"{folder}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "
             "make them equal"
@@ -96,12 +135,14 @@ def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> C
 
 
 def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **identity: str) -> Checkpoints:
-    """The run folder's checkpoints. `identity`: what else, besides seed and batch, must not change during a run.
+    """The run folder's checkpoints. `identity`: what else, besides seed, batch and init_from, must not change in a run.
 
     Raises:
         ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
     """
     accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
+    if config.init_from:  # a run that no longer names its first weights, which may be gone, still goes on
+        identity["init_from_sha256"] = initial_sha256(config)
     checkpoints = Checkpoints(
         Path(config.run) / "checkpoints",
         keep=config.loop.keep_checkpoints,

@@ -1,23 +1,22 @@
 """From a command line to a frozen config, and from an exception to one clear line.
 
-Precedence: the defaults in the dataclasses, then the file of `--config` on top of the files it `extends:`, then the
-`a.b=c` overrides. OmegaConf reads and merges; unknown keys and wrong types are errors that name the nearest known key.
+Every setting of a launcher's config can be written `a.b=c`, `--a.b=c` or `--a.b c`, and what comes later wins. With
+dashes a list takes its values one after another (`--box 0 0 8 8`), a switch needs none, and hyphens are underscores.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import os
+import re
 import sys
 import time
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
-from pathlib import Path
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
-from training.checkpoint import flatten
+from launchers.config_files import describe_schema, load_config, nearest, one_line, setting_type, to_yaml
 from training.distributed import end_process
 from training.loop import TrainingDiverged
 
@@ -25,7 +24,9 @@ Config = TypeVar("Config")
 EXIT_BAD_INPUT = 64  # EX_USAGE of sysexits.h
 EXIT_DIVERGED = 70  # EX_SOFTWARE
 RANK_ZERO_FIRST_SECONDS = 5.0
-MAX_CONFIG_BYTES = 2**20
+OPTIONS = ("config", "print-config", "dry-run", "world-size", "local_rank", "help")  # all that are no settings
+SETTING = re.compile(r"[A-Za-z_][\w.]*=")
+SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
 
 
 @dataclass(frozen=True)
@@ -66,17 +67,11 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
         sys.exit(EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_BAD_INPUT)
 
 
-def one_line(error: Exception) -> str:
-    if isinstance(error, OSError) and error.filename:
-        return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
-
-
 def parse(schema: type[Config], arguments: Sequence[str], description: str) -> Command[Config] | None:
     """Parse a command line; None when it only asked for the config to be printed."""
     parser = _Parser(
         description=description,
-        epilog=f"settings, as a.b=c here or as YAML:\n{describe_schema(schema)}",
+        epilog=f"settings, as a.b=c or --a.b c here, or as YAML:\n{describe_schema(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; `extends: OTHER.yaml` in it names its base")
@@ -85,169 +80,69 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
     parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs that --dry-run plans for")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
-    known, unknown = parser.parse_known_intermixed_args(arguments)
-    overrides = known.overrides + [_undash(argument) for argument in unknown]
+    known = parser.parse_intermixed_args(settings_as_overrides(schema, arguments))
     if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
         raise ValueError(f"--world-size is {known.world_size}; it is a number of GPUs, 1 or more, for --dry-run")
-    config = load_config(schema, known.config, overrides)
+    config = load_config(schema, known.config, known.overrides)
     if known.print_config:
         print(to_yaml(config), end="")
         return None
     return Command(config, dry_run=known.dry_run, world_size=known.world_size)
 
 
-def _undash(argument: str) -> str:
-    """Accept `--a.b=c` for `a.b=c`."""
-    if argument.startswith("--") and "=" in argument:
-        return argument.removeprefix("--")
-    raise ValueError(f"unknown option '{argument}'; options are shown by --help, settings are written a.b=c")
+def settings_as_overrides(schema: type, arguments: Sequence[str]) -> list[str]:
+    """The arguments with every setting written as a.b=c, in their order; ValueError for an option that is none."""
+    rewritten, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        option, equals, value = argument.partition("=")
+        key = option.removeprefix("--").replace("-", "_")
+        if not key or not option.startswith("--") or option.removeprefix("--") in OPTIONS:
+            rewritten.append(argument)
+        else:
+            rewritten.append(f"{key}={value if equals else _take_value(schema, key, option, rest)}")
+    return rewritten
 
 
-def load_config(schema: type[Config], file: str | None, overrides: Sequence[str] = ()) -> Config:
-    """Build a config of class `schema` from a YAML file and overrides.
-
-    Raises:
-        FileNotFoundError: the file or one that it extends does not exist.
-        ValueError: unknown key, wrong type, missing setting, or a value that a dataclass refuses.
-    """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    layers = _read_layers(Path(file)) if file else []
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"'{override}' is not a setting; write it as a.b=c")
-    try:
-        layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(overrides)}: not valid YAML after '=': {one_line(error)}") from None
-    return build_config(schema, layers, source=file or "command line")
-
-
-def build_config(schema: type[Config], layers: Sequence[dict[str, Any]], *, source: str) -> Config:
-    """A frozen dataclass from plain mappings, the later ones winning; `source` names them in errors (ValueError)."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for layer in layers:
-        _refuse_unknown_keys(schema, layer, source)
-    try:
-        return _build(schema, OmegaConf.merge(OmegaConf.structured(schema), *layers))
-    except OmegaConfBaseException as error:
-        wrong = _wrong_value(schema, layers) or f"{one_line(error)}; see --help"
-        raise ValueError(f"{source}: {wrong}") from None
-
-
-def _wrong_value(schema: type, layers: Sequence[dict[str, Any]]) -> str | None:
-    """Name the first setting whose value cannot be converted, and what is expected; OmegaConf does not always say."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    for key, value in [item for layer in layers for item in flatten(layer).items()]:
-        alone: Any = value
-        for part in reversed(key.split(".")):
-            alone = {part: alone}
-        try:
-            OmegaConf.merge(OmegaConf.structured(schema), alone)
-        except OmegaConfBaseException:
-            return f"'{key}' is {value!r}, expected {_expected(schema, key)}; see --help"
-    return None
-
-
-def _expected(schema: type, key: str) -> str:
-    kind: Any = schema
-    for part in key.split("."):
-        kind = typing.get_type_hints(kind)[part]
-    return _type_name(kind)
-
-
-def _type_name(kind: Any) -> str:
+def _take_value(schema: type, key: str, option: str, rest: list[str]) -> str:
+    """Take from `rest` what belongs to an option, as YAML."""
+    kind = setting_type(schema, key)
+    if kind is None:
+        names = [f"--{name.replace('_', '-')}" for name in typing.get_type_hints(schema)]
+        hint = nearest(option, [*names, *(f"--{name}" for name in OPTIONS)])
+        raise ValueError(f"unknown option '{option}'; {hint}")
     if is_dataclass(kind):
-        return "a mapping of settings"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+        raise ValueError(f"{option} has settings of its own; write {key}.NAME=VALUE, their names are shown by --help")
+    members = typing.get_args(kind) or (kind,)  # of a union such as int | None
+    item = next((typing.get_args(member)[0] for member in (kind, *members) if typing.get_origin(member) is tuple), None)
+    if item is not None:
+        return _take_list(item, option, rest)
+    if bool in members and not (rest and rest[0].lower() in SWITCH_VALUES):
+        return "true"
+    _refuse_no_value(option, rest)
+    return _as_yaml(kind, rest.pop(0))
 
 
-def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
-    """The file and what it extends, the base first."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if path.resolve() in below:
-        raise ValueError(f"{path}: extends itself through {' -> '.join(p.name for p in below)}; break the circle")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; the ones that come with the project are in configs/")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
-    try:
-        layer = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
-        raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
-    if not isinstance(layer, dict):
-        raise ValueError(f"{path}: holds a {type(layer).__name__}, a config is a mapping of settings")
-    base = layer.pop("extends", None)
-    if base is not None and not isinstance(base, str):
-        raise ValueError(f"{path}: extends is {base!r}; it must be the name of one file")
-    return ([] if base is None else _read_layers(path.parent / base, (*below, path.resolve()))) + [layer]
+def _take_list(kind: Any, option: str, rest: list[str]) -> str:
+    """The values up to the next option or setting, as a YAML list; one that is such a list already stays as it is."""
+    _refuse_no_value(option, rest)
+    values = []
+    while rest and not rest[0].startswith("--") and not SETTING.match(rest[0]):
+        values.append(rest.pop(0))
+    if len(values) == 1 and values[0].startswith("["):
+        return values[0]
+    return f"[{','.join(_as_yaml(kind, value) for value in values)}]"
 
 
-def _refuse_unknown_keys(schema: type, layer: dict[str, Any], source: str, prefix: str = "") -> None:
-    known = typing.get_type_hints(schema)
-    for key, value in layer.items():
-        if key not in known:
-            raise ValueError(f"{source}: unknown key '{prefix}{key}'; {_nearest(str(key), list(known), prefix)}")
-        if is_dataclass(known[key]) and isinstance(value, dict):
-            _refuse_unknown_keys(known[key], value, source, f"{prefix}{key}.")
+def _refuse_no_value(option: str, rest: list[str]) -> None:
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"{option} is given no value; write {option} VALUE")
 
 
-def _nearest(key: str, known: list[str], prefix: str) -> str:
-    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"did you mean '{prefix}{close[0]}'?" if close else f"known here: {', '.join(known)}"
-
-
-def _build(schema: type, node: Any, prefix: str = "") -> Any:
-    """A frozen dataclass from a merged OmegaConf node; lists become tuples."""
-    from omegaconf import OmegaConf
-
-    values = {}
-    for name, kind in typing.get_type_hints(schema).items():
-        if OmegaConf.is_missing(node, name):
-            raise ValueError(f"setting '{prefix}{name}' is missing; give it in the config or as {prefix}{name}=...")
-        value = node[name]
-        if is_dataclass(kind):
-            value = _build(kind, value, f"{prefix}{name}.")
-        elif OmegaConf.is_sequence(value):
-            value = tuple(value)
-        values[name] = value
-    return schema(**values)
-
-
-def describe_schema(schema: type, prefix: str = "  ") -> str:
-    """One line per setting: its dotted name, type and default."""
-    hints = typing.get_type_hints(schema)
-    lines = []
-    for item in fields(schema):
-        kind = hints[item.name]
-        if is_dataclass(kind):
-            lines.append(describe_schema(kind, f"{prefix}{item.name}."))
-            continue
-        default = item.default if item.default is not MISSING else "required"
-        lines.append(f"{prefix}{item.name}  ({_type_name(kind)}) {default}")
-    return "\n".join(lines)
-
-
-def to_yaml(config: Any) -> str:
-    """A config as YAML that `--config` reads back."""
-    import yaml
-
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, default_flow_style=None)
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return list(value) if isinstance(value, tuple) else value
+def _as_yaml(kind: Any, value: str) -> str:
+    """Text is quoted, so that a path such as 007 or a,b stays what it is."""
+    quoted = value.replace("'", "''")
+    return f"'{quoted}'" if kind is str else value
 
 
 def say(text: str) -> None:

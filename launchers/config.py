@@ -9,18 +9,29 @@ from dataclasses import dataclass, field
 
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
-from training.engine import EngineConfig
+from training.engine import PRECISIONS, EngineConfig
 from training.loop import LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig
 from training.tracking import TrackingConfig
 
+LABEL_DROP = 0.1  # the paper's recipe
+EXPORT_FORMATS = ("safetensors", "reference")
+MAX_DEPENDENCY_IMAGES = 16
+SAMPLE_FORMATS = ("png", "npz")
+EDIT_TASKS = ("inpaint", "outpaint", "edit")
+
 
 def refuse_below_zero(**settings: int) -> None:
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
+
+
+def refuse_no_png(out: str) -> None:
+    if not out.endswith(".png"):
+        raise ValueError(f"out is {out!r}; it must be the name of a .png file")
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,7 @@ class RunConfig:
 
     run: str
     seed: int = 0
+    init_from: str = ""  # a run or an imported or exported model whose weights training starts from; empty: from seed
     data: DataConfig = field(default_factory=DataConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
@@ -101,25 +113,158 @@ class TrainConfig(RunConfig):
 
     tokenizer: str
     model: VARConfig
-    label_drop: float = 0.1  # share of labels replaced by the null class, for classifier-free guidance
+    label_drop: float = LABEL_DROP  # share of labels replaced by the null class, for classifier-free guidance
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.label_drop < 1:
             raise ValueError(f"label_drop is {self.label_drop}; it is a probability, in [0, 1)")
+        # The default passes, since nobody asked for it: an unconditional config need not switch off what it never had.
+        if not self.model.is_conditional and self.label_drop not in (0, LABEL_DROP):
+            raise ValueError(
+                f"label_drop is {self.label_drop}; without labels (model.num_classes 0) it has no effect: leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """launchers/sample.py: images from a trained run."""
+    """launchers/sample.py: images from a run or a public checkpoint. Defaults: those of the released models' FID."""
 
-    run: str
+    run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
     tokenizer: str = ""  # empty: the one the run was trained with
-    out: str = ""  # folder; empty: RUN/samples
+    patch_nums: tuple[int, ...] = ()  # for a public file with a schedule of its own
+    out: str = ""  # folder; empty: RUN/samples, and samples/NAME for a file NAME.pth
+    format: str = "png"  # one file per image, or npz: one file of all for the ADM evaluator
     per_class: int = 10
     classes: tuple[int, ...] = ()  # empty: all
+    cfg: float = 1.5  # guidance at the last scale, growing from 0 at the first; 0: off
+    guidance: tuple[float, ...] = ()  # instead of cfg: the strength at every scale
+    top_k: int = 900  # 0: off
+    top_p: float = 0.96  # 1: off
+    smooth: bool = False  # Gumbel-softmax smoothing: better to look at, worse to measure
+    precision: str = "fp32"  # of the transformer, or bf16 or fp16; the tokenizer's is fp32 always
+    batch: int = 50  # images at once; memory limits it
+    seed: int = 0
+    mlflow: bool = True  # log the grid to the run's MLflow run
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("format", SAMPLE_FORMATS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {', '.join(accepted)}")
+        if self.smooth and self.format == "npz":
+            raise ValueError("smooth is on and format is npz; smoothed images are never to be measured: use format=png")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """launchers/edit.py: parts of a picture drawn anew. Sampling defaults: those of the public notebook."""
+
+    run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
+    tokenizer: str = ""  # empty: the one the run was trained with
+    patch_nums: tuple[int, ...] = ()  # for a public file with a schedule of its own
+    image: str
+    task: str  # inpaint: the box is drawn anew; outpaint: the box stays; edit: the box is drawn anew as class `label`
+    box: tuple[float, ...] = ()  # Y0 X0 Y1 X1, pixels of the image file
+    mask: str = ""  # instead of a box: a picture of the image's size, white where the box would be
+    label: int | None = None  # the class to draw; without it none is asked for
+    out: str = ""  # folder; empty: RUN/edits/IMAGE-TASK
+    variants: int = 4  # results, each with a seed of its own
+    cfg: float = 3.0
+    top_k: int = 900  # 0: off
+    top_p: float = 0.95  # 1: off
+    smooth: bool = False  # Gumbel-softmax smoothing, which the public notebook has on
+    keep_coarsest: bool = True  # the 1x1 scale, a mean of the whole picture, is the original's, as in the notebook
+    keep_pixels: bool = False  # put the original's pixels back where the picture stays
+    feather: int = 8  # pixels over which they then fade out into what is drawn
+    precision: str = "fp32"  # of the transformer, or bf16 or fp16
+    batch: int = 8  # results at once; memory limits it
+    seed: int = 0
+    mlflow: bool = True  # log the panel to the run's MLflow run
+
+    def __post_init__(self) -> None:
+        for name, accepted in (("task", EDIT_TASKS), ("precision", PRECISIONS)):
+            if getattr(self, name) not in accepted:
+                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {', '.join(accepted)}")
+        if bool(self.box) == bool(self.mask):
+            raise ValueError(f"{'both box and' if self.box else 'neither box nor'} mask given; give one of them")
+        if self.box and len(self.box) != 4:
+            raise ValueError(f"box has {len(self.box)} numbers; it is Y0 X0 Y1 X1, in pixels of the image")
+        if self.variants < 1 or self.batch < 1:
+            raise ValueError(f"variants is {self.variants} and batch {self.batch}; both must be 1 or more")
+        refuse_below_zero(feather=self.feather, seed=self.seed)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """launchers/import_weights.py: public .pth files to a folder that every launcher takes. One of the two will do."""
+
+    tokenizer: str = ""
+    var: str = ""
+    out: str
+    patch_nums: tuple[int, ...] = ()  # empty: known by the transformer's length; of a tokenizer alone, that of 256 px
+
+    def __post_init__(self) -> None:
+        if not (self.tokenizer or self.var):
+            raise ValueError("nothing to import; give --var FILE, --tokenizer FILE, or both")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """launchers/export_weights.py: a run's weights, with its tokenizer, to a folder to hand on."""
+
+    run: str
+    out: str
+    format: str = "safetensors"  # or reference: files that the public code loads
+    tokenizer: str = ""  # empty: the one the run was trained with
+
+    def __post_init__(self) -> None:
+        if self.format not in EXPORT_FORMATS:
+            raise ValueError(f"format is {self.format}; accepted: {', '.join(EXPORT_FORMATS)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSizesConfig:
+    """launchers/compare_sizes.py: images of several sizes at several stages of their training."""
+
+    runs: tuple[str, ...]  # run folders, one row each; an imported or exported model has the last stage alone
+    stages: tuple[float, ...] = (0.2, 0.6, 1.0)  # shares of a run's training tokens, one column each
+    tolerance: float = 0.05  # how far a checkpoint may lie from its stage
+    classes: tuple[int, ...] = ()  # one image each; empty: the paper's nine for 1000 classes, else the first nine
+    out: str  # the PNG to write
+    tokenizer: str = ""  # empty: the one the runs were trained with
+    data: str = ""  # validation shards to force tokens from; empty: those of the first run's config.yaml
+    forced_scales: int = 1  # how many scales are those of a real image of the class; 0: none
     cfg: float = 1.5
     top_k: int = 900  # 0: off
     top_p: float = 0.96  # 1: off
-    batch: int = 50
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "stages"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; it needs at least one")
+        for stage in self.stages:
+            if not 0 < stage <= 1:
+                raise ValueError(f"stages has {stage}; it holds shares of the training, above 0 and up to 1")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it is a share of the training, from 0 to below 1")
+        refuse_below_zero(forced_scales=self.forced_scales)
+        refuse_no_png(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DependencyConfig:
+    """launchers/plot_dependencies.py: which tokens of a tokenizer's encoder depend on which."""
+
+    tokenizer: str
+    images: str  # a folder of image shards
+    num_images: int = 4
+    out: str  # the PNG to write; the numbers go beside it as JSON
+    views: ViewConfig = field(default_factory=ViewConfig)
+    seed: int = 0  # of the choice of images
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_images <= MAX_DEPENDENCY_IMAGES:
+            raise ValueError(f"num_images is {self.num_images}; accepted: 1 to {MAX_DEPENDENCY_IMAGES}")
+        refuse_below_zero(seed=self.seed)
+        refuse_no_png(self.out)

@@ -18,13 +18,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
 
+from data_pipeline.files import atomic_file  # noqa: E402
 from data_pipeline.index import Index, is_complete  # noqa: E402
-from launchers.assembly import load_tokenizer, open_images  # noqa: E402
-from launchers.command_line import Command, load_config, run_launcher, say  # noqa: E402
+from launchers.assembly import Models, load_models, load_tokenizer, open_images  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig, TrainConfig  # noqa: E402
+from launchers.config_files import load_config  # noqa: E402
 from launchers.pictures import save_grid, to_uint8  # noqa: E402
-from training.checkpoint import latest_checkpoint, read_manifest  # noqa: E402
+from models.editing import box_in_tokens  # noqa: E402
+from models.generation import edit, known_part  # noqa: E402
+from training.checkpoint import read_manifest  # noqa: E402
+from training.model_on_disk import latest_checkpoint  # noqa: E402
 from training.tracking import absolute_uri  # noqa: E402
 
 LAUNCHERS = Path(__file__).resolve().parent
@@ -41,6 +48,7 @@ class DemoConfig:
     processes: int = 2
     views: int = 8  # random crops of each training digit
     per_class: int = 100
+    completed: int = 200  # held-out digits whose right halves are drawn from the left ones and the class
     cfg: float = 1.25
     top_k: int = 0
     top_p: float = 0.98
@@ -57,6 +65,8 @@ def launch(command: Command[DemoConfig]) -> None:
     for name, line in stages.items():
         if name == "encode_codes":
             forget_stale(config)
+        if name == "sample":  # seconds of work; whatever is there may be of an earlier transformer or other settings
+            shutil.rmtree(generated_folder(config), ignore_errors=True)
         seconds[name] = run_command(name, line)
     started = time.monotonic()
     report = judge(config)
@@ -85,10 +95,24 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
         ],
         "train": [*deepspeed, str(LAUNCHERS / "train.py"), "--config", config.transformer],
         "sample": [
-            *[*python, str(LAUNCHERS / "sample.py"), f"run={run}", f"out={config.out}/generated", "batch=250"],
-            *[f"per_class={config.per_class}", f"cfg={config.cfg}", f"top_k={config.top_k}", f"top_p={config.top_p}"],
+            # one process: starting two takes longer than these images do
+            *[*python, str(LAUNCHERS / "sample.py"), f"run={run}", f"out={generated_folder(config)}"],
+            *["format=npz", "batch=250", f"per_class={config.per_class}"],
+            *[f"cfg={config.cfg}", f"top_k={config.top_k}", f"top_p={config.top_p}"],
         ],
     }
+
+
+def generated_folder(config: DemoConfig) -> Path:
+    return Path(config.out) / "generated"
+
+
+def read_generated(config: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The generated images (N, H, W, 3) uint8 and their labels (N,), class by class; the file has them shuffled."""
+    with np.load(generated_folder(config) / "samples.npz") as found:
+        images, labels = found["arr_0"], found["labels"]
+    order = np.argsort(labels, kind="stable")
+    return images[order], labels[order]
 
 
 def run_command(name: str, line: list[str]) -> float:
@@ -126,7 +150,8 @@ def judge(config: DemoConfig) -> dict[str, object]:
     from sklearn.svm import SVC
 
     settings = load_config(TokenizerConfig, config.tokenizer)
-    tokenizer, _ = load_tokenizer(settings.run)
+    models = load_models(load_config(TrainConfig, config.transformer).run)
+    tokenizer = models.tokenizer
     real = {}
     for split in ("train", "val"):
         folder = f"{config.data}/images/{split}"
@@ -134,22 +159,26 @@ def judge(config: DemoConfig) -> dict[str, object]:
         real[split] = images.read(np.arange(len(images)), np.zeros(len(images), np.int64))
     held_out, held_out_labels = real["val"]
     reconstructed = tokenizer.decode(tokenizer.encode(held_out))
-    generated = np.load(Path(config.out) / "generated" / "samples.npz")
+    generated, labels = read_generated(config)
     classifier = SVC().fit(_pixels(to_uint8(real["train"][0])), real["train"][1].numpy())
 
     def accuracy(images: np.ndarray, labels: np.ndarray) -> float:
         return round(float(classifier.score(_pixels(images), labels)), 4)
 
-    save_pictures(config, generated["arr_0"], to_uint8(torch.cat([held_out[:20], reconstructed[:20]])))
+    to_complete, true_labels = held_out[: config.completed], held_out_labels[: config.completed]
+    completed, unchanged = complete_right_halves(models, to_complete, true_labels)
+    save_pictures(config, generated, held_out, reconstructed, completed)
     real_variance = within_class_variance(to_uint8(real["train"][0]), real["train"][1].numpy())
     return {
         "accuracy": {
             "real": accuracy(to_uint8(held_out), held_out_labels.numpy()),
             "reconstructed": accuracy(to_uint8(reconstructed), held_out_labels.numpy()),
-            "generated": accuracy(generated["arr_0"], generated["labels"]),
+            "generated": accuracy(generated, labels),
+            "completed": accuracy(to_uint8(completed), true_labels.numpy()),
         },
-        "variance_ratio": round(within_class_variance(generated["arr_0"], generated["labels"]) / real_variance, 4),
-        "generated": len(generated["labels"]),
+        "kept_codes_unchanged": unchanged,
+        "variance_ratio": round(within_class_variance(generated, labels) / real_variance, 4),
+        "generated": len(labels),
         "sampling": {"cfg": config.cfg, "top_k": config.top_k, "top_p": config.top_p},
     }
 
@@ -165,17 +194,39 @@ def within_class_variance(images: np.ndarray, labels: np.ndarray) -> float:
     return float(np.mean([pixels[labels == label].var(0).sum() for label in np.unique(labels)]))
 
 
-def save_pictures(config: DemoConfig, generated: np.ndarray, pairs: np.ndarray) -> None:
-    """samples.png: ten classes in rows. reconstructions.png: real digits above, what the codes keep of them below."""
+def complete_right_halves(models: Models, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
+    """Draw the right half of images (N, 3, H, W) anew as their class; and whether the codes of the left half stayed."""
+    side = models.var.scales.side
+    keep_mask = box_in_tokens((0.0, 0.0, 1.0, 0.5), side)
+    codes = edit(models.var, models.tokenizer, images, keep_mask, labels, seeds=range(len(images)))
+    known = known_part(models.tokenizer, images, keep_mask, keep_coarsest=True)
+    return models.tokenizer.decode(codes), torch.equal(codes[known.mask], known.codes[known.mask])
+
+
+def save_pictures(
+    config: DemoConfig, generated: np.ndarray, held_out: Tensor, reconstructed: Tensor, completed: Tensor
+) -> None:
+    """samples.png: ten classes in rows. reconstructions.png: real digits above, what the codes keep of them below.
+
+    completions.png: real digits, their left halves, and what was drawn in the place of the right ones. digit.png: one
+    of them, to try launchers/edit.py on.
+    """
+    out = Path(config.out)
     shown = np.arange(len(generated)) % config.per_class < 20
-    save_grid(generated[shown], Path(config.out) / "samples.png", columns=min(20, config.per_class))
-    save_grid(pairs, Path(config.out) / "reconstructions.png", columns=20)
+    save_grid(generated[shown], out / "samples.png", columns=min(20, config.per_class))
+    save_grid(to_uint8(torch.cat([held_out[:20], reconstructed[:20]])), out / "reconstructions.png", columns=20)
+    left_halves = held_out[:20].clone()
+    left_halves[..., held_out.shape[-1] // 2 :] = 0  # grey
+    save_grid(to_uint8(torch.cat([held_out[:20], left_halves, completed[:20]])), out / "completions.png", columns=20)
+    with atomic_file(out / "digit.png") as file:
+        Image.fromarray(to_uint8(held_out[:1])[0]).save(file, format="PNG")
 
 
 def tell(config: DemoConfig, report: dict[str, object], path: Path) -> None:
     settings = load_config(TrainConfig, config.transformer)
     say(f"\n{json.dumps(report, indent=1)}\n")
-    say(f"pictures   {config.out}/samples.png  {config.out}/reconstructions.png")
+    names = ("samples", "reconstructions", "completions")
+    say(f"pictures   {'  '.join(f'{config.out}/{name}.png' for name in names)}")
     say(f"report     {path}")
     state = Path(settings.run) / "mlflow.json"
     if state.exists():

@@ -15,14 +15,20 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return levels.byte().permute(0, 2, 3, 1).cpu().numpy()
 
 
-def save_grid(images: np.ndarray, path: Path, *, columns: int, least_side: int = 48, gap: int = 2) -> None:
-    """Write images (N, H, W, 3) uint8 as a grid, row by row; small ones are enlarged without smoothing."""
+def tile(images: np.ndarray, *, columns: int, gap: int) -> np.ndarray:
+    """Images (N, H, W, 3) uint8 as one picture, row by row, white between and around them."""
     number, height, width, _ = images.shape
     rows = -(-number // columns)
     sheet = np.full((rows * (height + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
     for i, image in enumerate(images):
         top, left = gap + i // columns * (height + gap), gap + i % columns * (width + gap)
         sheet[top : top + height, left : left + width] = image
-    factor = -(-least_side // height)
+    return sheet
+
+
+def save_grid(images: np.ndarray, path: Path, *, columns: int, least_side: int = 48, gap: int = 2) -> None:
+    """Write images (N, H, W, 3) uint8 as a grid, row by row; small ones are enlarged without smoothing."""
+    sheet = tile(images, columns=columns, gap=gap)
+    factor = -(-least_side // images.shape[1])
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(sheet.repeat(factor, 0).repeat(factor, 1)).save(path)

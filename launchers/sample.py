@@ -1,115 +1,128 @@
-"""Images from a trained run: samples.npz and a picture of them.
+"""Images from a trained run or a public checkpoint: PNG files, or the ADM evaluator's npz, and a grid of some of them.
 
-`python launchers/sample.py run=runs/d16 per_class=2 classes=[207,980] cfg=4`
+`deepspeed launchers/sample.py --run runs/d16 --per-class 50 --format npz --cfg 1.5 --out samples/d16`
+`python launchers/sample.py --run var_d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207 --per-class 16 --cfg 4`
+
+The images are split over the ranks. The same command, on any number of ranks, goes on where a killed one has stopped.
+A model without classes has nothing to guide towards: the default cfg stands for 0 there, and any other is refused.
 """
 
 from __future__ import annotations
 
+import hashlib
 import sys
-from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from launchers.assembly import load_tokenizer, load_var  # noqa: E402
-from launchers.command_line import Command, load_config, run_launcher, say  # noqa: E402
-from launchers.config import SampleConfig, TrainConfig  # noqa: E402
-from launchers.pictures import save_grid, to_uint8  # noqa: E402
-from models.generation import generate  # noqa: E402
-from models.var import VAR  # noqa: E402
-from models.vqvae import VQVAE  # noqa: E402
-from training.checkpoint import latest_checkpoint, read_manifest  # noqa: E402
-from training.distributed import World  # noqa: E402
-
-MAX_PER_CLASS = 2**16
-MAX_COLUMNS, MAX_ROWS = 20, 50  # of the picture
+from launchers.assembly import Models, load_models  # noqa: E402
+from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
+from launchers.config import SampleConfig  # noqa: E402
+from launchers.sample_files import RECORD, SampleFiles, claim_folder, draw_grid, open_files  # noqa: E402
+from launchers.sample_plan import SamplePlan, plan_samples  # noqa: E402
+from launchers.sampler import Sampler, draw_all  # noqa: E402
+from models.sampling import Sampling  # noqa: E402
+from models.var import VARConfig  # noqa: E402
+from training.distributed import World, agree_on_error, agree_on_value, join_world, leave_world  # noqa: E402
+from training.engine import PRECISIONS  # noqa: E402
+from training.model_on_disk import describe, model_sha256  # noqa: E402
+from training.tracking import log_picture  # noqa: E402
 
 
 def launch(command: Command[SampleConfig]) -> None:
     config = command.config
-    if World.from_environment().world_size > 1:
-        raise ValueError("sample.py runs on one process so far; start it with `python launchers/sample.py`")
-    var = load_var(config.run)
-    refuse_unusable(config, var.config.num_classes)
-    labels = sample_labels(config, var.config.num_classes)
-    out = Path(config.out or Path(config.run) / "samples")
+    models = load_models(config.run, config.tokenizer, config.patch_nums)
+    num_classes = models.var.config.num_classes
+    plan = plan_samples(config.classes, num_classes, per_class=config.per_class, batch=config.batch, seed=config.seed)
+    sampling = choose_sampling(config, models.var.config)
+    folder = out_folder(config)
     if command.dry_run:
-        say(f"would write {len(labels)} images to {out}")
+        say(f"would draw {plan.num_images:,} images into {folder}, in {plan.num_units:,} batches of {plan.batch}")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer, sha256 = load_tokenizer(config.tokenizer or tokenizer_of(config.run))
-    refuse_other_tokenizer(config.run, sha256)
-    images = np.concatenate(list(sample_batches(var.to(device), tokenizer.to(device), labels, config)))
-    out.mkdir(parents=True, exist_ok=True)
-    np.savez(out / "samples.npz", arr_0=images, labels=labels)
-    columns, rows = min(config.per_class, MAX_COLUMNS), MAX_ROWS
-    shown = np.flatnonzero(np.arange(len(images)) % config.per_class < columns)[: rows * columns]
-    save_grid(images[shown], out / "samples.png", columns=columns)
-    say(f"wrote {len(images)} images to {out}/samples.npz and {out}/samples.png")
+    world = World.from_environment()
+    if world.world_size > 1:
+        world = join_world()
+    settings = what_defines_images(models, sampling, config, plan) if world.is_rank_zero else {}
+    files = open_files(folder, plan, format=config.format)
+    pending = claim(folder, settings, files, world)
+    speak = say if world.is_rank_zero else say_nothing
+    if files.is_finished():
+        speak(f"{folder} has all {plan.num_images:,} images; nothing to do")
+    else:
+        var, tokenizer = models.var.to(world.device, PRECISIONS[config.precision]), models.tokenizer.to(world.device)
+        draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, speak)
+        if world.is_rank_zero:
+            finish(folder, files, plan, config)
+    leave_world()
 
 
-def tokenizer_of(run: str) -> str:
-    """The tokenizer that the run's own config names."""
-    recorded = Path(run) / "config.yaml"
-    if not recorded.is_file():
-        raise FileNotFoundError(f"{run}: no config.yaml that names its tokenizer; add tokenizer=PATH")
-    return load_config(TrainConfig, str(recorded)).tokenizer
+def choose_sampling(config: SampleConfig, model: VARConfig) -> Sampling:
+    """How tokens are drawn.
+
+    Raises:
+        ValueError: a setting outside its range, guidance of another number of scales, or guidance without classes.
+    """
+    cfg = config.cfg
+    if model.num_classes == 0:
+        if any(config.guidance):
+            raise ValueError(f"guidance is {config.guidance}; an unconditional model has no class to guide towards")
+        if cfg not in (0, SampleConfig.cfg):
+            raise ValueError(f"cfg is {cfg}; an unconditional model has no class to guide towards, so leave cfg out")
+        cfg = 0.0
+    sampling = Sampling(cfg=cfg, guidance=config.guidance, top_k=config.top_k, top_p=config.top_p, smooth=config.smooth)
+    sampling.schedule(model.scales.num_scales)  # refuses a wrong number of them before anything is drawn
+    return sampling
 
 
-def refuse_other_tokenizer(run: str, sha256: str) -> None:
-    """Raise ValueError if the run's checkpoint says that it was trained with another tokenizer."""
-    newest = latest_checkpoint(Path(run) / "checkpoints")
-    trained_with = read_manifest(newest)["identity"].get("tokenizer_sha256", sha256) if newest else sha256
-    if trained_with != sha256:
-        raise ValueError(
-            f"{run}: was trained with tokenizer {trained_with[:12]}, this one is {sha256[:12]}; "
-            "name the right one with tokenizer=PATH, or train the transformer again"
-        )
+def out_folder(config: SampleConfig) -> Path:
+    """Where the images go: `out`, else a folder of the run, else samples/NAME for a file NAME.pth."""
+    run = Path(config.run)
+    return Path(config.out or (Path("samples") / run.stem if run.is_file() else run / "samples"))
 
 
-def refuse_unusable(config: SampleConfig, num_classes: int) -> None:
-    """Raise ValueError for settings outside their range."""
-    last_seed = 2**32 // (num_classes * MAX_PER_CLASS) - 1  # torch's CPU generators keep 32 bits of a seed
-    limits = {"per_class": (1, MAX_PER_CLASS), "batch": (1, 2**20), "seed": (0, last_seed)}
-    for name, (least, most) in limits.items():
-        if not least <= getattr(config, name) <= most:
-            raise ValueError(f"{name} is {getattr(config, name)}; accepted: {least} to {most}")
+def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig, plan: SamplePlan) -> dict[str, Any]:
+    """All that the images are a function of, and how they are stored: what must not change in a folder of them."""
+    return {
+        "var_sha256": model_sha256(models.var.state_dict(), describe(models.var.config)),
+        "tokenizer_sha256": models.tokenizer_sha256,
+        **asdict(sampling),
+        "precision": config.precision,
+        "classes": config.classes,
+        "per_class": plan.per_class,
+        "seed": plan.seed,
+        "batch": plan.batch,
+        "format": config.format,
+    }
 
 
-def sample_labels(config: SampleConfig, num_classes: int) -> np.ndarray:
-    """`per_class` times every class asked for, class by class. Raises ValueError for a class that does not exist."""
-    classes = config.classes or tuple(range(num_classes))
-    for label in classes:
-        if not 0 <= label < num_classes:
-            raise ValueError(f"classes has {label}; this model knows 0 to {num_classes - 1}")
-    return np.repeat(np.asarray(classes, np.int64), config.per_class)
+def claim(folder: Path, settings: dict[str, Any], files: SampleFiles, world: World) -> list[int]:
+    """Make sure that the folder is of rank 0's settings; the units still to be drawn. A collective.
+
+    Raises:
+        ValueError: it holds other images, or the ranks do not see the same folder.
+    """
+    error = None
+    if world.is_rank_zero:
+        try:
+            claim_folder(folder, settings)
+        except (OSError, ValueError) as problem:
+            error = problem
+    agree_on_error(error, world)
+    pending = files.pending()
+    record = (folder / RECORD).read_bytes() if (folder / RECORD).is_file() else b""
+    seen = f"{RECORD} {hashlib.sha256(record).hexdigest()[:8]}, {len(pending)} batches to draw"
+    agree_on_value(seen, str(folder), world)
+    return pending
 
 
-def image_seeds(seed: int, labels: np.ndarray, numbers: np.ndarray, num_classes: int) -> np.ndarray:
-    """A seed of its own for every (seed, class, number)."""
-    return (seed * num_classes + labels) * MAX_PER_CLASS + numbers
-
-
-def sample_batches(var: VAR, tokenizer: VQVAE, labels: np.ndarray, config: SampleConfig) -> Iterator[np.ndarray]:
-    """Images (n, H, W, 3) uint8 in batches of `batch`. The seed of an image depends on its class and number alone."""
-    device = var.position_embedding.device
-    numbers = np.arange(len(labels)) % config.per_class
-    seeds = image_seeds(config.seed, labels, numbers, var.config.num_classes)
-    for start in range(0, len(labels), config.batch):
-        part = slice(start, start + config.batch)
-        codes = generate(
-            var,
-            tokenizer,
-            torch.from_numpy(labels[part]).to(device),
-            cfg=config.cfg,
-            top_k=config.top_k,
-            top_p=config.top_p,
-            seeds=seeds[part].tolist(),
-        )
-        yield to_uint8(tokenizer.decode(codes))
+def finish(folder: Path, files: SampleFiles, plan: SamplePlan, config: SampleConfig) -> None:
+    """Once all images are there: the grid, which MLflow gets too, and the files' last form."""
+    picture = draw_grid(files, plan, folder)
+    if config.mlflow:
+        log_picture(config.run, picture)
+    say(f"{plan.num_images:,} images in {files.commit()}, some of them in {picture}")
 
 
 def main() -> None:

@@ -12,7 +12,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launchers.assembly import (  # noqa: E402
     describe_one_batch,
-    load_tokenizer,
     open_checkpoints,
     open_codes_or_images,
     run_stage,
@@ -20,6 +19,7 @@ from launchers.assembly import (  # noqa: E402
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TrainConfig  # noqa: E402
+from launchers.loading import initialize, load_tokenizer  # noqa: E402
 from models.generation import check_configs_agree  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, accumulation_steps  # noqa: E402
@@ -44,10 +44,12 @@ def train(config: TrainConfig) -> None:
     checkpoints = open_checkpoints(
         config, World.from_environment(), tokenizer_sha256=sha256, data=dataset.index.fingerprint
     )
-    world = join_world()
     model = build_var(
         config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
-    ).to(world.device)
+    )
+    initialize(model, config, checkpoints)
+    world = join_world()
+    model.to(world.device)
     optimizer = build_optimizer(model, config.optimizer, undecayed=model.names_without_weight_decay())
     stage = VARStage(
         Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world),

@@ -21,6 +21,7 @@ from launchers.assembly import (  # noqa: E402
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig  # noqa: E402
+from launchers.loading import initialize  # noqa: E402
 from models.discriminator import PatchDiscriminator  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, EngineConfig, accumulation_steps  # noqa: E402
@@ -55,8 +56,10 @@ def train(config: TokenizerConfig) -> None:
     checkpoints = open_checkpoints(
         config, World.from_environment(), data=dataset.index.fingerprint, discriminator=adversary
     )
+    model = build_tokenizer(config.model, seed=config.seed)
+    initialize(model, config, checkpoints)
     world = join_world()
-    model = build_tokenizer(config.model, seed=config.seed).to(world.device)
+    model.to(world.device)
     stage = TokenizerStage(
         start_engine(model, config, world),
         model,

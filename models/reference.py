@@ -76,12 +76,8 @@ def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
 
 
 def var_to_state_dict(var: VAR) -> dict[str, Tensor]:
-    """The public state dict of a transformer, with its constant buffers.
-
-    Raises ValueError for a model that the public code does not have: plain layer norms.
-    """
-    if var.config.norm == LAYER_NORM:
-        raise ValueError(f"norm '{LAYER_NORM}' has no counterpart in the public code; export as safetensors")
+    """The public state dict of a transformer, with its constant buffers. Raises ValueError as `check_public` does."""
+    check_public(var.config)
     entries = _export(var, _var_names(var))
     device, num_tokens = var.position_embedding.device, var.scales.num_tokens
     bias = torch.zeros(num_tokens, num_tokens, device=device)
@@ -90,6 +86,14 @@ def var_to_state_dict(var: VAR) -> dict[str, Tensor]:
     for layer in range(var.config.depth):
         entries[f"blocks.{layer}.attn.zero_k_bias"] = torch.zeros(var.config.width, device=device)
     return entries
+
+
+def check_public(config: VARConfig) -> None:
+    """Raise ValueError for a transformer that the public code cannot build."""
+    if config.norm == LAYER_NORM:
+        raise ValueError(f"norm '{LAYER_NORM}' has no counterpart in the public code; use --format safetensors")
+    if not config.is_conditional:
+        raise ValueError("num_classes 0: the public code divides by the number of classes; use --format safetensors")
 
 
 def _weights(state_dict: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:

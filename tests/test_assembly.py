@@ -9,24 +9,25 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, make_tokenizer, train_var
+from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, make_tokenizer, train_var, write_public_files
 
-from launchers import sample
 from launchers.assembly import (
     describe_one_batch,
-    load_tokenizer,
-    load_var,
+    load_models,
     open_checkpoints,
     open_codes_or_images,
     open_images,
     validation_source,
 )
-from launchers.command_line import load_config
 from launchers.config import TrainConfig
+from launchers.config_files import load_config
+from launchers.loading import load_tokenizer, tokenizer_of
 from models.generation import check_configs_agree
 from models.var import VAR, VARConfig
-from training.checkpoint import describe, write_model
+from models.vqvae import VQVAE
+from training.checkpoint import read_manifest
 from training.distributed import World
+from training.model_on_disk import ModelOnDisk, describe, write_model
 from training.tracking import RunRecord
 
 TIMES = ("time", "images_per_second", "tokens_per_second", "data_wait_share")  # what no two runs share
@@ -62,7 +63,7 @@ def test_a_run_folder_holds_the_config_that_made_it(study: Study) -> None:
     config = study.train_config("recorded", stop_after_steps=1)
     train_var(config)
     assert load_config(TrainConfig, str(Path(config.run) / "config.yaml")) == config
-    assert sample.tokenizer_of(config.run) == config.tokenizer
+    assert tokenizer_of(config.run) == config.tokenizer
 
 
 def test_a_run_of_another_world_is_refused_before_anything_starts(study: Study) -> None:
@@ -142,18 +143,99 @@ def test_a_transformer_that_does_not_fit_its_tokenizer_is_refused(change: dict[s
         check_configs_agree(replace(VAR_CONFIG, **change), VQVAE_CONFIG)
 
 
-def test_models_come_back_from_disk_as_they_were(study: Study, tmp_path: Path) -> None:
-    tokenizer, sha256 = load_tokenizer(str(study.folder / "tokenizer"))
-    assert tokenizer.config == VQVAE_CONFIG and len(sha256) == 64
-    write_model(tmp_path, VAR(VAR_CONFIG, seed=2).state_dict(), describe(VAR_CONFIG))
-    var = load_var(str(tmp_path))
-    assert var.config == VAR_CONFIG and torch.equal(var.head.weight, VAR(VAR_CONFIG, seed=2).head.weight)
+def write_models(folder: Path, *, seed: int = 0) -> str:
+    write_model(folder, VAR(VAR_CONFIG, seed=seed).state_dict(), describe(VAR_CONFIG))
+    write_model(folder / "tokenizer", make_tokenizer(seed).state_dict(), describe(VQVAE_CONFIG))
+    return str(folder)
 
 
-def test_a_model_whose_config_was_edited_is_refused_by_key(tmp_path: Path) -> None:
-    write_model(tmp_path, VAR(VAR_CONFIG).state_dict(), describe(VAR_CONFIG) | {"dpeth": 2})
-    with pytest.raises(ValueError, match="unknown key 'dpeth'"):
-        load_var(str(tmp_path))
+def test_a_run_and_its_checkpoint_come_with_the_tokenizer_they_were_trained_with(study: Study) -> None:
+    config = study.train_config("loaded", stop_after_steps=1)
+    _, trained = train_var(config)
+    _, sha256 = load_tokenizer(config.tokenizer)
+    checkpoint = Path(config.run) / "checkpoints" / "step-00000001"
+    for run in (config.run, str(checkpoint), str(checkpoint / "weights")):
+        models = load_models(run)
+        assert torch.equal(models.var.head.weight, trained.head.weight) and models.tokenizer_sha256 == sha256
+        assert models.tokenizer.config == VQVAE_CONFIG
+        for model in (models.var, models.tokenizer):
+            assert not model.training and not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_folder_comes_with_the_tokenizer_in_it(tmp_path: Path) -> None:
+    models = load_models(write_models(tmp_path / "exported"))
+    assert models.var.config == VAR_CONFIG and models.tokenizer_sha256 == load_tokenizer(str(tmp_path / "exported"))[1]
+
+
+def test_public_files_are_loaded_as_their_import_would_be(tmp_path: Path) -> None:
+    var, tokenizer = write_public_files(tmp_path)
+    models = load_models(var, tokenizer, (1, 2))
+    imported = load_models(write_models(tmp_path / "imported"))
+    assert models.tokenizer_sha256 == imported.tokenizer_sha256
+    assert all(map(torch.equal, models.var.parameters(), imported.var.parameters()))
+    assert load_models(str(tmp_path / "imported"), tokenizer).tokenizer_sha256 == models.tokenizer_sha256
+    assert load_models(var, str(tmp_path / "imported"), (1, 2)).tokenizer_sha256 == models.tokenizer_sha256
+
+
+def test_a_transformer_without_a_tokenizer_needs_one_named(tmp_path: Path) -> None:
+    write_model(tmp_path / "alone", VAR(VAR_CONFIG).state_dict(), describe(VAR_CONFIG))
+    var, _ = write_public_files(tmp_path)
+    for run, patch_nums in ((str(tmp_path / "alone"), ()), (var, (1, 2))):
+        with pytest.raises(FileNotFoundError, match=f"{run}: nothing there names its tokenizer; add --tokenizer PATH"):
+            load_models(run, "", patch_nums)
+
+
+def test_another_tokenizer_than_the_one_trained_with_is_refused(study: Study, tmp_path: Path) -> None:
+    config = study.train_config("misread", stop_after_steps=1)
+    train_var(config)
+    other = write_models(tmp_path / "other", seed=1)
+    for run in (config.run, write_models(tmp_path / "exported")):
+        with pytest.raises(ValueError, match="was trained with tokenizer [0-9a-f]{12}, this one is [0-9a-f]{12}"):
+            load_models(run, other)
+
+
+def test_a_schedule_is_refused_where_the_model_has_another(tmp_path: Path) -> None:
+    run = write_models(tmp_path)
+    assert load_models(run, patch_nums=(1, 2)).var.config == VAR_CONFIG
+    with pytest.raises(ValueError, match=r"patch_nums is \(1, 3\), .* has \(1, 2\); leave it out"):
+        load_models(run, patch_nums=(1, 3))
+
+
+def test_a_tokenizer_of_another_schedule_is_refused(tmp_path: Path) -> None:
+    var, _ = write_public_files(tmp_path)
+    config = replace(VQVAE_CONFIG, patch_nums=(1, 3))
+    write_model(tmp_path / "wide", VQVAE(config).state_dict(), describe(config))
+    with pytest.raises(ValueError, match=r"patch_nums \(1, 2\), the tokenizer \(1, 3\)"):
+        load_models(var, str(tmp_path / "wide"), (1, 2))
+
+
+def test_training_starts_from_the_weights_it_is_given(study: Study, tmp_path: Path) -> None:
+    start = write_models(tmp_path, seed=7)
+    config = replace(study.train_config("warm", stop_after_steps=2), init_from=start)
+    frozen = replace(config, optimizer=replace(config.optimizer, base_lr=1e-30))  # so small that no weight moves
+    assert torch.equal(train_var(frozen)[1].head.weight, VAR(VAR_CONFIG, seed=7).head.weight)
+    identity = read_manifest(Path(config.run) / "checkpoints" / "step-00000002")["identity"]
+    assert identity["init_from_sha256"] == ModelOnDisk(tmp_path).sha256()
+
+
+def test_a_run_that_has_a_checkpoint_goes_on_from_it_and_from_nothing_else(study: Study, tmp_path: Path) -> None:
+    start = write_models(tmp_path / "start", seed=7)
+    whole, part = (replace(study.train_config(name), init_from=start) for name in ("warm_whole", "warm_part"))
+    _, model = train_var(whole)
+    train_var(replace(part, loop=replace(part.loop, stop_after_steps=3)))
+    _, resumed = train_var(part)
+    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
+    with pytest.raises(ValueError, match="its init_from_sha256 is [0-9a-f]{64}, this run has [0-9a-f]{64}"):
+        train_var(replace(part, init_from=write_models(tmp_path / "other", seed=8)))
+    with pytest.raises(ValueError, match="its init_from_sha256 is None, this run has [0-9a-f]{64}"):
+        train_var(study.train_config("cold", stop_after_steps=1))
+        train_var(replace(study.train_config("cold"), init_from=start))
+
+
+def test_an_unconditional_model_trains_on_data_with_classes(study: Study) -> None:
+    config = study.train_config("unconditional", stop_after_steps=1)
+    state, model = train_var(replace(config, model=replace(VAR_CONFIG, num_classes=0)))
+    assert state.step == 1 and model.class_embedding.weight.shape[0] == 1
 
 
 def test_configs_on_disk_are_plain_json(study: Study) -> None:

@@ -1,27 +1,18 @@
-"""Checkpoints are whole or absent, refuse what does not fit, and hold a model that can be found."""
+"""Checkpoints are whole or absent, and refuse what does not fit."""
 
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import pytest
-import torch
 from tiny import VAR_CONFIG, VQVAE_CONFIG, PlainEngine
 from torch import nn
 
-from models.var import VAR, VARConfig
-from training.checkpoint import (
-    Checkpoints,
-    ModelOnDisk,
-    TrainState,
-    committed_checkpoints,
-    describe,
-    latest_checkpoint,
-    write_model,
-)
+from models.var import VARConfig
+from training.checkpoint import Checkpoints, TrainState
 from training.distributed import World
+from training.model_on_disk import committed_checkpoints, latest_checkpoint
 
 
 def make_engine(value: float = 1.0) -> PlainEngine:
@@ -98,6 +89,27 @@ def test_only_the_newest_are_kept(root: Path) -> None:
     assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+def test_those_to_keep_are_not_forgotten_and_do_not_count(root: Path) -> None:
+    checkpoints = make_checkpoints(root, keep=2)
+    for step in (1, 2, 3, 4, 5):
+        checkpoints.save({"model": make_engine()}, TrainState(step=step), is_kept=step in (1, 4))
+    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [1, 3, 4, 5]
+    again = make_checkpoints(root, keep=1)  # the run is started again
+    assert again.restore(root / "step-00000004", {"model": make_engine()}).step == 4
+    again.save({"model": make_engine()}, TrainState(step=6))
+    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [1, 4, 6]
+
+
+def test_what_is_kept_can_be_changed_by_hand(root: Path) -> None:
+    checkpoints = make_checkpoints(root, keep=1)
+    kept = checkpoints.save({"model": make_engine()}, TrainState(step=1), is_kept=True)
+    (kept / "keep").unlink()
+    assert checkpoints.restore(kept, {"model": make_engine()}).step == 1  # not damaged by it
+    (checkpoints.save({"model": make_engine()}, TrainState(step=2)) / "keep").touch()
+    checkpoints.save({"model": make_engine()}, TrainState(step=3))
+    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [2, 3]
+
+
 def test_saving_a_step_again_replaces_it(root: Path, saved: Path) -> None:
     make_checkpoints(root).save({"model": make_engine(8.0)}, TrainState(step=5, samples_seen=40))
     engine = make_engine(0.0)
@@ -165,72 +177,3 @@ def test_another_kind_of_model_is_refused(root: Path, saved: Path) -> None:
     checkpoints = Checkpoints(root, keep=2, world=World(), model_config=VQVAE_CONFIG, identity={"seed": 0})
     with pytest.raises(ValueError, match="its kind is VAR, this run has VQVAE"):
         checkpoints.restore(saved, {"model": make_engine()})
-
-
-def test_a_config_becomes_plain_data_that_names_its_kind() -> None:
-    plain = describe(VAR_CONFIG)
-    assert plain["kind"] == "VAR" and plain["patch_nums"] == [1, 2] and plain["depth"] == 1
-    assert describe(VQVAE_CONFIG)["kind"] == "VQVAE"
-    assert json.loads(json.dumps(plain)) == plain
-
-
-def test_a_model_is_found_from_run_checkpoint_and_exported_folder(root: Path, saved: Path, tmp_path: Path) -> None:
-    exported = shutil.copytree(saved / "weights", tmp_path / "exported")
-    for path, folder in ((root.parent, saved / "weights"), (saved, saved / "weights"), (exported, exported)):
-        assert ModelOnDisk.find(path) == ModelOnDisk(folder)
-        assert ModelOnDisk.find(str(path)) == ModelOnDisk(folder)
-
-
-def test_a_run_folder_means_its_newest_checkpoint(root: Path, saved: Path) -> None:
-    newest = make_checkpoints(root).save({"model": make_engine()}, TrainState(step=6))
-    assert ModelOnDisk.find(root.parent).folder == newest / "weights"
-
-
-def test_where_there_is_no_model_the_path_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing: no model there"):
-        ModelOnDisk.find(tmp_path / "nothing")
-
-
-def test_a_model_on_disk_gives_back_config_and_weights_frozen(tmp_path: Path) -> None:
-    model = VAR(VAR_CONFIG, seed=3)
-    write_model(tmp_path, model.state_dict(), describe(VAR_CONFIG))
-    found = ModelOnDisk.find(tmp_path)
-    assert VARConfig(**found.config("VAR")) == VAR_CONFIG
-    filled = found.fill(VAR(VAR_CONFIG, seed=4))
-    assert all(torch.equal(one, other) for one, other in zip(filled.parameters(), model.parameters(), strict=True))
-    assert not filled.training and not any(parameter.requires_grad for parameter in filled.parameters())
-
-
-def test_a_model_of_another_kind_is_refused(saved: Path) -> None:
-    with pytest.raises(ValueError, match="holds a VAR, a VQVAE is needed"):
-        ModelOnDisk.find(saved).config("VQVAE")
-
-
-@pytest.mark.parametrize("content", [b"", b"not safetensors at all"])
-def test_weights_that_cannot_be_read_are_named(saved: Path, content: bytes) -> None:
-    found = ModelOnDisk.find(saved)
-    (found.folder / "model.safetensors").write_bytes(content)
-    with pytest.raises(ValueError, match="model.safetensors: cannot be loaded"):
-        found.fill(nn.Linear(2, 2))
-
-
-def test_weights_of_another_shape_are_refused_in_one_line(saved: Path) -> None:
-    with pytest.raises(ValueError, match="model.safetensors: cannot be loaded") as caught:
-        ModelOnDisk.find(saved).fill(nn.Linear(3, 3))
-    assert "\n" not in str(caught.value)
-
-
-def test_the_identity_changes_with_weights_and_with_config_and_with_nothing_else(tmp_path: Path) -> None:
-    weights, other_weights = ({"weight": torch.full((2,), value)} for value in (1.0, 2.0))
-    variants = {
-        "original": (weights, {"kind": "VAR", "depth": 1}),
-        "copy": (weights, {"kind": "VAR", "depth": 1}),
-        "trained": (other_weights, {"kind": "VAR", "depth": 1}),
-        "deeper": (weights, {"kind": "VAR", "depth": 2}),
-    }
-    identity = {}
-    for name, (values, config) in variants.items():
-        write_model(tmp_path / name, values, config)
-        identity[name] = ModelOnDisk(tmp_path / name).sha256()
-    assert identity["original"] == identity["copy"]
-    assert len(set(identity.values())) == 3

@@ -1,4 +1,4 @@
-"""From a command line to a frozen config: who wins, what is refused, and in which words."""
+"""From arguments to overrides, and from an exception to one line: what options mean, and what is refused."""
 
 from __future__ import annotations
 
@@ -7,34 +7,27 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import yaml
 
-from launchers.command_line import Command, describe_schema, load_config, parse, run_launcher, to_yaml
+from launchers.command_line import Command, parse, run_launcher, settings_as_overrides
+from launchers.config_files import load_config
 
 
 @dataclass(frozen=True)
 class Model:
     depth: int
-    sides: tuple[int, ...] = (1, 2)
     gate: bool = True
-
-    def __post_init__(self) -> None:
-        if self.depth < 1:
-            raise ValueError(f"depth {self.depth} must be 1 or more")
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    rate: float = 1e-4
-    decay: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
     run: str
     seed: int = 0
-    model: Model
-    optimizer: Optimizer = field(default_factory=Optimizer)
+    per_class: int | None = None
+    box: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
+    corner: tuple[float, ...] | None = None
+    feather: bool = False
+    model: Model = field(default_factory=lambda: Model(depth=2))
 
 
 REQUIRED = ["run=r", "model.depth=2"]
@@ -43,150 +36,6 @@ REQUIRED = ["run=r", "model.depth=2"]
 def write(path: Path, text: str) -> str:
     path.write_text(text)
     return str(path)
-
-
-def refusal(file: str | None, *overrides: str) -> str:
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
-        load_config(Schema, file, overrides)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
-
-
-def test_defaults_then_base_then_file_then_overrides(tmp_path: Path) -> None:
-    write(tmp_path / "base.yaml", "run: base\nseed: 1\nmodel: {depth: 1, gate: false}\noptimizer: {rate: 0.1}\n")
-    file = write(tmp_path / "top.yaml", "extends: base.yaml\nrun: top\nmodel: {depth: 2}\n")
-    config = load_config(Schema, file, ["model.depth=3"])
-    assert config.model == Model(depth=3, gate=False)  # override, base
-    assert (config.run, config.seed, config.optimizer) == ("top", 1, Optimizer(rate=0.1))  # file, base, base
-    assert config.model.sides == (1, 2)  # default
-
-
-def test_the_last_override_wins() -> None:
-    assert load_config(Schema, None, [*REQUIRED, "seed=1", "seed=2"]).seed == 2
-
-
-def test_extends_is_relative_to_the_file_that_says_it(tmp_path: Path) -> None:
-    (tmp_path / "sub").mkdir()
-    write(tmp_path / "base.yaml", "run: base\nmodel: {depth: 1}\n")
-    write(tmp_path / "sub" / "middle.yaml", "extends: ../base.yaml\nseed: 4\n")
-    file = write(tmp_path / "top.yaml", "extends: sub/middle.yaml\n")
-    config = load_config(Schema, file)
-    assert (config.run, config.seed, config.model.depth) == ("base", 4, 1)
-
-
-@pytest.mark.parametrize(
-    "text, rate", [("8e-5", 8e-5), ("8.0e-5", 8e-5), ("1E-4", 1e-4), ("3", 3.0), (".5", 0.5)]
-)
-def test_numbers_are_read_as_people_write_them(tmp_path: Path, text: str, rate: float) -> None:
-    # YAML 1.1 takes 8e-5, without a point, for a string
-    file = write(tmp_path / "a.yaml", f"run: r\nmodel: {{depth: 1}}\noptimizer: {{rate: {text}}}\n")
-    for config in (load_config(Schema, file), load_config(Schema, None, [*REQUIRED, f"optimizer.rate={text}"])):
-        assert config.optimizer.rate == rate and type(config.optimizer.rate) is float
-
-
-def test_lists_become_tuples(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.yaml", "run: r\nmodel: {depth: 1, sides: [1, 2, 4]}\n")
-    assert load_config(Schema, file).model.sides == (1, 2, 4)
-    assert load_config(Schema, None, [*REQUIRED, "model.sides=[3]"]).model.sides == (3,)
-    hash(load_config(Schema, file))
-
-
-def test_an_optional_setting_takes_null_and_a_value() -> None:
-    assert load_config(Schema, None, [*REQUIRED, "optimizer.decay=null"]).optimizer.decay is None
-    assert load_config(Schema, None, [*REQUIRED, "optimizer.decay=0.5"]).optimizer.decay == 0.5
-
-
-@pytest.mark.parametrize(
-    "override, named",
-    [
-        ("modle.depth=1", "unknown key 'modle'; did you mean 'model'?"),
-        ("model.dept=1", "unknown key 'model.dept'; did you mean 'model.depth'?"),
-        ("optimizer.zzz=1", "unknown key 'optimizer.zzz'; known here: rate, decay"),
-        ("rate=1", "unknown key 'rate'"),
-    ],
-)
-def test_an_unknown_key_is_answered_with_the_nearest_known_one(tmp_path: Path, override: str, named: str) -> None:
-    assert named in refusal(None, *REQUIRED, override)
-    key, _, value = override.partition("=")
-    section, _, name = key.rpartition(".")
-    text = f"{section}: {{{name}: {value}}}" if section else f"{name}: {value}"
-    file = write(tmp_path / "bad.yaml", text)
-    assert named in refusal(file) and "bad.yaml" in refusal(file)
-
-
-@pytest.mark.parametrize(
-    "override, value, key",
-    [
-        ("seed=1.5", "1.5", "seed"),
-        ("seed=one", "one", "seed"),
-        ("seed=true", "True", "seed"),
-        ("optimizer.rate=fast", "fast", "optimizer.rate"),
-        ("model.gate=perhaps", "perhaps", "model.gate"),
-        ("model.depth=", "None", "model.depth"),
-        ("model.depth=[1]", "[1]", "model.depth"),
-        ("model=3", "3", "model"),
-    ],
-)
-def test_a_wrong_type_is_refused_naming_value_and_key(override: str, value: str, key: str) -> None:
-    message = refusal(None, *REQUIRED, override)
-    assert value in message and f"'{key}'" in message
-
-
-def test_a_value_that_a_dataclass_refuses_is_refused_in_its_words() -> None:
-    assert "depth 0 must be 1 or more" in refusal(None, "run=r", "model.depth=0")
-
-
-@pytest.mark.parametrize(
-    "overrides, missing",
-    [(["run=r"], "model"), (["model.depth=1"], "run"), (["run=r", "model.gate=false"], "model.depth")],
-)
-def test_a_missing_setting_is_named(overrides: list[str], missing: str) -> None:
-    assert f"'{missing}" in refusal(None, *overrides) and "missing" in refusal(None, *overrides)
-
-
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
-    assert refusal(str(tmp_path / "no.yaml")).startswith(f"{tmp_path}/no.yaml: no such config file")
-    file = write(tmp_path / "top.yaml", "extends: gone.yaml\n")
-    assert refusal(file).startswith(f"{tmp_path}/gone.yaml: no such config file")
-
-
-def test_a_circle_of_extends_is_refused(tmp_path: Path) -> None:
-    file = write(tmp_path / "a.yaml", "extends: b.yaml\n")
-    write(tmp_path / "b.yaml", "extends: a.yaml\n")
-    assert "extends itself through a.yaml -> b.yaml" in refusal(file)
-    itself = write(tmp_path / "c.yaml", "extends: c.yaml\n")
-    assert "extends itself" in refusal(itself)
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "- 1\n- 2\n",
-        "3\n",
-        "just words\n",
-        "{\n",
-        "a: b: c\n",
-        "run: 1\nrun: 2\n",
-        "extends: 3\n",
-        "extends: [a.yaml, b.yaml]\n",
-        "run: !!python/object/apply:os.getcwd []\n",
-    ],
-)
-def test_a_file_that_is_no_config_is_refused_in_one_line_that_names_it(tmp_path: Path, text: str) -> None:
-    assert "bad.yaml" in refusal(write(tmp_path / "bad.yaml", text))
-
-
-def test_an_endless_file_is_not_read(tmp_path: Path) -> None:
-    file = tmp_path / "huge.yaml"
-    with file.open("wb") as handle:
-        handle.truncate(2**21)
-    assert "2097152 bytes" in refusal(str(file))
-
-
-@pytest.mark.parametrize("override", ["model.sides=[1,2", "model.depth", "model.depth=${nothing}"])
-def test_a_malformed_override_is_refused(override: str) -> None:
-    assert refusal(None, *REQUIRED, override)
 
 
 def parsed(*arguments: str) -> Command[Schema]:
@@ -213,34 +62,86 @@ def test_options_and_settings_come_in_any_order(tmp_path: Path) -> None:
     assert not parsed(*REQUIRED).dry_run and parsed(*REQUIRED).world_size is None
 
 
-def test_an_unknown_option_is_refused() -> None:
-    with pytest.raises(ValueError, match="unknown option '--fast'"):
-        parsed(*REQUIRED, "--fast")
+@pytest.mark.parametrize(
+    "arguments, overrides",
+    [
+        (["--seed", "8"], ["seed=8"]),
+        (["--seed=8"], ["seed=8"]),
+        (["--seed", "-8"], ["seed=-8"]),
+        (["--per-class", "8"], ["per_class=8"]),
+        (["--per_class", "8"], ["per_class=8"]),
+        (["--per-class=8"], ["per_class=8"]),
+        (["--model.depth", "8"], ["model.depth=8"]),
+        (["--model.gate"], ["model.gate=true"]),
+        (["--box", "0", "0", "8", "-8"], ["box=[0,0,8,-8]"]),
+        (["--box", "0", "0", "seed=8"], ["box=[0,0]", "seed=8"]),
+        (["--box", "0", "0", "--seed", "8"], ["box=[0,0]", "seed=8"]),
+        (["--box", "0,0", "model.depth=8"], ["box=[0,0]", "model.depth=8"]),
+        (["--box", "[0, 8]"], ["box=[0, 8]"]),
+        (["--corner", ".5", "1"], ["corner=[.5,1]"]),
+        (["--names", "it's", "a,b"], ["names=['it''s','a,b']"]),
+        (["--feather"], ["feather=true"]),
+        (["--feather", "seed=8"], ["feather=true", "seed=8"]),
+        (["--feather", "--seed", "8"], ["feather=true", "seed=8"]),
+        (["--feather", "no"], ["feather=no"]),
+        (["--run", "cfg=4"], ["run='cfg=4'"]),
+        (["seed=1", "--seed", "2", "seed=3"], ["seed=1", "seed=2", "seed=3"]),
+        (["--config", "a.yaml", "--dry-run"], ["--config", "a.yaml", "--dry-run"]),
+    ],
+)
+def test_a_setting_may_be_written_as_an_option(arguments: list[str], overrides: list[str]) -> None:
+    assert settings_as_overrides(Schema, arguments) == overrides
+
+
+def test_options_become_settings() -> None:
+    arguments = ["--run", "a b", "--box", "0", "8", "--feather", "model.depth=3", "--names", "x", "--corner", "1"]
+    wanted = Schema(run="a b", box=(0, 8), feather=True, model=Model(depth=3), names=("x",), corner=(1.0,))
+    assert parsed(*arguments).config == wanted
+
+
+def test_the_last_one_wins_however_it_is_written() -> None:
+    assert parsed(*REQUIRED, "--seed", "1", "seed=2").config.seed == 2
+    assert parsed(*REQUIRED, "seed=2", "--seed=3", "--seed", "1").config.seed == 1
+
+
+@pytest.mark.parametrize("run", ["007", "true", "null", "a: b", "[1]", "#no", "it's", "runs/cfg=4", "a,b", " ", "1e3"])
+def test_a_name_given_to_an_option_is_taken_to_the_letter(run: str) -> None:
+    assert parsed("--run", run, "--names", run, run).config == Schema(run=run, names=(run, run))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--no-such-thing", "x"], "unknown option '--no-such-thing'"),
+        (["--fast"], "unknown option '--fast'"),
+        (["--per-clas", "8"], "unknown option '--per-clas'; did you mean '--per-class'?"),
+        (["--dryrun"], "did you mean '--dry-run'?"),
+        (["--per-clas=8"], "unknown key 'per_clas'; did you mean 'per_class'?"),
+        (["--model", "3"], "--model has settings of its own; write model.NAME=VALUE"),
+        (["--model.dept", "3"], "unknown option '--model.dept'"),
+        (["--seed"], "--seed is given no value; write --seed VALUE"),
+        (["--seed", "--feather"], "--seed is given no value"),
+        (["--box", "--feather"], "--box is given no value"),
+        (["--seed", "one"], "'seed' is 'one', expected int"),
+        (["--box", "a"], "'box'"),
+        (["--seed", "1", "2"], "'2' is not a setting; write it as a.b=c"),
+        (["--feather", "perhaps"], "'perhaps' is not a setting"),
+        (["-x"], "unrecognized arguments: -x"),
+        (["--world-size", "4"], "it is a number of GPUs, 1 or more, for --dry-run"),
+        (["--config"], "expected one argument"),
+    ],
+)
+def test_what_is_no_option_is_refused_in_one_line(arguments: list[str], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        parsed(*REQUIRED, *arguments)
+    assert message in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_the_printed_config_reads_back_as_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [*REQUIRED, "model.sides=[1,3]", "optimizer.rate=8e-5", "model.gate=no"]
+    arguments = [*REQUIRED, "--box", "1", "3", "--names", "007", "model.gate=no"]
     assert parse(Schema, [*arguments, "--print-config"], "a launcher") is None
     file = write(tmp_path / "printed.yaml", capsys.readouterr().out)
-    assert load_config(Schema, file) == load_config(Schema, None, arguments)
-
-
-@pytest.mark.parametrize("run", ["runs/8e-5", "true", "null", "a: b", "é", "007", "", " ", "[1]", "#no"])
-def test_any_name_survives_being_written_and_read(tmp_path: Path, run: str) -> None:
-    config = Schema(run=run, model=Model(depth=1), optimizer=Optimizer(rate=1e-12))
-    assert load_config(Schema, write(tmp_path / "a.yaml", to_yaml(config))) == config
-
-
-def test_the_printed_config_is_plain_yaml() -> None:
-    assert yaml.safe_load(to_yaml(Schema(run="r", model=Model(depth=1))))["model"]["sides"] == [1, 2]
-
-
-def test_help_lists_every_setting_with_type_and_default() -> None:
-    lines = describe_schema(Schema).splitlines()
-    assert [line.split()[0] for line in lines] == [
-        *["run", "seed", "model.depth", "model.sides", "model.gate", "optimizer.rate", "optimizer.decay"]
-    ]
-    assert "(str) required" in lines[0] and "(int) 0" in lines[1] and "(float) 0.0001" in lines[5]
+    assert load_config(Schema, file) == parsed(*arguments).config
 
 
 def launched(monkeypatch: pytest.MonkeyPatch, launch: object, *arguments: str) -> None:

@@ -10,8 +10,16 @@ import pytest
 import torch
 import yaml
 
-from launchers.command_line import load_config, to_yaml
-from launchers.config import EncodeConfig, PackConfig, SampleConfig, TokenizerConfig, TrainConfig
+from launchers.config import (
+    EncodeConfig,
+    ExportConfig,
+    ImportConfig,
+    PackConfig,
+    SampleConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from launchers.config_files import load_config, to_yaml
 from launchers.train_tokenizer import refuse_unfit_engine
 from models.generation import check_configs_agree
 from models.var import VARConfig
@@ -117,6 +125,8 @@ def test_the_resolved_config_reads_back_as_the_same(name: str, tmp_path: Path) -
         (TokenizerConfig, {"run": "r"}),
         (EncodeConfig, {"tokenizer": "t", "images": "i", "out": "o"}),
         (SampleConfig, {"run": "r"}),
+        (ImportConfig, {"var": "v", "out": "o"}),
+        (ExportConfig, {"run": "r", "out": "o"}),
     ],
 )
 def test_defaults_read_back_as_the_same(schema: type, required: dict[str, Any], tmp_path: Path) -> None:
@@ -131,3 +141,21 @@ def test_defaults_read_back_as_the_same(schema: type, required: dict[str, Any], 
 def test_a_drop_rate_that_is_no_probability_is_refused(label_drop: float) -> None:
     with pytest.raises(ValueError, match=f"label_drop is {label_drop}"):
         TrainConfig(run="r", tokenizer="t", model=VARConfig(depth=1), label_drop=label_drop)
+
+
+@pytest.mark.parametrize("label_drop", [0.0, 0.1])
+def test_an_unconditional_model_needs_no_word_about_label_drop(label_drop: float) -> None:
+    model = VARConfig(depth=1, num_classes=0)
+    assert not TrainConfig(run="r", tokenizer="t", model=model, label_drop=label_drop).model.is_conditional
+
+
+def test_a_label_drop_asked_for_where_there_are_no_labels_is_refused() -> None:
+    with pytest.raises(ValueError, match="label_drop is 0.2; without labels .* it has no effect"):
+        TrainConfig(run="r", tokenizer="t", model=VARConfig(depth=1, num_classes=0), label_drop=0.2)
+
+
+def test_an_import_of_nothing_and_an_export_to_an_unknown_format_are_refused() -> None:
+    with pytest.raises(ValueError, match="nothing to import; give --var FILE, --tokenizer FILE, or both"):
+        ImportConfig(out="o")
+    with pytest.raises(ValueError, match="format is onnx; accepted: safetensors, reference"):
+        ExportConfig(run="r", out="o", format="onnx")

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from launchers.command_line import load_config
 from launchers.config import TokenizerConfig, TrainConfig
-from launchers.demo import DemoConfig, plan_stages, run_command, within_class_variance
+from launchers.config_files import load_config
+from launchers.demo import (
+    LAUNCHERS,
+    DemoConfig,
+    generated_folder,
+    plan_stages,
+    read_generated,
+    run_command,
+    within_class_variance,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_variance_within_classes_has_its_closed_form() -> None:
@@ -26,8 +39,18 @@ def test_copies_of_one_image_per_class_have_no_variance() -> None:
     assert within_class_variance(images, np.array([0, 0, 1])) == 0
 
 
+def test_generated_images_are_read_class_by_class_from_the_shuffled_file(tmp_path: Path) -> None:
+    config = DemoConfig(out=str(tmp_path))
+    generated_folder(config).mkdir()
+    labels = np.array([1, 0, 1, 0])
+    images = np.arange(4, dtype=np.uint8)[:, None, None, None] + np.zeros((4, 2, 2, 3), np.uint8)
+    np.savez(generated_folder(config) / "samples.npz", arr_0=images, labels=labels)
+    read, read_labels = read_generated(config)
+    assert read_labels.tolist() == [0, 0, 1, 1] and read[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
+
+
 def test_the_demo_consists_of_the_projects_own_commands_in_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(Path(__file__).resolve().parent.parent)
+    monkeypatch.chdir(ROOT)
     stages = plan_stages(DemoConfig())
     assert list(stages) == ["pack_images", "train_tokenizer", "encode_codes", "train", "sample"]
     for name, line in stages.items():
@@ -42,3 +65,19 @@ def test_the_demo_consists_of_the_projects_own_commands_in_order(monkeypatch: py
 def test_a_stage_of_the_demo_that_fails_is_named() -> None:
     with pytest.raises(ValueError, match="stage nap ended with exit code 1"):
         run_command("nap", [shutil.which("false")])
+
+
+@pytest.mark.slow
+def test_the_demo_reaches_what_the_readme_says(tmp_path: Path) -> None:
+    """About six minutes: the whole demo in a folder of its own, and the pictures it promises."""
+    demo = [sys.executable, str(LAUNCHERS / "demo.py")]
+    configs = [f"{name}={ROOT / getattr(DemoConfig(), name)}" for name in ("tokenizer", "transformer")]
+    done = subprocess.run([*demo, *configs], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    folder = tmp_path / DemoConfig().out
+    report = json.loads((folder / "report.json").read_text())
+    accuracy = report["accuracy"]
+    assert accuracy["real"] >= 0.97 and accuracy["reconstructed"] >= 0.95 and accuracy["generated"] >= 0.9
+    assert accuracy["completed"] >= 0.9 and report["kept_codes_unchanged"]
+    for name in ("samples", "reconstructions", "completions", "digit"):
+        assert (folder / f"{name}.png").is_file()

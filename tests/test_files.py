@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.files import atomic_file, file_sha256
+from data_pipeline.files import atomic_file, atomic_folder, file_sha256, refuse_occupied
 
 
 @pytest.fixture
@@ -49,6 +49,35 @@ def test_a_name_stands_for_content_that_is_on_disk_already(path: Path, monkeypat
     with atomic_file(path) as file:
         file.write(b"whole")
     assert calls == ["fsync", "replace", "fsync"]  # the content, its name, and the folder that holds the name
+
+
+def test_a_folder_appears_only_when_complete_also_in_the_place_of_an_empty_one(tmp_path: Path) -> None:
+    for name in ("new", "deep/er", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        with atomic_folder(tmp_path / name) as folder:
+            (folder / "sub").mkdir()
+            (folder / "sub" / "file").write_text(name)
+            assert not (tmp_path / name / "sub").exists()
+        assert (tmp_path / name / "sub" / "file").read_text() == name
+        assert [path.name for path in (tmp_path / name).parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+def test_a_folder_whose_writer_fails_never_appears(tmp_path: Path, error: type[BaseException]) -> None:
+    with pytest.raises(error), atomic_folder(tmp_path / "new") as folder:
+        (folder / "half").write_text("half")
+        raise error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_holds_something_is_refused_and_kept(tmp_path: Path, path: Path) -> None:
+    path.write_bytes(b"mine")
+    with pytest.raises(ValueError, match="is not empty; choose another folder"), atomic_folder(tmp_path):
+        pytest.fail("asked to write")
+    with pytest.raises(ValueError, match="index.json: is a file"):
+        refuse_occupied(path)
+    assert path.read_bytes() == b"mine"
+    refuse_occupied(tmp_path / "free")
 
 
 def test_sha256_is_the_published_one(path: Path) -> None:

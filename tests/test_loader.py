@@ -13,7 +13,14 @@ from PIL import Image
 from tiny import VIEWS, open_codes, pack_codes
 
 from data_pipeline.images import ImageTransform
-from data_pipeline.loader import Batch, CodeDataset, ImageDataset, train_batches, validation_batches
+from data_pipeline.loader import (
+    Batch,
+    CodeDataset,
+    ImageDataset,
+    first_of_classes,
+    train_batches,
+    validation_batches,
+)
 from data_pipeline.shards import Sample, write_shards
 
 GLOBAL_BATCH = 8
@@ -192,3 +199,16 @@ def test_batches_move_to_a_device(codes: CodeDataset) -> None:
     batch = next(train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0))
     moved = batch.to("meta")
     assert all(getattr(moved, name).is_meta for name in ("data", "labels", "positions", "weights"))
+
+
+@pytest.mark.parametrize("kind", ["codes", "images"])
+def test_the_first_sample_of_each_class_is_found_in_the_order_asked_for(tmp_path: Path, kind: str) -> None:
+    if kind == "codes":  # labels 0 0 1 1 2 2 0 0 ...
+        dataset: CodeDataset | ImageDataset = open_codes(pack_codes(tmp_path, label=lambda i: i // 2 % 3))
+    else:  # labels 0 1 2 0 1
+        dataset = ImageDataset(pack_grey_images(tmp_path), ImageTransform(4), seed=0, random_views=False)
+    ids = first_of_classes(dataset, [2, 0, 2])
+    assert ids.tolist() == ([4, 0, 4] if kind == "codes" else [2, 0, 2])
+    assert dataset.read(ids, np.zeros_like(ids))[1].tolist() == [2, 0, 2]
+    with pytest.raises(ValueError, match="has no sample of class 3, of 3 classes"):
+        first_of_classes(dataset, [0, 3])

@@ -61,9 +61,11 @@ class CountingStage:
 class RememberedCheckpoints:
     def __init__(self) -> None:
         self.steps: list[int] = []
+        self.kept: list[int] = []
 
-    def save(self, engines: dict[str, Any], state: TrainState) -> None:
+    def save(self, engines: dict[str, Any], state: TrainState, *, is_kept: bool) -> None:
         self.steps.append(state.step)
+        self.kept += [state.step] if is_kept else []
 
     def latest(self) -> Path | None:
         return Path(f"step-{self.steps[-1]:08d}") if self.steps else None
@@ -150,9 +152,30 @@ def test_checkpoints_come_at_their_rhythm_and_at_the_end(tmp_path: Path) -> None
 def test_what_a_checkpoint_covers_is_recorded_before_it_is_saved(tmp_path: Path) -> None:
     run = Run(tmp_path, checkpoint_every=4, log_every=100)
     recorded: list[list[int]] = []
-    run.checkpoints.save = lambda engines, state: recorded.append(run.steps("train"))
+    run.checkpoints.save = lambda engines, state, is_kept: recorded.append(run.steps("train"))
     run.go()
     assert recorded == [list(range(1, step + 1)) for step in (4, 8, 10)]
+
+
+def test_checkpoints_to_keep_come_at_their_shares_of_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=4, keep_at=(0.2, 0.61, 1.0))
+    run.go()
+    assert run.checkpoints.steps == [2, 4, 6, 8, 10] and run.checkpoints.kept == [2, 6, 10]
+
+
+def test_an_interrupted_run_keeps_the_same_checkpoints(tmp_path: Path) -> None:
+    settings = {"global_batch": GLOBAL_BATCH, "epochs": 2.0, "validate_every": 1.0, "keep_at": (0.1, 0.4, 0.5)}
+    part, rest = Run(tmp_path / "part", **settings), Run(tmp_path / "rest", **settings)
+    part.loop.config = LoopConfig(**settings, stop_after_steps=4)
+    rest.go(part.go())
+    assert part.checkpoints.kept == [1, 4] and rest.checkpoints.kept == [5]
+    assert part.checkpoints.steps == [1, 4] and rest.checkpoints.steps == [5, 10]
+
+
+@pytest.mark.parametrize("share", [0.0, -0.2, 1.01, float("nan")])
+def test_a_share_to_keep_that_is_no_share_of_the_run_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=f"loop.keep_at has {share}"):
+        LoopConfig(keep_at=(0.5, share))
 
 
 def test_stopping_early_leaves_with_a_checkpoint_and_the_schedule_of_the_whole_run(tmp_path: Path) -> None:

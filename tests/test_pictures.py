@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from launchers.pictures import save_grid, to_uint8
+from launchers.pictures import save_grid, tile, to_uint8
 
 
 def test_images_become_levels_rounded_to_the_nearest() -> None:
@@ -44,6 +44,12 @@ def test_a_grid_is_filled_row_by_row_with_gaps_between(tmp_path: Path) -> None:
         top, left = 2 + i // 3 * 50, 2 + i % 3 * 50
         assert (sheet[top : top + 48, left : left + 48] == i).all()
     assert (sheet[:2] == 255).all() and (sheet[:, 50:52] == 255).all() and (sheet[52:, 102:] == 255).all()
+
+
+def test_a_tiled_picture_keeps_every_pixel() -> None:
+    sheet = tile(flat(4, 3), columns=2, gap=1)
+    assert sheet.shape == (9, 9, 3)
+    assert sheet[1:4, 1:4].max() == 0 and (sheet[5:8, 5:8] == 3).all() and (sheet[4] == 255).all()
 
 
 @pytest.mark.parametrize("side, factor", [(16, 3), (20, 3), (48, 1), (256, 1)])

@@ -19,6 +19,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from PIL import Image
+from tiny import VAR_CONFIG, write_public_files
+
+from models.var import VAR
+from training.model_on_disk import describe, write_model
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "digits"
@@ -84,6 +90,12 @@ def trained(project: Project) -> Project:
     return project
 
 
+@pytest.fixture
+def public(tmp_path: Path) -> Path:
+    write_public_files(tmp_path)
+    return tmp_path
+
+
 def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     clock = ("images_per_second", "tokens_per_second", "data_wait_share", "time")
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
@@ -127,14 +139,32 @@ def wait_for(condition: Any, *, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_sampling_writes_images_that_do_not_depend_on_the_batch(trained: Project) -> None:
-    images = {}
-    for batch in (3, 20):
-        trained.succeed("sample", "run=runs/whole", f"out=out{batch}", "per_class=2", f"batch={batch}")
-        images[batch] = np.load(trained.folder / f"out{batch}" / "samples.npz")["arr_0"]
-        assert (trained.folder / f"out{batch}" / "samples.png").stat().st_size > 0
-    assert images[3].shape == (20, 16, 16, 3) and images[3].dtype == np.uint8
-    assert np.abs(images[3].astype(int) - images[20]).max() <= 1  # float32 sums in another order, then rounding
+def test_images_do_not_depend_on_ranks_batch_or_format(trained: Project) -> None:
+    """Two ranks draw into the evaluator's npz what one draws into PNG files, bit for bit."""
+    two_each = ["--run", "runs/whole", "--per-class", "2"]
+    trained.succeed("sample", *two_each, "--batch", "3", "--out", "pngs")
+    said = trained.succeed("sample", *two_each, "--batch", "4", "--out", "npz", "--format", "npz", ranks=2)
+    assert said.count("20 images in npz/samples.npz") == 1
+    with np.load(trained.folder / "npz" / "samples.npz") as found:
+        images, labels = found["arr_0"], found["labels"]
+    assert images.shape == (20, 16, 16, 3) and images.dtype == np.uint8
+    for label in range(10):
+        pictures = [Image.open(path) for path in (trained.folder / "pngs" / "png" / f"{label:05d}").iterdir()]
+        pixels = [np.asarray(picture).tobytes() for picture in pictures]
+        assert sorted(pixels) == sorted(image.tobytes() for image in images[labels == label])
+    grids = [(trained.folder / out / "samples.png").read_bytes() for out in ("pngs", "npz")]
+    assert grids[0] == grids[1]
+
+
+def test_the_papers_figures_are_drawn_of_a_run_and_its_tokenizer(trained: Project) -> None:
+    stages = ["--stages", "0.2", "0.6", "1.0", "--classes", "0", "1", "2", "3"]
+    said = trained.succeed("compare_sizes", "--runs", "runs/whole", *stages, "--out", "figures/7.png")
+    assert [name in said for name in ("step-00000005", "step-00000014", "step-00000023")] == [True] * 3
+    images = ["--images", "data/digits/images/val", "--num-images", "2"]
+    trained.succeed("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *images, "--out", "figures/9.png")
+    assert sorted(path.name for path in (trained.folder / "figures").iterdir()) == ["7.png", "9.json", "9.png"]
+    [logged] = (trained.folder / "runs" / "mlflow_artifacts").rglob("pictures/9.png")  # the tokenizer's run is tracked
+    assert logged.read_bytes() == (trained.folder / "figures" / "9.png").read_bytes()
 
 
 def test_mlflow_shows_what_metrics_jsonl_holds(project: Project) -> None:
@@ -166,6 +196,41 @@ def test_a_dry_run_allocates_no_model_and_needs_no_data(project: Project) -> Non
         said = project.succeed("train", "--config", config, "--dry-run", "--world-size", "8")
         assert count in said and "not there yet" in said
     assert "one batch of codes (32, 21)" in project.succeed("train", *train_arguments("runs/dry"), "--dry-run")
+
+
+@pytest.fixture(scope="module")
+def released(trained: Project) -> list[str]:
+    """The trained run as files of the public code: the options that name transformer and tokenizer."""
+    trained.succeed("export_weights", "--run", "runs/whole", "--out", "public", "--format", "reference")
+    return ["public/var_d2.pth", "--tokenizer", "public/tokenizer/vae_ch32v64z16.pth", "--patch-nums", "1", "2", "4"]
+
+
+def test_weights_that_went_out_in_the_public_format_come_back_the_same_and_training_starts_from_them(
+    trained: Project, released: list[str]
+) -> None:
+    said = trained.succeed("import_weights", "--var", *released, "--out", "imports/d2")
+    assert "d2, " in said and "V = 64" in said and "wrote imports/d2" in said
+    newest = trained.folder / "runs/whole/checkpoints/step-00000023/weights/model.safetensors"
+    assert (trained.folder / "imports/d2/model.safetensors").read_bytes() == newest.read_bytes()
+    said = trained.succeed("train", *train_arguments("runs/warm", "--init-from", "imports/d2", "loop.epochs=0.1"))
+    first, whole = trained.records("runs/warm")[0], trained.records("runs/whole")[0]
+    assert first["loss_avg"] < whole["loss_avg"] - 0.1
+
+
+def test_the_readmes_two_commands_work_on_a_run_and_on_public_files_alike(
+    trained: Project, released: list[str]
+) -> None:
+    """A grid of one class and an in-painted picture, the same from the run as from files in the public format."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(trained.folder / "photo.png")
+    for name, model in (("run", ["runs/whole"]), ("files", released)):
+        grid = ["--classes", "7", "--per-class", "4", "--cfg", "4", "--top-p", "0.95", "--out", f"grid_{name}"]
+        trained.succeed("sample", "--run", *model, *grid)
+        box = ["--task", "inpaint", "--box", "0", "15", "20", "25", "--out", f"edit_{name}"]
+        trained.succeed("edit", "--run", *model, "--image", "photo.png", *box)
+    for picture in ("grid_{}/samples.png", "edit_{}/panel.png", "edit_{}/seed-00003.png"):
+        of_run, of_files = ((trained.folder / picture.format(name)).read_bytes() for name in ("run", "files"))
+        assert of_run == of_files, picture
 
 
 class TestBadInput:
@@ -225,9 +290,64 @@ class TestBadInput:
         line = trained.fail("train", *train_arguments("runs/whole"), "model.depth=3")
         assert "depth is 2, this run has 3" in line
 
-    def test_corrupt_image_is_skipped_counted_and_named(self, project: Project) -> None:
-        from PIL import Image
+    def test_a_stage_that_no_checkpoint_was_kept_of(self, trained: Project) -> None:
+        line = trained.fail("compare_sizes", "--runs", "runs/whole", "--stages", "0.4", "--out", "figures/x.png")
+        assert "no checkpoint within 0.05 of stage 0.4" in line and "loop.keep_at" in line
 
+    def test_missing_run_to_compare(self, project: Project) -> None:
+        assert "nowhere: no model there" in project.fail("compare_sizes", "--runs", "nowhere", "--out", "x.png")
+
+    def test_codes_to_plot_the_dependencies_of(self, project: Project) -> None:
+        codes = ["--images", "data/digits/codes/val", "--out", "x.png"]
+        line = project.fail("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *codes)
+        assert "holds codes, expected images" in line
+
+    def test_an_option_that_does_not_exist(self, project: Project) -> None:
+        line = project.fail("import_weights", "--no-such-thing", "x", "--out", "o")
+        assert "unknown option '--no-such-thing'" in line
+
+    def test_import_of_a_file_that_is_not_there(self, project: Project) -> None:
+        assert "gone.pth: no such file" in project.fail("import_weights", "--var", "gone.pth", "--out", "o")
+
+    def test_import_of_damaged_and_of_wrong_files(self, project: Project, public: Path) -> None:
+        (public / "cut.pth").write_bytes((public / "var_d1.pth").read_bytes()[:-1000])
+        torch.save({"weights": [torch.zeros(2)]}, public / "list.pth")
+        wanted = {"cut.pth": "get it again", "list.pth": "a flat state dict", "vae_ch32v16z4.pth": "no pos_1LC"}
+        for name, message in wanted.items():
+            line = project.fail("import_weights", "--var", str(public / name), "--out", "o")
+            assert name in line and message in line
+
+    def test_import_with_a_name_missing(self, project: Project, public: Path) -> None:
+        weights = torch.load(public / "var_d1.pth")
+        torch.save({name: value for name, value in weights.items() if name != "head.bias"}, public / "no_head.pth")
+        arguments = ["--var", str(public / "no_head.pth"), "--patch-nums", "1", "2", "--out", "o"]
+        assert "missing head.bias" in project.fail("import_weights", *arguments)
+
+    def test_import_with_a_schedule_that_is_unknown_or_does_not_fit(self, project: Project, public: Path) -> None:
+        arguments = ["--var", str(public / "var_d1.pth"), "--out", "o"]
+        assert "add --patch-nums" in project.fail("import_weights", *arguments)
+        assert "5 positions" in project.fail("import_weights", *arguments, "--patch-nums", "1", "3")
+
+    def test_import_and_export_to_a_folder_in_use(self, project: Project, public: Path) -> None:
+        arguments = ["--tokenizer", str(public / "vae_ch32v16z4.pth"), "--patch-nums", "1", "2"]
+        assert "data: is not empty" in project.fail("import_weights", *arguments, "--out", "data")
+        run = ["--run", "runs/digits/tokenizer"]
+        assert "data: is not empty" in project.fail("export_weights", *run, "--out", "data")
+        assert not (project.folder / "o").exists()
+
+    def test_export_in_an_unknown_format_and_of_nothing(self, project: Project) -> None:
+        arguments = ["--run", "runs/digits/tokenizer", "--out", "o", "--format", "onnx"]
+        assert "accepted: safetensors, reference" in project.fail("export_weights", *arguments)
+        assert "nowhere: no model there" in project.fail("export_weights", "--run", "nowhere", "--out", "o")
+
+    def test_training_from_a_public_file_and_from_a_model_of_other_sizes(self, project: Project, public: Path) -> None:
+        line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "var_d1.pth"))
+        assert "launchers/import_weights.py --var" in line
+        write_model(public / "d1", VAR(VAR_CONFIG).state_dict(), describe(VAR_CONFIG))
+        line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "d1"))
+        assert "its depth is 1, this run has 2" in line
+
+    def test_corrupt_image_is_skipped_counted_and_named(self, project: Project) -> None:
         for label in ("cat", "dog"):
             (project.folder / "photos" / label).mkdir(parents=True)
             for number in range(4):

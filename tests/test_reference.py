@@ -172,7 +172,6 @@ def test_sizes_of_the_released_files_are_the_defaults() -> None:
     VARConfig(depth=1, patch_nums=(1, 2), vocab_size=16, code_width=4, num_classes=3),
     VARConfig(depth=3, patch_nums=(2, 3, 5), vocab_size=9, code_width=5, num_classes=1, qk_norm=False),
     VARConfig(depth=2, patch_nums=(1,), vocab_size=16, code_width=4, num_classes=7, norm="shared_adaln", mlp_ratio=2.5),
-    VARConfig(depth=1, patch_nums=(1, 2), vocab_size=16, code_width=4, num_classes=0),
 ], ids=str)
 def test_transformers_of_any_size_and_switch_go_there_and_back(config: VARConfig) -> None:
     var = VAR(config, seed=1)
@@ -217,9 +216,13 @@ def test_half_precision_files_are_read_as_float32() -> None:
     assert var_from_state_dict(weights, (1, 2, 3, 4)).head.weight.dtype == torch.float32
 
 
-def test_a_plain_layer_norm_model_has_no_public_counterpart() -> None:
-    with pytest.raises(ValueError, match="'layer_norm' has no counterpart"):
-        var_to_state_dict(VAR(VARConfig(depth=1, patch_nums=(1, 2), num_classes=3, norm="layer_norm")))
+@pytest.mark.parametrize("change, message", [
+    ({"norm": "layer_norm"}, "'layer_norm' has no counterpart"),
+    ({"num_classes": 0}, "divides by the number of classes"),
+])
+def test_models_that_the_public_code_cannot_build_are_not_written_for_it(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        var_to_state_dict(VAR(VARConfig(**({"depth": 1, "patch_nums": (1, 2), "num_classes": 3} | change))))
 
 
 def damages(name: str, value: Tensor) -> dict[str, dict[str, Tensor]]:

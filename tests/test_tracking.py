@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 import threading
 import time
 from pathlib import Path
@@ -10,8 +12,18 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from training.tracking import MLflowView, Record, RunRecord, TrackingConfig, absolute_uri, flatten_metrics
+from training.tracking import (
+    MLflowView,
+    Record,
+    RunRecord,
+    TrackingConfig,
+    absolute_uri,
+    artifact_folder,
+    flatten_metrics,
+    log_picture,
+)
 
 FAILURE_SECONDS = 30  # far above what refused connections take, far below what a silent retry loop would
 
@@ -176,3 +188,67 @@ def test_what_is_written_while_the_tracker_is_slow_is_sent_before_closing(
     view.record.write([train_record(2)])
     view.close()
     assert sent == [1, 2]
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "figure.png"
+    Image.new("RGB", (4, 4)).save(path)
+    return path
+
+
+def test_a_picture_lies_with_the_mlflow_run_it_belongs_to(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = TrackingConfig(uri="sqlite:///tracker/mlflow.db")
+    view = MLflowView(tmp_path / "run", config, {})
+    view.record.write([train_record(1)])
+    view.notify()
+    view.close()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a command is started must not matter
+    log_picture(tmp_path / "run", picture)
+    [stored] = (tmp_path / "tracker").rglob("pictures/figure.png")
+    assert stored.read_bytes() == picture.read_bytes()
+    assert stored.is_relative_to(tmp_path / "tracker" / "mlflow_artifacts")
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not (tmp_path / "mlruns").exists()
+
+
+def test_only_a_database_file_has_a_folder_of_pictures_beside_it() -> None:
+    assert artifact_folder("sqlite:////data/mlflow.db") == "/data/mlflow_artifacts"
+    assert artifact_folder("http://host:5000") is None
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (None, "has no mlflow.json"),
+        ({"uri": "http://127.0.0.1:9", "run_id": "1"}, "is on disk only"),
+        ({"uri": "sqlite:///TMP/mlflow.db", "run_id": "0" * 32}, "RESOURCE_DOES_NOT_EXIST|not found"),
+        ({"run_id": "1"}, "KeyError"),
+    ],
+)
+def test_a_picture_that_mlflow_does_not_take_costs_one_line(
+    tmp_path: Path,
+    picture: Path,
+    state: dict[str, Any] | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    if state is not None:
+        (tmp_path / "mlflow.json").write_text(json.dumps(state).replace("TMP", str(tmp_path)))
+    log_picture(tmp_path, picture)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlflow: ")]
+    assert re.search(message, line) and str(picture) in line
+
+
+def test_a_machine_without_mlflow_still_draws(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    (tmp_path / "mlflow.json").write_text(json.dumps({"uri": "http://127.0.0.1:9", "run_id": "1"}))
+    log_picture(tmp_path, picture)
+    assert capsys.readouterr().out.count("\n") == 1

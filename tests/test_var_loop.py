@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from itertools import count
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from tiny import VAR_CONFIG, Batch, PlainEngine, code_batch, image_batch, make_tokenizer
 from torch import Tensor
 
-from models.var import VAR
+from models.var import VAR, VARConfig
 from training.distributed import World
 from training.flops import training_flops
 from training.loop import StepContext
@@ -22,10 +23,16 @@ GLOBAL_BATCH = 8
 NULL_CLASS = VAR_CONFIG.null_class
 
 
-def make_stage(*, accumulation: int = 1, label_drop: float = 0.1, validation: list[Batch] | None = None) -> VARStage:
+def make_stage(
+    *,
+    accumulation: int = 1,
+    label_drop: float = 0.1,
+    validation: list[Batch] | None = None,
+    config: VARConfig = VAR_CONFIG,
+) -> VARStage:
     return VARStage(
-        PlainEngine(VAR(VAR_CONFIG, seed=1), accumulation=accumulation),
-        VAR_CONFIG,
+        PlainEngine(VAR(config, seed=1), accumulation=accumulation),
+        config,
         make_tokenizer(),
         label_drop=label_drop,
         global_batch=GLOBAL_BATCH,
@@ -169,6 +176,23 @@ def test_images_are_encoded_on_the_way_to_the_same_step_as_their_codes() -> None
     one.train_step(iter([images]), context())
     other.train_step(iter([codes]), context())
     assert all(torch.equal(a, b) for a, b in zip(weights_of(one), weights_of(other), strict=True))
+
+
+def test_an_unconditional_model_sees_the_null_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(VAR_CONFIG, num_classes=0)
+    seen: list[Tensor] = []
+    original = VAR.forward
+
+    def watch(self: VAR, inputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
+        seen.append(labels)
+        return original(self, inputs, labels, **options)
+
+    monkeypatch.setattr(VAR, "forward", watch)
+    stage = make_stage(config=config, validation=[code_batch(3)])
+    stage.train_step(iter([code_batch(GLOBAL_BATCH)]), context())
+    stage.validate()
+    assert [len(labels) for labels in seen] == [GLOBAL_BATCH, 3]
+    assert all((labels == config.null_class).all() for labels in seen)
 
 
 def test_validation_uses_true_labels_whatever_the_drop_rate(monkeypatch: pytest.MonkeyPatch) -> None:

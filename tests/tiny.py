@@ -17,7 +17,6 @@ from data_pipeline.loader import CodeDataset
 from data_pipeline.shards import Sample, write_shards
 from launchers import encode_codes, pack_images
 from launchers.assembly import (
-    load_tokenizer,
     open_checkpoints,
     open_codes_or_images,
     run_stage,
@@ -25,14 +24,17 @@ from launchers.assembly import (
 )
 from launchers.command_line import Command
 from launchers.config import DataConfig, EncodeConfig, PackConfig, TrainConfig, ViewConfig
+from launchers.loading import initialize, load_tokenizer
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
+from models.reference import tokenizer_to_state_dict, var_to_state_dict
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import TrainState, describe, write_model
+from training.checkpoint import TrainState
 from training.distributed import World
 from training.engine import EngineConfig
 from training.loop import LoopConfig
+from training.model_on_disk import describe, write_model
 from training.tracking import TrackingConfig
 from training.var_loop import VARStage
 
@@ -208,6 +210,14 @@ def make_study(folder: Path) -> Study:
     return found
 
 
+def write_public_files(folder: Path, *, seed: int = 0) -> tuple[str, str]:
+    """A tiny transformer and a tiny tokenizer in the public code's format; their paths."""
+    files = folder / "var_d1.pth", folder / "vae_ch32v16z4.pth"
+    torch.save(var_to_state_dict(VAR(VAR_CONFIG, seed=seed)), files[0])
+    torch.save(tokenizer_to_state_dict(make_tokenizer(seed)), files[1])
+    return str(files[0]), str(files[1])
+
+
 def command(config: Any, **options: Any) -> Command[Any]:
     return Command(config, **({"dry_run": False, "world_size": None} | options))
 
@@ -222,6 +232,8 @@ def train_var(config: TrainConfig) -> tuple[TrainState, VAR]:
     )
     identity = {"tokenizer_sha256": sha256, "data": dataset.index.fingerprint}
     model = VAR(config.model, seed=config.seed)
+    checkpoints = open_checkpoints(config, world, **identity)
+    initialize(model, config, checkpoints)
     stage = VARStage(
         PlainEngine(model, accumulation=config.loop.global_batch // config.engine.micro_batch),
         config.model,
@@ -232,4 +244,4 @@ def train_var(config: TrainConfig) -> tuple[TrainState, VAR]:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    return run_stage(config, stage, dataset, open_checkpoints(config, world, **identity), world), model
+    return run_stage(config, stage, dataset, checkpoints, world), model

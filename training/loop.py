@@ -38,6 +38,7 @@ class LoopConfig:
     validate_every: float = 10.0  # epochs
     checkpoint_every: int = 1000  # steps
     keep_checkpoints: int = 2
+    keep_at: tuple[float, ...] = ()  # shares of the run, in (0, 1], whose checkpoints are saved and never forgotten
     stop_after_steps: int = 0  # 0: run to the end; else leave, with a checkpoint, after this many steps in all
 
     def __post_init__(self) -> None:
@@ -46,9 +47,16 @@ class LoopConfig:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
         if self.stop_after_steps < 0:
             raise ValueError(f"loop.stop_after_steps is {self.stop_after_steps}; it must be 0 (off) or positive")
+        for share in self.keep_at:
+            if not 0 < share <= 1:
+                raise ValueError(f"loop.keep_at has {share}; it holds shares of the run, above 0 and up to 1")
 
     def total_steps(self, num_samples: int) -> int:
         return max(1, math.ceil(self.epochs * num_samples / self.global_batch))
+
+    def kept_steps(self, total_steps: int) -> frozenset[int]:
+        """The steps whose checkpoints are never forgotten."""
+        return frozenset(max(1, round(share * total_steps)) for share in self.keep_at)
 
 
 @dataclass(frozen=True)
@@ -111,18 +119,20 @@ class Loop:
         """Train from `state` to the end. `make_batches(samples_seen)` yields this rank's batches from there on."""
         total = self.config.total_steps(self.num_samples)
         last = min(total, self.config.stop_after_steps or total)
+        kept_steps = self.config.kept_steps(total)
         batches = TimedIterator(make_batches(state.samples_seen))
         self._window_start = time.monotonic()
         while state.step < last:
             self._take_step(state, total, batches)
-            saving = state.step % self.config.checkpoint_every == 0 or state.step == last
+            is_kept = state.step in kept_steps
+            saving = state.step % self.config.checkpoint_every == 0 or state.step == last or is_kept
             validating = self._validation_is_due(state) or state.step == total
             if state.step % self.config.log_every == 0 or saving or validating:
                 self._flush(total, batches.take_waited())
             if validating:
                 self._validate(state)
             if saving:
-                self.checkpoints.save(self.stage.engines, state)
+                self.checkpoints.save(self.stage.engines, state, is_kept=is_kept)
             if validating or saving:
                 self._window_start = time.monotonic()
         return state

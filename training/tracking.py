@@ -26,6 +26,7 @@ SECTIONS = {
     "quality": ("error", "psnr", "squared_error", "codebook_use"),
     "speed": ("images_per_second", "tokens_per_second", "data_wait_share"),
 }
+SQLITE = "sqlite:///"
 NOT_DRAWN = {
     "train": ("step", "time"),
     "validation": ("step", "time", "epoch", "samples_seen", "pflop"),  # the training records have them
@@ -130,19 +131,14 @@ class MLflowView:
             except Exception as error:  # whatever a tracker throws must not reach training: the record is complete
                 failures += 1
                 if failures == 1:
-                    reason = " ".join(str(error).split())[:200]
-                    print(f"mlflow: {type(error).__name__}: {reason}; metrics.jsonl goes on", flush=True)
+                    print(f"mlflow: {_reason(error)}; metrics.jsonl goes on", flush=True)
         if client is not None and not failures:
             client.set_terminated(state["run_id"], self._final_status)
 
     def _connect(self) -> tuple[Any, dict[str, Any]]:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-        from mlflow.tracking import MlflowClient
-
         uri = absolute_uri(self.config.uri)
-        client = MlflowClient(tracking_uri=uri)
-        state = self._read_state()
+        client = _open_client(uri)
+        state = _read_state(self.folder)
         if state is None or state["uri"] != uri or not _knows_run(client, state["run_id"]):
             run = client.create_run(self._experiment_id(client), run_name=self._run_name())
             place = {"uri": uri, "run_id": run.info.run_id, "experiment_id": run.info.experiment_id}
@@ -155,8 +151,11 @@ class MLflowView:
         return client, state
 
     def _experiment_id(self, client: Any) -> str:
-        experiment = client.get_experiment_by_name(self.config.experiment)
-        return experiment.experiment_id if experiment else client.create_experiment(self.config.experiment)
+        name, uri = self.config.experiment, absolute_uri(self.config.uri)
+        experiment = client.get_experiment_by_name(name)
+        if experiment:
+            return experiment.experiment_id
+        return client.create_experiment(name, artifact_location=artifact_folder(uri))
 
     def _run_name(self) -> str:
         return "/".join(self.folder.parts[-2:])
@@ -181,14 +180,44 @@ class MLflowView:
             state[record["kind"]] = record["step"]
         self._write_state(state)
 
-    def _read_state(self) -> dict[str, Any] | None:
-        path = self.folder / "mlflow.json"
-        return json.loads(path.read_text()) if path.exists() else None
-
     def _write_state(self, state: dict[str, Any]) -> None:
         temporary = self.folder / "mlflow.json.tmp"
         temporary.write_text(json.dumps(state))
         os.replace(temporary, self.folder / "mlflow.json")
+
+
+def log_picture(run: str | Path, picture: Path) -> None:
+    """Put a picture on the page of the run's MLflow run, under "pictures"; says in one line if that cannot be.
+
+    The MLflow run is the one that `run`/mlflow.json names. Nothing is raised: the picture itself is on disk.
+    """
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; unlike the curves, a picture is waited for
+    try:
+        state = _read_state(Path(run))
+        if state is None:
+            print(f"mlflow: {run} has no mlflow.json, so {picture} is on disk only", flush=True)
+            return
+        _open_client(state["uri"]).log_artifact(state["run_id"], str(picture), artifact_path="pictures")
+    except Exception as error:  # whatever a tracker throws must not reach the caller: the picture is on disk
+        print(f"mlflow: {_reason(error)}; {picture} is on disk only", flush=True)
+
+
+def _open_client(uri: str) -> Any:
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    from mlflow.tracking import MlflowClient
+
+    return MlflowClient(tracking_uri=uri)
+
+
+def _read_state(folder: Path) -> dict[str, Any] | None:
+    """What mlflow.json of a run folder holds, if there is one."""
+    path = folder / "mlflow.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def without_infinities(record: Record) -> Record:
@@ -232,12 +261,16 @@ def _section(name: str) -> str:
 
 def absolute_uri(uri: str) -> str:
     """sqlite:///relative.db with the path made absolute and its folder made; any other URI as it is."""
-    prefix = "sqlite:///"
-    if not uri.startswith(prefix):
+    if not uri.startswith(SQLITE):
         return uri
-    path = Path(uri.removeprefix(prefix)).absolute()
+    path = Path(uri.removeprefix(SQLITE)).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    return f"{prefix}{path}"
+    return f"{SQLITE}{path}"
+
+
+def artifact_folder(uri: str) -> str | None:
+    """Where pictures go: beside a database file, not where the command was started; None leaves it to a server."""
+    return str(Path(uri.removeprefix(SQLITE)).parent / "mlflow_artifacts") if uri.startswith(SQLITE) else None
 
 
 def wall_time() -> float:

@@ -59,7 +59,7 @@ class VARStage:
             batch = next(batches)
             rows = draws[batch.positions - context.samples_seen].to(self.world.device)  # (B, 1 + 2 depth)
             batch = batch.to(self.world.device)
-            labels = drop_labels(batch.labels, rows[:, 0], self.label_drop, self.config.null_class)
+            labels = drop_labels(self._labels(batch), rows[:, 0], self.label_drop, self.config.null_class)
             residual_scale = stochastic_depth(rows[:, 1:], self.config.drop_path_rate)
             scores = self._scores(batch, labels, residual_scale.to(engine.config.dtype))
             losses.append(scores.loss.detach().mean(0))
@@ -75,6 +75,10 @@ class VARStage:
             inputs = self.tokenizer.teacher_forcing_inputs(codes).to(engine.config.dtype)  # (B, L - p_1^2, C)
         logits = engine(inputs, labels, residual_scale=residual_scale)  # (B, L, V)
         return token_scores(logits, codes, self.scales)
+
+    def _labels(self, batch: Batch) -> Tensor:
+        """The labels (B,) that the model knows: an unconditional one knows the null class alone."""
+        return batch.labels if self.config.is_conditional else torch.full_like(batch.labels, self.config.null_class)
 
     def _summary(self, loss: Tensor, error: Tensor) -> dict[str, Tensor]:
         return {
@@ -96,7 +100,7 @@ class VARStage:
         count = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for batch in self.validation():
             batch = batch.to(self.world.device)
-            scores = self._scores(batch, batch.labels, None)
+            scores = self._scores(batch, self._labels(batch), None)
             weights = batch.weights.double()
             sums += torch.stack([weights @ scores.loss.double(), weights @ scores.error.double()])
             count += weights.sum()

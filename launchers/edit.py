@@ -1,0 +1,194 @@
+"""In-painting, out-painting and class-conditional editing of a picture, without further training (Sec. 6, Fig. 8).
+
+`python launchers/edit.py --run runs/d16 --image photo.jpg --task inpaint --box 60 80 180 200`
+
+The box, or the white part of a mask picture, is what is drawn anew (inpaint, edit) or what stays (outpaint). Both are
+in pixels of the image file, of which the model sees the middle square.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data_pipeline.files import atomic_file  # noqa: E402
+from data_pipeline.images import ImageTransform, decode_image  # noqa: E402
+from launchers.assembly import Models, load_models  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import EditConfig  # noqa: E402
+from launchers.figures import Cell, draw_table  # noqa: E402
+from launchers.loading import refuse_several_ranks  # noqa: E402
+from launchers.pictures import to_uint8  # noqa: E402
+from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels  # noqa: E402
+from models.generation import KnownTokens, generate_scales, known_part  # noqa: E402
+from models.sampling import Sampling  # noqa: E402
+from models.var import VARConfig  # noqa: E402
+from training.engine import PRECISIONS  # noqa: E402
+from training.tracking import log_picture  # noqa: E402
+
+MAX_SHOWN = 4  # results in the panel
+WHITE = 128  # and brighter, of 255, in a mask
+
+
+@dataclass(frozen=True)
+class Square:
+    """The middle square of a picture, in its pixels: what a model sees of it."""
+
+    top: int
+    left: int
+    side: int
+
+    @classmethod
+    def of(cls, image: Image.Image) -> Square:
+        side = min(image.size)
+        return cls((image.height - side) // 2, (image.width - side) // 2, side)
+
+    def shares(self, box: tuple[float, ...]) -> tuple[float, float, float, float]:
+        """A box (y0, x0, y1, x1) in pixels of the picture as shares of the square's sides, cut to the square."""
+        y0, x0, y1, x1 = box
+
+        def share(edge: float) -> float:
+            return min(max(edge / self.side, 0.0), 1.0)
+
+        return share(y0 - self.top), share(x0 - self.left), share(y1 - self.top), share(x1 - self.left)
+
+    def describe(self) -> str:
+        return f"rows {self.top} to {self.top + self.side}, columns {self.left} to {self.left + self.side}"
+
+
+def launch(command: Command[EditConfig]) -> None:
+    config = command.config
+    refuse_several_ranks("edit.py")
+    picture = read_picture(config.image)
+    models = load_models(config.run, config.tokenizer, config.patch_nums)
+    label = wanted_label(config, models.var.config)
+    keep_mask = read_keep_mask(config, picture, models.var.scales.side)
+    out = Path(config.out or default_out(config))
+    say(f"{config.task}: {keep_mask.float().mean():.0%} of {config.image} stays; {config.variants} results in {out}")
+    if command.dry_run:
+        return
+    transform = ImageTransform(models.tokenizer.config.image_size, resize_ratio=1.0)
+    original = transform.center_view(picture)[None]
+    results = draw_results(config, models, original, keep_mask, label)
+    save_results(config, original, models.tokenizer.decode(models.tokenizer.encode(original)), results, keep_mask, out)
+    if config.mlflow:
+        log_picture(config.run, out / "panel.png")
+
+
+def read_picture(path: str) -> Image.Image:
+    """A picture file as RGB, upright. Raises FileNotFoundError, or ValueError if it is none."""
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path}: no such picture; give a JPEG, PNG or WEBP file")
+    try:
+        return decode_image(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; give a JPEG, PNG or WEBP file") from None
+
+
+def wanted_label(config: EditConfig, model: VARConfig) -> int:
+    """The class to draw: the one given, else none. Raises ValueError for one that the model does not have."""
+    if config.label is None:
+        if config.task == "edit":
+            raise ValueError(f"task edit draws a class; add --label with one of 0 to {model.num_classes - 1}")
+        return model.null_class
+    if not 0 <= config.label < model.num_classes:
+        known = f"0 to {model.num_classes - 1}" if model.is_conditional else "no classes: leave label out"
+        raise ValueError(f"label is {config.label}; this model knows {known}")
+    return config.label
+
+
+def read_keep_mask(config: EditConfig, picture: Image.Image, side: int) -> Tensor:
+    """Which tokens of the last scale stay: (side, side) bool.
+
+    Raises ValueError for a box or a mask that leaves nothing to draw, or that has nothing to go on in out-painting.
+    """
+    square = Square.of(picture)
+    chosen = mask_tokens(config.mask, picture, square, side) if config.mask else box_tokens(config.box, square, side)
+    kept = chosen if config.task == "outpaint" else ~chosen
+    if kept.all() or (config.task == "outpaint" and not kept.any()):
+        share = "all" if kept.all() else "none"
+        raise ValueError(f"{share} of {config.image} would stay; change the box or mask, in {square.describe()}")
+    return kept
+
+
+def box_tokens(box: tuple[float, ...], square: Square, side: int) -> Tensor:
+    try:
+        return box_in_tokens(square.shares(box), side)
+    except ValueError:
+        edges = " ".join(f"{edge:g}" for edge in box)
+        raise ValueError(
+            f"box {edges} holds no token of the picture; give Y0 X0 Y1 X1 in pixels within {square.describe()}, "
+            f"{square.side / side:.0f} or more to a side"
+        ) from None
+
+
+def mask_tokens(path: str, picture: Image.Image, square: Square, side: int) -> Tensor:
+    mask = read_picture(path)
+    if mask.size != picture.size:
+        sizes = f"{mask.width} x {mask.height} pixels, the image {picture.width} x {picture.height}"
+        raise ValueError(f"{path}: has {sizes}; make the mask as large as its image")
+    is_white = torch.from_numpy(np.asarray(mask.convert("L")) >= WHITE)
+    rows = slice(square.top, square.top + square.side)
+    columns = slice(square.left, square.left + square.side)
+    return area_in_tokens(is_white[rows, columns], side)
+
+
+def default_out(config: EditConfig) -> Path:
+    """RUN/edits/IMAGE-TASK, or edits/NAME/IMAGE-TASK for a file NAME.pth."""
+    run = Path(config.run)
+    return (Path("edits") / run.stem if run.is_file() else run / "edits") / f"{Path(config.image).stem}-{config.task}"
+
+
+def draw_results(config: EditConfig, models: Models, original: Tensor, keep_mask: Tensor, label: int) -> Tensor:
+    """`variants` results, each with a seed of its own: (N, 3, H, W) in [-1, 1]."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    var, tokenizer = models.var.to(device, PRECISIONS[config.precision]), models.tokenizer.to(device)
+    known = known_part(tokenizer, original.to(device), keep_mask, keep_coarsest=config.keep_coarsest)
+    sampling = Sampling(cfg=config.cfg, top_k=config.top_k, top_p=config.top_p, smooth=config.smooth)
+    results = []
+    for seeds in torch.arange(config.seed, config.seed + config.variants).split(config.batch):
+        number = len(seeds)
+        labels = torch.full((number,), label, device=device)
+        repeated = KnownTokens(known.codes.expand(number, -1), known.mask.expand(number, -1))
+        drawn = generate_scales(var, tokenizer, labels, sampling, seeds=seeds, known=repeated)
+        results.append(tokenizer.decode_features(drawn.f_hat).cpu())
+    models.tokenizer.cpu()
+    if not config.keep_pixels:
+        return torch.cat(results)
+    kept = tokens_to_pixels(keep_mask, original.shape[-1])
+    return paste_kept_pixels(original, torch.cat(results), kept, feather=config.feather)
+
+
+def save_results(
+    config: EditConfig, original: Tensor, reconstruction: Tensor, results: Tensor, keep_mask: Tensor, out: Path
+) -> None:
+    """One PNG per result, and panel.png: original, what stays, what the codes keep of it, the first results."""
+    out.mkdir(parents=True, exist_ok=True)
+    pictures = to_uint8(results)
+    for seed, picture in enumerate(pictures, start=config.seed):
+        with atomic_file(out / f"seed-{seed:05d}.png") as file:
+            Image.fromarray(picture).save(file, format="PNG")
+    kept = tokens_to_pixels(keep_mask, original.shape[-1])
+    stays = torch.where(kept, original, torch.zeros_like(original))
+    shown = {"original": original, "what stays": stays, "reconstruction": reconstruction}
+    cells = [Cell(to_uint8(image)[0], "") for image in shown.values()]
+    cells += [Cell(picture, "") for picture in pictures[:MAX_SHOWN]]
+    columns = [*shown, *(f"seed {config.seed + i}" for i in range(len(cells) - len(shown)))]
+    draw_table(out / "panel.png", [cells], rows=[config.task], columns=columns)
+    say(f"wrote {len(pictures)} results and panel.png to {out}")
+
+
+def main() -> None:
+    run_launcher(EditConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""A run's newest weights, with its tokenizer and a model card, to a folder to hand on.
+
+`python launchers/export_weights.py --run runs/d16 --out exports/d16 --format safetensors` for this project, or
+`--format reference` for the public VAR code.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data_pipeline.files import atomic_folder, refuse_occupied  # noqa: E402
+from launchers.assembly import load_models  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import ExportConfig  # noqa: E402
+from launchers.loading import checkpoint_of, load_tokenizer, refuse_several_ranks, run_of, tokenizer_of  # noqa: E402
+from launchers.model_cards import (  # noqa: E402
+    describe_sizes,
+    how_to_use_here,
+    how_to_use_in_public_code,
+    model_card,
+)
+from models.reference import check_public, tokenizer_to_state_dict, var_to_state_dict  # noqa: E402
+from models.var import VAR  # noqa: E402
+from models.vqvae import VQVAE  # noqa: E402
+from training.checkpoint import read_manifest  # noqa: E402
+from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json, write_model  # noqa: E402
+from training.tracking import RunRecord  # noqa: E402
+
+POSITION = ("step", "time", "epoch", "samples_seen", "pflop")  # of a validation record; the rest is what was measured
+
+
+def launch(command: Command[ExportConfig]) -> None:
+    config, out = command.config, Path(command.config.out)
+    refuse_several_ranks("export_weights.py")
+    refuse_occupied(out)
+    var, tokenizer = load(config)
+    if config.format == "reference" and var:
+        check_public(var.config)
+    for name, size in describe_sizes(var, tokenizer).items():
+        say(f"{name:<20}{size}")
+    files = {"VQVAE": f"tokenizer/{public_name(tokenizer)}"} | ({"VAR": public_name(var)} if var else {})
+    if command.dry_run:
+        say(f"would write {', '.join(files.values()) if config.format == 'reference' else WEIGHTS} to {out}")
+        return
+    with atomic_folder(out) as folder:
+        if config.format == "reference":
+            for model in filter(None, (var, tokenizer)):
+                write_public(folder / files[kind_of(model)], model)
+            usage = how_to_use_in_public_code(var, tokenizer, files)
+        else:
+            write_ours(folder, var, tokenizer, config)
+            usage = how_to_use_here(out, var, tokenizer)
+        origin = provenance(config.run, "VAR" if var else "VQVAE")
+        (folder / "README.md").write_text(model_card(out.name, var, tokenizer, origin=origin, usage=usage))
+    say(f"wrote {out}")
+
+
+def load(config: ExportConfig) -> tuple[VAR | None, VQVAE]:
+    """The models of a transformer's run, or of a tokenizer's, which has no transformer."""
+    kinds = [model.kind for model in ModelOnDisk.all_at(Path(config.run))]
+    if "VAR" in kinds or not kinds:
+        ModelOnDisk.find(config.run, "VAR")  # of a folder: a public file is refused, and what is not there named
+        models = load_models(config.run, config.tokenizer)
+        return models.var, models.tokenizer
+    if config.tokenizer:
+        raise ValueError(f"tokenizer is {config.tokenizer}; {config.run} is a tokenizer itself: leave it out")
+    return None, load_tokenizer(config.run)[0]
+
+
+def kind_of(model: VAR | VQVAE) -> str:
+    return describe(model.config)["kind"]
+
+
+def public_name(model: VAR | VQVAE) -> str:
+    """The name that the public code gives to a file of such a model."""
+    if isinstance(model, VAR):
+        return f"var_d{model.config.depth}.pth"
+    size = model.config.quantizer
+    return f"vae_ch{model.config.autoencoder.width}v{size.vocab_size}z{size.code_width}.pth"
+
+
+def write_public(file: Path, model: VAR | VQVAE) -> None:
+    """A flat state dict with the public names, and its config beside it."""
+    file.parent.mkdir(exist_ok=True)
+    entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
+    torch.save({name: alone(value) for name, value in entries.items()}, file)
+    write_json(file.parent / CONFIG, describe(model.config))
+
+
+def alone(value: Tensor) -> Tensor:
+    """A tensor in a storage of its own: torch.save would write all of a larger one."""
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
+
+
+def write_ours(folder: Path, var: VAR | None, tokenizer: VQVAE, config: ExportConfig) -> None:
+    """Byte for byte what training wrote, where it did: the identity of a tokenizer, which codes carry, is its bytes."""
+    if var:
+        copy_model(ModelOnDisk.find(config.run, "VAR"), folder)
+    source = config.tokenizer or (tokenizer_of(config.run) if var else config.run)
+    if Path(source).is_file():
+        write_model(folder / "tokenizer", tokenizer.state_dict(), describe(tokenizer.config))
+    else:
+        copy_model(ModelOnDisk.find(source, "VQVAE"), folder / "tokenizer")
+
+
+def copy_model(model: ModelOnDisk, folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for name in (CONFIG, WEIGHTS):
+        shutil.copyfile(model.folder / name, folder / name)
+
+
+def provenance(run: str, kind: str) -> list[str]:
+    """What the run's own files say about its weights, as sentences."""
+    checkpoint = checkpoint_of(ModelOnDisk.find(run, kind))
+    if checkpoint is None:
+        return [f"Exported from `{Path(run).name}`, a folder of weights without the record of a training run."]
+    state = read_manifest(checkpoint)
+    seen = f"{state['step']:,} steps, {state['samples_seen']:,} samples seen"
+    sentences = [f"Trained in the run `{run_of(checkpoint).name}`: {seen}."]
+    record = last_validation(run_of(checkpoint), state["step"])
+    if record is None:
+        return [*sentences, "The run recorded no validation up to these weights."]
+    numbers = ", ".join(f"{name} {value:.4g}" for name, value in record.items() if is_measurement(name, value))
+    return [*sentences, f"Last validation, at step {record['step']:,}: {numbers}."]
+
+
+def last_validation(run: Path, step: int) -> dict[str, object] | None:
+    """The newest validation record up to `step`."""
+    records = RunRecord(run).read()
+    found = [record for record in records if record["kind"] == "validation" and record["step"] <= step]
+    return found[-1] if found else None
+
+
+def is_measurement(name: str, value: object) -> bool:
+    return name not in POSITION and isinstance(value, (int, float))
+
+
+def main() -> None:
+    run_launcher(ExportConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

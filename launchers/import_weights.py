@@ -1,0 +1,62 @@
+"""Public .pth files to a folder that every launcher takes: weights, sizes and a model card.
+
+`python launchers/import_weights.py --tokenizer vae_ch160v4096z32.pth --var var_d16.pth --out imports/d16`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_pipeline.files import atomic_folder, refuse_occupied  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import ImportConfig  # noqa: E402
+from launchers.loading import public_tokenizer, public_var, refuse_several_ranks  # noqa: E402
+from launchers.model_cards import describe_sizes, how_to_use_here, model_card  # noqa: E402
+from models.generation import check_configs_agree  # noqa: E402
+from models.scales import PATCH_NUMS_256  # noqa: E402
+from training.model_on_disk import describe, write_model  # noqa: E402
+
+
+def launch(command: Command[ImportConfig]) -> None:
+    config, out = command.config, Path(command.config.out)
+    refuse_several_ranks("import_weights.py")
+    refuse_occupied(out)
+    var = public_var(config.var, config.patch_nums) if config.var else None
+    patch_nums = var.config.patch_nums if var else config.patch_nums or PATCH_NUMS_256
+    tokenizer = public_tokenizer(config.tokenizer, patch_nums) if config.tokenizer else None
+    if var and tokenizer:
+        check_configs_agree(var.config, tokenizer.config)
+    for name, size in describe_sizes(var, tokenizer).items():
+        say(f"{name:<20}{size}")
+    if not (var or config.patch_nums):
+        say("the schedule is that of 256 px, which a tokenizer's file does not tell; --patch-nums gives another")
+    if command.dry_run:
+        say(f"would write {out}")
+        return
+    files = [f"`{Path(path).name}`" for path in (config.var, config.tokenizer) if path]
+    with atomic_folder(out) as folder:
+        if var:
+            write_model(folder, var.state_dict(), describe(var.config))
+        if tokenizer:
+            write_model(folder / "tokenizer", tokenizer.state_dict(), describe(tokenizer.config))
+        card = model_card(out.name, var, tokenizer, origin=origin(files), usage=how_to_use_here(out, var, tokenizer))
+        (folder / "README.md").write_text(card)
+    say(f"wrote {out}")
+
+
+def origin(files: list[str]) -> list[str]:
+    return [
+        f"Imported from {' and '.join(files)}, in the format of the public VAR code.",
+        "How the weights were trained is not in the files.",
+    ]
+
+
+def main() -> None:
+    run_launcher(ImportConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

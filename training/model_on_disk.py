@@ -1,0 +1,236 @@
+"""Models on disk: how a trained or imported model lies in a folder and is found, and files of weights from elsewhere.
+
+A model's folder holds `config.json` and `model.safetensors`. The folder of a transformer may have its tokenizer in
+`tokenizer/`, another such folder, and a folder may hold that sub-folder alone. The weights of a checkpoint are such a
+folder too. What a config means is the launchers' business: here it is plain data that names its kind.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save, save_file
+from torch import Tensor, nn
+
+CONFIG, WEIGHTS = "config.json", "model.safetensors"
+NAMES = {"VAR": "transformer", "VQVAE": "tokenizer"}  # of the kinds, for people
+PUBLIC_TRAINER_KEYS = {"VAR": "var_wo_ddp", "VQVAE": "vae_local"}  # where the public trainer's checkpoints have them
+
+
+def write_model(folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
+    """Write a model on disk: config.json and model.safetensors. Equal models give equal bytes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, config)
+    save_file(_contiguous(weights), folder / WEIGHTS)
+    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read what it writes
+
+
+def model_sha256(weights: Mapping[str, Tensor], config: dict[str, Any]) -> str:
+    """The `ModelOnDisk.sha256` that the model would have if it were written."""
+    return _joint_sha256(_json_bytes(config), save(_contiguous(weights)))
+
+
+@dataclass(frozen=True)
+class ModelOnDisk:
+    """A model's folder, found from a run folder, a checkpoint, the folder itself, or that of its transformer."""
+
+    folder: Path
+
+    @classmethod
+    def find(cls, path: str | Path, kind: str) -> ModelOnDisk:
+        """The model of a kind, "VAR" or "VQVAE", in a run folder (its newest checkpoint), a checkpoint or a folder.
+
+        Raises:
+            FileNotFoundError: there is no model at `path`.
+            ValueError: there is one of the other kind only, or `path` is a file.
+        """
+        path = Path(path)
+        if path.is_file():
+            raise ValueError(
+                f"{path}: is a file, a folder with a {NAMES[kind]} is needed; make one of a public checkpoint with "
+                f"launchers/import_weights.py --{'var' if kind == 'VAR' else 'tokenizer'} {path} --out DIR --patch-nums"
+            )
+        found = cls.all_at(path)
+        for model in found:
+            if model.kind == kind:
+                return model
+        if found:
+            raise ValueError(f"{found[0].folder}: holds a {found[0].kind}, a {kind} is needed; check the path")
+        raise FileNotFoundError(
+            f"{path}: no model there; give a run folder that has a checkpoint, or a folder with {CONFIG} and {WEIGHTS}"
+        )
+
+    @classmethod
+    def all_at(cls, path: Path) -> list[ModelOnDisk]:
+        """The models to which a path leads, the likeliest first."""
+        newest = latest_checkpoint(path / "checkpoints")
+        candidates = [path, path / "weights", *([newest / "weights"] if newest else []), path / "tokenizer"]
+        return [cls(folder) for folder in candidates if cls(folder).is_whole]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether both files are there."""
+        return (self.folder / CONFIG).is_file() and (self.folder / WEIGHTS).is_file()
+
+    @property
+    def kind(self) -> str:
+        """The class that was written, such as "VAR"; ValueError if config.json cannot be read."""
+        return str(self._read_config().get("kind"))
+
+    def config(self) -> dict[str, Any]:
+        """The model's config as plain data, without its kind."""
+        return {name: value for name, value in self._read_config().items() if name != "kind"}
+
+    def _read_config(self) -> dict[str, Any]:
+        try:
+            config = json.loads((self.folder / CONFIG).read_text())
+        except ValueError as error:
+            raise ValueError(f"{self.folder}/{CONFIG} is not valid JSON ({error}); export the model again") from None
+        if not isinstance(config, dict):
+            raise ValueError(f"{self.folder}/{CONFIG} holds a {type(config).__name__}, not settings; export it again")
+        return config
+
+    def fill(self, model: nn.Module) -> nn.Module:
+        """Put the weights into `model`, which may be on the meta device, and return it in eval mode, frozen."""
+        self._load_into(model, assign=True)
+        return model.eval().requires_grad_(False)
+
+    def copy_into(self, model: nn.Module) -> None:
+        """Copy the weights into a model that is about to be trained."""
+        self._load_into(model, assign=False)
+
+    def _load_into(self, model: nn.Module, *, assign: bool) -> None:
+        file = self.folder / WEIGHTS
+        try:
+            model.load_state_dict(load_file(file), assign=assign)
+        except (SafetensorError, RuntimeError) as error:
+            raise ValueError(f"{file}: cannot be loaded ({_first_line(error)}); export it again") from None
+
+    def sha256(self) -> str:
+        """The identity of config and weights together; code shards carry it for their tokenizer."""
+        digests = file_sha256(self.folder / CONFIG), file_sha256(self.folder / WEIGHTS)
+        return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def read_weights(path: str | Path, kind: str = "") -> dict[str, Tensor]:
+    """The state dict in a .pth, .pt or .safetensors file, on the CPU; nothing else in it is ever run.
+
+    kind: "VAR" or "VQVAE", which to take from a checkpoint of the public trainer, which holds both.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: damaged, holds more than tensors, or is no flat state dict.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; weights come as a .pth, .pt or .safetensors file")
+    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
+    if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
+        content = _from_trainer(path, content["trainer"], kind)
+    return _flat_tensors(path, content)
+
+
+def _load_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: cannot be read ({_first_line(error)}); get or export it again") from None
+
+
+def _load_pickle(path: Path) -> Any:
+    # Only the zip format, torch's own since 1.6, can be mapped; the older one is read whole.
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError:
+        raise ValueError(
+            f"{path}: refused: damaged, or it holds pickled objects, which could run code when loaded; get it again, "
+            "or save a plain state dict of tensors where you trust the file"
+        ) from None
+    except Exception as error:  # the unpickler follows damaged bytes as far as they lead: no list of errors is whole
+        raise ValueError(f"{path}: cannot be read as a torch checkpoint ({_first_line(error)}); get it again") from None
+
+
+def _from_trainer(path: Path, trainer: dict[str, Any], kind: str) -> Any:
+    wanted = PUBLIC_TRAINER_KEYS.get(kind)
+    if wanted not in trainer:
+        held = ", ".join(str(name) for name in trainer)
+        raise ValueError(f"{path}: a trainer's checkpoint with {held}; it has no {wanted or 'single model'} to take")
+    return trainer[wanted]
+
+
+def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
+    if not isinstance(content, dict) or not content:
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of names and tensors")
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; expected a flat state dict: save "
+                "the one inside by itself"
+            )
+    return {name: value.detach() for name, value in content.items()}
+
+
+def describe(config: Any) -> dict[str, Any]:
+    """A model's config dataclass as plain data, with the kind of model: VARConfig becomes {"kind": "VAR", ...}."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return {"kind": type(config).__name__.removesuffix("Config"), **plain}
+
+
+def committed_checkpoints(root: Path) -> list[Path]:
+    """All committed checkpoints under `root`, oldest first."""
+    return sorted(path.parent for path in root.glob("step-*/manifest.json"))
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """The newest committed checkpoint under `root`, or None."""
+    found = committed_checkpoints(root)
+    return found[-1] if found else None
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, as 64 hex digits."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain data as JSON and force it to disk."""
+    path.write_bytes(_json_bytes(value))
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
+    """Force a file, or the names in a folder, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _json_bytes(value: Any) -> bytes:
+    return (json.dumps(value, indent=1) + "\n").encode()
+
+
+def _joint_sha256(*contents: bytes) -> str:
+    digests = (hashlib.sha256(content).hexdigest() for content in contents)
+    return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in weights.items()}
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
