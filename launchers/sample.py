@@ -48,7 +48,7 @@ def launch(command: Command[SampleConfig]) -> None:
     files = open_files(folder, plan, format=config.format)
     pending = claim(folder, settings, files, world)
     speak = say if world.is_rank_zero else say_nothing
-    if files.is_finished():
+    if not pending and files.is_finished():
         speak(f"{folder} has all {plan.num_images:,} images; nothing to do")
     else:
         var, tokenizer = models.var.to(world.device, PRECISIONS[config.precision]), models.tokenizer.to(world.device)
@@ -120,9 +120,10 @@ def claim(folder: Path, settings: dict[str, Any], files: SampleFiles, world: Wor
 def finish(folder: Path, files: SampleFiles, plan: SamplePlan, config: SampleConfig) -> None:
     """Once all images are there: the grid, which MLflow gets too, and the files' last form."""
     picture = draw_grid(files, plan, folder)
+    place = files.commit()
+    say(f"{plan.num_images:,} images in {place}, some of them in {picture}")
     if config.mlflow:
         log_picture(config.run, picture)
-    say(f"{plan.num_images:,} images in {files.commit()}, some of them in {picture}")
 
 
 def main() -> None:

@@ -183,7 +183,7 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
     record = folder / RECORD
     settings = json.loads(json.dumps(settings))
     if any(next(folder.glob(pattern), None) for pattern in IMAGES):
-        _refuse_other_settings(folder, json.loads(record.read_text()) if record.is_file() else {}, settings)
+        _refuse_other_settings(folder, _read_record(record), settings)
     else:
         folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(record) as file:
@@ -193,6 +193,13 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
             leftover.unlink()
     if (folder / NPZ).is_file():
         shutil.rmtree(folder / PARTS, ignore_errors=True)
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error}); remove {path.parent} and sample again") from None
 
 
 def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:

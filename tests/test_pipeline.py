@@ -6,6 +6,9 @@ Then what a user can get wrong: each is one line on stderr and a non-zero exit c
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import io
 import json
 import os
 import shutil
@@ -23,6 +26,7 @@ import torch
 from PIL import Image
 from tiny import VAR_CONFIG, write_public_files
 
+from launchers.loading import load_tokenizer
 from models.var import VAR
 from training.model_on_disk import describe, write_model
 
@@ -59,16 +63,34 @@ class Project:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    def fail(self, name: str, *arguments: str, env: dict[str, str] | None = None) -> str:
-        """Run a command that must end with one line on stderr; that line."""
+    def fail(self, name: str, *arguments: str) -> str:
+        """Run a command that must end with exit code 64 and one line on stderr; that line.
+
+        In this process: what is wrong is found before anything starts, and starting Python takes longer than that.
+        """
+        main = importlib.import_module(f"launchers.{name}").main
+        said = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left:
+            patch.chdir(self.folder)
+            patch.setattr(sys, "argv", [f"{name}.py", *arguments])
+            main()
+        assert left.value.code == 64, (left.value.code, said.getvalue()[-2000:])
+        return single_error(said.getvalue())
+
+    def fail_as_rank(self, name: str, *arguments: str, env: dict[str, str]) -> str:
+        """The same in a process of its own, with an environment of its own."""
         done = self.run(name, *arguments, env=env)
         assert done.returncode == 64, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr[-2000:]
-        return lines[0]
+        return single_error(done.stderr)
 
     def records(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+def single_error(stderr: str) -> str:
+    lines = [line for line in stderr.splitlines() if line.strip()]
+    assert len(lines) == 1 and lines[0].startswith("error: "), stderr[-2000:]
+    return lines[0]
 
 
 def train_arguments(run: str, *more: str) -> list[str]:
@@ -271,7 +293,7 @@ class TestBadInput:
 
     def test_batch_not_divisible_by_the_world(self, project: Project) -> None:
         world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        line = project.fail("train", *train_arguments("runs/x"), env=world)
+        line = project.fail_as_rank("train", *train_arguments("runs/x"), env=world)
         assert "global_batch 64 is not divisible by the world size 3" in line
 
     def test_another_number_of_classes(self, project: Project) -> None:
@@ -283,7 +305,9 @@ class TestBadInput:
         assert "seed is 0, this run has 9" in line
 
     def test_another_tokenizer_to_sample_with(self, trained: Project) -> None:
-        trained.succeed("train_tokenizer", *TOKENIZER, "run=runs/other", "seed=1", "tracking.mlflow=false")
+        other, _ = load_tokenizer(str(trained.folder / "runs/digits/tokenizer"))
+        other.quantizer.codebook += 1
+        write_model(trained.folder / "runs/other", other.state_dict(), describe(other.config))
         assert "was trained with tokenizer" in trained.fail("sample", "run=runs/whole", "tokenizer=runs/other")
 
     def test_checkpoint_of_another_model(self, trained: Project) -> None:

@@ -11,7 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, command, make_tokenizer, train_var
+from tiny import (
+    PATCH_NUMS,
+    VAR_CONFIG,
+    VQVAE_CONFIG,
+    Study,
+    command,
+    make_tokenizer,
+    train_var,
+    write_public_files,
+)
 
 from launchers import sample
 from launchers.config import SampleConfig
@@ -176,6 +185,13 @@ def test_a_dry_run_writes_nothing(run: str, tmp_path: Path, capsys: pytest.Captu
     sample.launch(replace(command(config), dry_run=True))
     assert f"would draw 9 images into {tmp_path / 'out'}, in 3 batches of 4" in capsys.readouterr().out
     assert not (tmp_path / "out").exists()
+
+
+def test_a_public_checkpoint_is_sampled_as_the_model_that_it_is(tmp_path: Path) -> None:
+    var, tokenizer = write_public_files(tmp_path)
+    launch(var, tmp_path / "public", tokenizer=tokenizer, patch_nums=PATCH_NUMS)
+    launch(write_pair(tmp_path / "model", VAR_CONFIG), tmp_path / "ours")
+    assert contents(tmp_path / "public" / "png") == contents(tmp_path / "ours" / "png")
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])

@@ -165,6 +165,14 @@ def test_images_that_nobody_described_are_left_alone(tmp_path: Path) -> None:
         claim_folder(tmp_path, SETTINGS)
 
 
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
+    claim_folder(tmp_path, SETTINGS)
+    write(PngFiles(tmp_path, PLAN), 0)
+    (tmp_path / "samples.json").write_text("{")
+    with pytest.raises(ValueError, match="samples.json: not valid JSON"):
+        claim_folder(tmp_path, SETTINGS)
+
+
 def test_a_grid_has_a_class_per_row_and_a_single_class_a_square() -> None:
     images, columns = grid_layout(SamplePlan(classes=(4, 5), per_class=30, batch=50), image_side=16)
     assert columns == 20 and images.tolist() == [*range(20), *range(30, 50)]

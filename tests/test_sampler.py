@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from typing import Any
@@ -44,15 +45,32 @@ def test_an_image_depends_on_its_class_and_number_alone() -> None:
     assert np.array_equal(few, draw(make_sampler())[[40, 41, 42, 20, 21, 22]])
 
 
-def test_images_do_not_depend_on_the_threads_of_a_rank() -> None:
-    """Two ranks share the cores that one rank has for itself, and products split over threads are rounded otherwise."""
-    images = draw(make_sampler())
+@pytest.fixture
+def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
-    try:
-        assert np.array_equal(images, draw(make_sampler()))
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+def test_images_do_not_depend_on_the_threads_of_a_rank(request: pytest.FixtureRequest) -> None:
+    """Two ranks share the cores that one rank has for itself."""
+    images = draw(make_sampler())
+    request.getfixturevalue("two_threads")
+    assert np.array_equal(images, draw(make_sampler()))
+
+
+@pytest.mark.parametrize("number", [1, 4, 9])
+def test_every_part_is_decoded_in_one_size_and_by_one_thread(two_threads: None, number: int) -> None:
+    """Convolutions of another batch, or split over threads, are rounded otherwise, and a pixel may tip over."""
+    seen = set()
+
+    def watch(images: torch.Tensor) -> torch.Tensor:
+        seen.add((len(images), torch.get_num_threads()))
+        return images
+
+    levels = torch.arange(number)[:, None, None, None].expand(number, 3, 2, 2) / 127.5 - 1
+    assert decode_in_parts(watch, levels)[:, 0, 0, 0].tolist() == list(range(number))
+    assert seen == {(DECODED_TOGETHER, 1)} and torch.get_num_threads() == 2
 
 
 def test_another_seed_gives_other_images_and_few_are_alike() -> None:
