@@ -12,7 +12,8 @@ import pytest
 import torch
 from distributed_worker import TOKENIZER, TRANSFORMER
 
-from models.generation import generate
+from models.generation import generate, generate_scales, known_part
+from models.sampling import Sampling, gumbel_noise
 from models.var import VAR
 from training.tokenizer_loop import build_tokenizer
 
@@ -39,6 +40,26 @@ def test_sampling_runs_on_a_gpu() -> None:
     codes = generate(var, tokenizer, torch.arange(4).cuda(), cfg=1.5, top_k=0, top_p=0.9, seeds=[0, 1, 2, 3])
     assert codes.is_cuda and codes.shape == (4, TRANSFORMER.scales.num_tokens)
     assert tokenizer.decode(codes).isfinite().all()
+
+
+def test_noise_is_the_same_on_both_devices() -> None:
+    seeds = torch.tensor([0, 7, 2**62])
+    on_cpu, on_gpu = (gumbel_noise(seeds.to(device), slice(5, 9), 64).cpu() for device in ("cpu", "cuda"))
+    torch.testing.assert_close(on_gpu, on_cpu, rtol=1e-6, atol=1e-6)  # the bits are equal, the logarithms nearly
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("smooth", [False, True])
+def test_editing_on_a_gpu_keeps_what_is_known_in_every_precision(dtype: torch.dtype, smooth: bool) -> None:
+    var, tokenizer = VAR(TRANSFORMER, seed=0).cuda().eval().to(dtype), build_tokenizer(TOKENIZER, seed=0).cuda().eval()
+    side = tokenizer.config.image_size
+    images = torch.rand(4, 3, side, side, generator=torch.Generator().manual_seed(0)).cuda() * 2 - 1
+    keep_mask = torch.arange(tokenizer.scales.side).expand(tokenizer.scales.side, -1) < tokenizer.scales.side / 2
+    known = known_part(tokenizer, images, keep_mask, keep_coarsest=True)
+    labels, sampling = torch.arange(4).cuda(), Sampling(cfg=3.0, smooth=smooth)
+    drawn = generate_scales(var, tokenizer, labels, sampling, seeds=range(4), known=known)
+    assert torch.equal(drawn.codes[known.mask], known.codes[known.mask])
+    assert tokenizer.decode_features(drawn.f_hat).isfinite().all()
 
 
 def test_every_stage_and_precision_of_the_two_rank_test_trains_on_one_gpu(tmp_path: Path) -> None:
