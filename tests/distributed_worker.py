@@ -36,9 +36,10 @@ PATCH_NUMS = (1, 2, 4)
 TOKENIZER = VQVAEConfig(
     PATCH_NUMS,
     AutoencoderConfig(width=32, multipliers=(1, 1), num_res_blocks=1, code_width=8),
-    QuantizerConfig(vocab_size=16, code_width=8, num_phi=0),
+    QuantizerConfig(vocab_size=17, code_width=8, num_phi=0),
 )
-TRANSFORMER = VARConfig(depth=2, patch_nums=PATCH_NUMS, vocab_size=16, code_width=8, num_classes=4, init_gamma=0.5)
+# 17: parameters whose elements two ranks cannot share evenly
+TRANSFORMER = VARConfig(depth=2, patch_nums=PATCH_NUMS, vocab_size=17, code_width=8, num_classes=4, init_gamma=0.5)
 OPTIMIZER = OptimizerConfig(base_lr=1e-3 * 256 / 16)
 GLOBAL_BATCH, NUM_SAMPLES = 16, 22
 

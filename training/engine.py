@@ -21,7 +21,8 @@ from training.distributed import World
 from training.optim import set_schedule
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-LEAF_CLASSES = ("models.transformer.AdaLNBlock",)  # gathered whole under ZeRO-3: one collective per transformer block
+# gathered whole under ZeRO-3: one collective per transformer block
+LEAF_CLASSES = ("models.transformer.AdaLNBlock", "models.transformer.LayerNormBlock")
 
 
 @dataclass(frozen=True)
@@ -224,11 +225,28 @@ class Engine:
 
     def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite one parameter whole, its master copy too; `value` must be the same on all ranks."""
+        if hasattr(parameter, "ds_id"):
+            self._set_partition(parameter, value)
+            return
         if self._has_master_copy(parameter):
             from deepspeed.utils import safe_set_full_fp32_param
 
             safe_set_full_fp32_param(parameter, value)
-        if not hasattr(parameter, "ds_id"):
+        parameter.data.copy_(value)
+
+    def _set_partition(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """Overwrite this rank's part of a parameter under ZeRO-3, and the whole where it is kept whole.
+
+        DeepSpeed's own setter fails where the number of elements is no multiple of the world size.
+        """
+        from deepspeed.utils import safe_set_local_fp32_param
+
+        length = parameter.ds_tensor.numel()  # of every rank's part; the last one ends in padding
+        padded = torch.nn.functional.pad(value.flatten(), (0, length * self.world.world_size - value.numel()))
+        part = padded.narrow(0, length * self.world.rank, length)
+        safe_set_local_fp32_param(parameter, part)
+        parameter.ds_tensor.data.copy_(part)
+        if parameter.numel() == value.numel():  # small enough to stay whole on every rank
             parameter.data.copy_(value)
 
     @staticmethod
