@@ -43,7 +43,8 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.absolute()  # "." has no name
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
     try:
         temporary.mkdir()
         yield temporary

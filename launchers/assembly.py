@@ -1,4 +1,4 @@
-"""The objects that more than one launcher puts together: tokenizers, datasets, the run folder."""
+"""The objects that more than one launcher puts together: a pair of models, datasets, the run folder."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from launchers.command_line import say, say_nothing
 from launchers.config import RunConfig, TokenizerConfig, TrainConfig, ViewConfig
 from launchers.config_files import to_yaml
 from launchers.loading import (
-    initial_sha256,
     load_tokenizer,
     load_var,
     public_tokenizer,
@@ -142,7 +141,7 @@ def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **iden
     """
     accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
     if config.init_from:  # a run that no longer names its first weights, which may be gone, still goes on
-        identity["init_from_sha256"] = initial_sha256(config)
+        identity["init_from"] = config.init_from
     checkpoints = Checkpoints(
         Path(config.run) / "checkpoints",
         keep=config.loop.keep_checkpoints,

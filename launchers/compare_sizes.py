@@ -24,6 +24,7 @@ from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import CompareSizesConfig, TrainConfig  # noqa: E402
 from launchers.config_files import load_config  # noqa: E402
 from launchers.figures import Cell, draw_table  # noqa: E402
+from launchers.loading import refuse_several_ranks  # noqa: E402
 from launchers.pictures import tile  # noqa: E402
 from launchers.sample_plan import MAX_CLASSES, plan_samples  # noqa: E402
 from launchers.sampler import decode_in_parts  # noqa: E402
@@ -31,6 +32,7 @@ from models.generation import KnownTokens, generate_scales  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.checkpoint import read_manifest  # noqa: E402
+from training.distributed import World  # noqa: E402
 from training.model_on_disk import ModelOnDisk, committed_checkpoints  # noqa: E402
 from training.tracking import RunRecord, log_picture  # noqa: E402
 
@@ -47,18 +49,19 @@ class Snapshot:
 
 def launch(command: Command[CompareSizesConfig]) -> None:
     config = command.config
+    refuse_several_ranks("compare_sizes.py")
     snapshots = [[find_snapshot(Path(run), stage, config.tolerance) for stage in config.stages] for run in config.runs]
     if command.dry_run:
         say("\n".join(f"{snapshot.path}: {snapshot.note}" for row in snapshots for snapshot in row))
         return
-    first = load_models(str(snapshots[0][0].path), config.tokenizer)
+    first = load_models(str(snapshots[0][0].path), config.tokenizer, config.patch_nums)
     config = replace(config, classes=config.classes or default_classes(first.var.config))
     known = force_scales(first, config)
     rows, names = [], []
     for row in snapshots:
         cells = []
         for snapshot in row:
-            models = load_models(str(snapshot.path), config.tokenizer)
+            models = load_models(str(snapshot.path), config.tokenizer, config.patch_nums)
             refuse_other_tokenizer(models, first, snapshot)
             cells.append(Cell(draw_images(models, known, config), snapshot.note))
             say(f"drew {snapshot.path}, {snapshot.note}")
@@ -66,7 +69,8 @@ def launch(command: Command[CompareSizesConfig]) -> None:
         names.append(f"d{models.var.config.depth}, {models.var.config.num_parameters / 1e6:,.1f}M parameters")
     out = Path(config.out)
     draw_table(out, rows, rows=names, columns=[f"{stage:.0%} of training tokens" for stage in config.stages])
-    log_picture(config.runs[0], out)
+    if config.mlflow:
+        log_picture(config.runs[0], out)
     say(f"wrote {out}")
 
 
@@ -156,7 +160,7 @@ def refuse_other_tokenizer(models: Models, first: Models, snapshot: Snapshot) ->
 
 def draw_images(models: Models, known: KnownTokens | None, config: CompareSizesConfig) -> np.ndarray:
     """A square of one image per class, (H, W, 3) uint8."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = World.from_environment().device
     var, tokenizer = models.var.to(device), models.tokenizer.to(device)
     is_conditional = var.config.num_classes > 0
     num_classes = var.config.num_classes or MAX_CLASSES  # an unconditional model takes its classes from forced tokens

@@ -143,7 +143,7 @@ class SampleConfig:
     top_p: float = 0.96  # 1: off
     smooth: bool = False  # Gumbel-softmax smoothing: better to look at, worse to measure
     precision: str = "fp32"  # of the transformer, or bf16 or fp16; the tokenizer's is fp32 always
-    batch: int = 50  # images at once; memory limits it
+    batch: int = 50  # images at once; memory limits it: in fp32 50 take 8 GiB of cache at d16, 29 at d30, 138 at 512 px
     seed: int = 0
     mlflow: bool = True  # log the grid to the run's MLflow run
 
@@ -226,12 +226,14 @@ class ExportConfig:
 class CompareSizesConfig:
     """launchers/compare_sizes.py: images of several sizes at several stages of their training."""
 
-    runs: tuple[str, ...]  # run folders, one row each; an imported or exported model has the last stage alone
+    runs: tuple[str, ...]  # run folders, one row each; an imported, exported or public model has the last stage alone
     stages: tuple[float, ...] = (0.2, 0.6, 1.0)  # shares of a run's training tokens, one column each
     tolerance: float = 0.05  # how far a checkpoint may lie from its stage
     classes: tuple[int, ...] = ()  # one image each; empty: the paper's nine for 1000 classes, else the first nine
     out: str  # the PNG to write
     tokenizer: str = ""  # empty: the one the runs were trained with
+    patch_nums: tuple[int, ...] = ()  # for public files with a schedule of their own
+    mlflow: bool = True  # log the figure to the first run's MLflow run
     data: str = ""  # validation shards to force tokens from; empty: those of the first run's config.yaml
     forced_scales: int = 1  # how many scales are those of a real image of the class; 0: none
     cfg: float = 1.5
@@ -262,6 +264,7 @@ class DependencyConfig:
     out: str  # the PNG to write; the numbers go beside it as JSON
     views: ViewConfig = field(default_factory=ViewConfig)
     seed: int = 0  # of the choice of images
+    mlflow: bool = True  # log the figure to the tokenizer's MLflow run
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= MAX_DEPENDENCY_IMAGES:

@@ -31,6 +31,7 @@ from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tok
 from models.generation import KnownTokens, generate_scales, known_part  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
+from training.distributed import World  # noqa: E402
 from training.engine import PRECISIONS  # noqa: E402
 from training.tracking import log_picture  # noqa: E402
 
@@ -77,8 +78,8 @@ def launch(command: Command[EditConfig]) -> None:
         return
     transform = ImageTransform(models.tokenizer.config.image_size, resize_ratio=1.0)
     original = transform.center_view(picture)[None]
-    results = draw_results(config, models, original, keep_mask, label)
-    save_results(config, original, models.tokenizer.decode(models.tokenizer.encode(original)), results, keep_mask, out)
+    reconstruction, results = draw_results(config, models, original, keep_mask, label)
+    save_results(config, original, reconstruction, results, keep_mask, out)
     if config.mlflow:
         log_picture(config.run, out / "panel.png")
 
@@ -97,6 +98,8 @@ def wanted_label(config: EditConfig, model: VARConfig) -> int:
     """The class to draw: the one given, else none. Raises ValueError for one that the model does not have."""
     if config.label is None:
         if config.task == "edit":
+            if not model.is_conditional:
+                raise ValueError("task edit draws a class, this model knows none; use inpaint")
             raise ValueError(f"task edit draws a class; add --label with one of 0 to {model.num_classes - 1}")
         return model.null_class
     if not 0 <= config.label < model.num_classes:
@@ -147,9 +150,11 @@ def default_out(config: EditConfig) -> Path:
     return (Path("edits") / run.stem if run.is_file() else run / "edits") / f"{Path(config.image).stem}-{config.task}"
 
 
-def draw_results(config: EditConfig, models: Models, original: Tensor, keep_mask: Tensor, label: int) -> Tensor:
-    """`variants` results, each with a seed of its own: (N, 3, H, W) in [-1, 1]."""
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def draw_results(
+    config: EditConfig, models: Models, original: Tensor, keep_mask: Tensor, label: int
+) -> tuple[Tensor, Tensor]:
+    """What the codes keep of the picture, (1, 3, H, W), and `variants` results, (N, 3, H, W), each of its own seed."""
+    device = World.from_environment().device
     var, tokenizer = models.var.to(device, PRECISIONS[config.precision]), models.tokenizer.to(device)
     known = known_part(tokenizer, original.to(device), keep_mask, keep_coarsest=config.keep_coarsest)
     sampling = Sampling(cfg=config.cfg, top_k=config.top_k, top_p=config.top_p, smooth=config.smooth)
@@ -160,11 +165,11 @@ def draw_results(config: EditConfig, models: Models, original: Tensor, keep_mask
         repeated = KnownTokens(known.codes.expand(number, -1), known.mask.expand(number, -1))
         drawn = generate_scales(var, tokenizer, labels, sampling, seeds=seeds, known=repeated)
         results.append(tokenizer.decode_features(drawn.f_hat).cpu())
-    models.tokenizer.cpu()
+    reconstruction, drawn_images = tokenizer.decode(known.codes).cpu(), torch.cat(results)
     if not config.keep_pixels:
-        return torch.cat(results)
+        return reconstruction, drawn_images
     kept = tokens_to_pixels(keep_mask, original.shape[-1])
-    return paste_kept_pixels(original, torch.cat(results), kept, feather=config.feather)
+    return reconstruction, paste_kept_pixels(original, drawn_images, kept, feather=config.feather)
 
 
 def save_results(
@@ -172,6 +177,8 @@ def save_results(
 ) -> None:
     """One PNG per result, and panel.png: original, what stays, what the codes keep of it, the first results."""
     out.mkdir(parents=True, exist_ok=True)
+    for earlier in out.glob("seed-*.png"):
+        earlier.unlink()
     pictures = to_uint8(results)
     for seed, picture in enumerate(pictures, start=config.seed):
         with atomic_file(out / f"seed-{seed:05d}.png") as file:

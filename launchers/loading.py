@@ -113,11 +113,6 @@ def refuse_several_ranks(launcher: str) -> None:
         raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
 
 
-def initial_sha256(config: TrainConfig | TokenizerConfig) -> str:
-    """The identity of the model that a run starts from."""
-    return ModelOnDisk.find(config.init_from, describe(config.model)["kind"]).sha256()
-
-
 def initialize(model: VAR | VQVAE, config: TrainConfig | TokenizerConfig, checkpoints: Checkpoints) -> None:
     """Put the weights of config.init_from into a model about to be trained; a run with a checkpoint goes on from that.
 

@@ -23,21 +23,23 @@ from launchers.assembly import open_images  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import DependencyConfig  # noqa: E402
 from launchers.figures import AttentionMap, draw_attention  # noqa: E402
-from launchers.loading import load_tokenizer  # noqa: E402
+from launchers.loading import load_tokenizer, refuse_several_ranks  # noqa: E402
 from launchers.pictures import to_uint8  # noqa: E402
 from training.dependency import bidirectionality, later_share  # noqa: E402
+from training.distributed import World  # noqa: E402
 from training.tracking import log_picture  # noqa: E402
 
 
 def launch(command: Command[DependencyConfig]) -> None:
     config = command.config
+    refuse_several_ranks("plot_dependencies.py")
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     dataset = open_images(config.images, tokenizer.config, config.views, seed=config.seed, random_views=False)
     ids = choose(len(dataset), config)
     if command.dry_run:
         say(f"would draw the attention of images {ids.tolist()} of {config.images} to {config.out}")
         return
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = World.from_environment().device
     tokenizer.to(device)
     images = dataset.read(ids, np.zeros_like(ids))[0]
     attention = torch.cat([tokenizer.token_dependency(image[None].to(device)).cpu() for image in images])
@@ -46,7 +48,8 @@ def launch(command: Command[DependencyConfig]) -> None:
     draw(out, images, attention, report)
     with atomic_file(out.with_suffix(".json")) as file:
         file.write(json.dumps(report, indent=1).encode() + b"\n")
-    log_picture(config.tokenizer, out)
+    if config.mlflow:
+        log_picture(config.tokenizer, out)
     say(f"mean bidirectionality {report['mean_bidirectionality']:.4f} of {len(ids)} images; {out}")
 
 

@@ -27,7 +27,7 @@ from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.distributed import World, agree_on_error, agree_on_value, join_world, leave_world  # noqa: E402
 from training.engine import PRECISIONS  # noqa: E402
-from training.model_on_disk import describe, model_sha256  # noqa: E402
+from training.model_on_disk import ModelOnDisk, file_sha256  # noqa: E402
 from training.tracking import log_picture  # noqa: E402
 
 
@@ -85,7 +85,7 @@ def out_folder(config: SampleConfig) -> Path:
 def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig, plan: SamplePlan) -> dict[str, Any]:
     """All that the images are a function of, and how they are stored: what must not change in a folder of them."""
     return {
-        "var_sha256": model_sha256(models.var.state_dict(), describe(models.var.config)),
+        "var_sha256": var_sha256(config.run),
         "tokenizer_sha256": models.tokenizer_sha256,
         **asdict(sampling),
         "precision": config.precision,
@@ -95,6 +95,11 @@ def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig
         "batch": plan.batch,
         "format": config.format,
     }
+
+
+def var_sha256(run: str) -> str:
+    """The identity of a transformer, of a public file or of a folder."""
+    return file_sha256(Path(run)) if Path(run).is_file() else ModelOnDisk.find(run, "VAR").sha256()
 
 
 def claim(folder: Path, settings: dict[str, Any], files: SampleFiles, world: World) -> list[int]:

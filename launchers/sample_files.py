@@ -16,6 +16,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
@@ -73,10 +74,13 @@ class PngFiles:
         return [unit for unit in paths if not all(path.name in there.get(path.parent.name, ()) for path in paths[unit])]
 
     def write(self, unit: int, images: np.ndarray) -> None:
-        for image, pixels in zip(self.plan.unit(unit).tolist(), images, strict=True):
-            self.path(image).parent.mkdir(parents=True, exist_ok=True)
-            with atomic_file(self.path(image)) as file:
-                Image.fromarray(pixels).save(file, format="png")
+        with ThreadPoolExecutor() as writers:  # most of the time goes into waiting for the disk
+            list(writers.map(self._write_one, self.plan.unit(unit).tolist(), images))
+
+    def _write_one(self, image: int, pixels: np.ndarray) -> None:
+        self.path(image).parent.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.path(image)) as file:
+            Image.fromarray(pixels).save(file, format="png")
 
     def read(self, image: int) -> np.ndarray:
         with Image.open(self.path(image)) as picture:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -56,7 +56,7 @@ def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.nd
     rows = torch.arange(-(-number // DECODED_TOGETHER) * DECODED_TOGETHER, device=source.device) % number
     parts = source[rows].split(DECODED_TOGETHER)
     if source.device.type != "cpu":
-        return np.concatenate([to_uint8(decode(part)) for part in parts])[:number]
+        return to_uint8(torch.cat([decode(part) for part in parts])[:number])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of each of the workers; the parts share the cores instead
     try:
@@ -76,19 +76,33 @@ def draw_all(
     """
     plan = sampler.plan
     progress = Progress(plan.num_images, sum(len(plan.unit(unit)) for unit in pending), speak)
-    for first in range(0, len(pending), world.world_size):
-        together = pending[first : first + world.world_size]
-        error = draw_one(sampler, files, together[world.rank]) if world.rank < len(together) else None
-        agree_on_error(error, world)
-        progress.add(sum(len(plan.unit(unit)) for unit in together))
+    writing: Future[None] | None = None
+    with ThreadPoolExecutor(1) as writer:  # stores a unit while the next one is drawn
+        for first in range(0, len(pending), world.world_size):
+            together = pending[first : first + world.world_size]
+            mine = together[world.rank] if world.rank < len(together) else None
+            images, error = draw_one(sampler, mine) if mine is not None else (None, None)
+            agree_on_error(failure_of(writing) or error, world)
+            writing = writer.submit(files.write, mine, images) if images is not None else None
+            progress.add(sum(len(plan.unit(unit)) for unit in together))
+        agree_on_error(failure_of(writing), world)
 
 
-def draw_one(sampler: Sampler, files: SampleFiles, unit: int) -> Exception | None:
-    """Draw and store one unit; what a user can do something about is returned instead of raised."""
+def draw_one(sampler: Sampler, unit: int) -> tuple[np.ndarray | None, Exception | None]:
+    """The images of a unit, or what a user can do something about."""
     try:
-        files.write(unit, sampler.draw(unit))
+        return sampler.draw(unit), None
     except torch.OutOfMemoryError:
-        return ValueError(f"batch is {sampler.plan.batch}, too large for the GPU's memory; choose a smaller one")
+        return None, ValueError(f"batch is {sampler.plan.batch}, too large for the GPU's memory; choose a smaller one")
+    except ValueError as error:
+        return None, error
+
+
+def failure_of(writing: Future[None] | None) -> Exception | None:
+    """Wait for a unit to be stored; why it could not be, if that is for the user to mend."""
+    try:
+        if writing is not None:
+            writing.result()
     except (OSError, ValueError) as error:
         return error
     return None

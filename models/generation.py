@@ -64,6 +64,8 @@ def known_part(tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, *, keep_coar
     """The tokens of images (B, 3, H, W) that a mask keeps; arguments as for `edit`."""
     codes = tokenizer.encode(images)                                                        # (B, L)
     mask = keep_tokens(tokenizer.scales, keep_mask.to(codes.device), keep_coarsest=keep_coarsest)
+    if mask.shape[0] not in (1, images.shape[0]):
+        raise ValueError(f"keep_mask holds {mask.shape[0]} masks for {images.shape[0]} images; give one, or one each")
     return KnownTokens(codes, mask.expand(codes.shape))
 
 
@@ -80,12 +82,17 @@ def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampli
     check_known(known, labels.shape[0], var.config)
     seeds = None if sampling.is_greedy else image_seeds(seeds, labels.shape[0], labels.device)
     scales, quantizer = var.scales, tokenizer.quantizer
-    model = GuidedModel(var, labels, sampling.schedule(scales.num_scales))
+    schedule = sampling.schedule(scales.num_scales)
+    if (labels == var.config.null_class).all():
+        schedule = (0.0,) * scales.num_scales       # both halves would be the same: there is nothing to guide towards
+    model = GuidedModel(var, labels, schedule)
     f_hat = quantizer.empty_f_hat(labels.shape[0])                                          # (B, C, h, w)
-    token_maps = []
+    is_finite, token_maps = torch.ones((), dtype=torch.bool, device=labels.device), []
     for k, part in enumerate(scales.slices):
         inputs = None if k == 0 else quantizer.next_input(f_hat, k)                         # (B, p_k^2, C)
-        logits = filter_logits(model.logits(inputs, k), sampling.top_k, sampling.top_p)     # (B, p_k^2, V)
+        logits = model.logits(inputs, k)                                                    # (B, p_k^2, V)
+        is_finite = is_finite & logits.isfinite().all()
+        logits = filter_logits(logits, sampling.top_k, sampling.top_p)
         tokens = choose_tokens(logits, seeds, part)                                         # (B, p_k^2)
         vectors = quantizer.lookup(tokens)                                                  # (B, p_k^2, C)
         if sampling.smooth:
@@ -97,6 +104,9 @@ def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampli
             vectors = torch.where(is_known[..., None], quantizer.lookup(tokens), vectors)
         token_maps.append(tokens)
         f_hat = f_hat + quantizer.embed_vectors(vectors, k)
+    if not is_finite:
+        raise ValueError(f"the transformer's logits are not finite in {var.position_embedding.dtype}; the weights are "
+                         "damaged, or the precision is too low: use fp32")
     return Generated(scales.join(token_maps), f_hat)
 
 

@@ -43,32 +43,38 @@ BLOCK_NAMES = {                 # after "blocks.i."
 
 
 def tokenizer_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[int]) -> VQVAE:
-    """The tokenizer of a public state dict, in float32; on the meta device if the entries are.
+    """The tokenizer of a public state dict, in float32, sharing its storage; on the meta device if the entries are.
 
     Raises ValueError naming each entry that is missing, unexpected or of another shape.
     """
     weights = _weights(state_dict, "tokenizer")
-    config = _tokenizer_config(weights, tuple(patch_nums))
+    config = _tokenizer_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VQVAE(config)
     return _fill(model, weights, _tokenizer_names(model, _phi_prefix(weights)), "tokenizer")
 
 
 def var_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[int]) -> VAR:
-    """The transformer of a public state dict, in float32; on the meta device if the entries are.
+    """The transformer of a public state dict, in float32, sharing its storage; on the meta device if the entries are.
 
     Raises ValueError naming each entry that is missing, unexpected or of another shape.
     """
     weights = _weights(state_dict, "transformer")
-    config = _var_config(weights, tuple(patch_nums))
+    config = _var_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VAR(config)
     return _fill(model, weights, _var_names(model), "transformer")
 
 
 def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
-    """The public state dict of a tokenizer. Its usage statistic, which only its training used, is zeros."""
-    num_phi = tokenizer.config.quantizer.num_phi
+    """The public state dict of a tokenizer, sharing its storage. The usage statistic, a matter of training, is zeros.
+
+    Raises ValueError if its phi_ratio is not 0.5: the files do not state it, and it would come back another tokenizer.
+    """
+    num_phi, phi_ratio = tokenizer.config.quantizer.num_phi, tokenizer.config.quantizer.phi_ratio
+    if phi_ratio != QuantizerConfig().phi_ratio:
+        raise ValueError(f"phi_ratio {phi_ratio} is not stated in public files, where it is "
+                         f"{QuantizerConfig().phi_ratio}; use --format safetensors")
     prefix = {0: "quantize.quant_resi.", 1: "quantize.quant_resi.qresi."}.get(num_phi, "quantize.quant_resi.qresi_ls.")
     entries = _export(tokenizer, _tokenizer_names(tokenizer, prefix))
     usage = tokenizer.quantizer.codebook.new_zeros(tokenizer.scales.num_scales, tokenizer.config.quantizer.vocab_size)
@@ -76,7 +82,10 @@ def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
 
 
 def var_to_state_dict(var: VAR) -> dict[str, Tensor]:
-    """The public state dict of a transformer, with its constant buffers. Raises ValueError as `check_public` does."""
+    """The public state dict of a transformer, sharing its storage, with its constant buffers.
+
+    Raises ValueError as `check_public` does.
+    """
     check_public(var.config)
     entries = _export(var, _var_names(var))
     device, num_tokens = var.position_embedding.device, var.scales.num_tokens

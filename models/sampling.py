@@ -2,8 +2,8 @@
 
 `cfg` is in VAR's units: 0 is no guidance. Tokens are drawn by adding Gumbel noise to the logits and taking the largest,
 which is a draw from their softmax. The noise is a function of (seed, token, code) alone, computed where the logits are:
-image i is the same in any batch, on any rank and on any device. Adding noise instead of inverting the cumulative
-distribution keeps it so under rounding: a logit that differs in its last bit matters only to codes that tie.
+it does not depend on batch, rank or device. Adding noise instead of inverting the cumulative distribution keeps the
+tokens so under rounding: a logit that differs in its last bit matters only to codes that tie.
 
 Shapes: B batch, K scales, n tokens of a scale, L of all scales, V vocabulary, C code width.
 """

@@ -86,6 +86,13 @@ def test_every_source_file_has_its_test_file(path: Path) -> None:
     assert (ROOT / wanted).is_file(), f"{label(path)} has no {wanted}"
 
 
+def test_every_launcher_is_a_command() -> None:
+    scripts = (ROOT / "setup.cfg").read_text()
+    for path in (ROOT / "launchers").glob("*.py"):
+        if "def main() -> None:" in path.read_text() and path.stem != "demo":  # the demo needs the repository around it
+            assert f"nextscale-{path.stem.replace('_', '-')} = launchers.{path.stem}:main" in scripts
+
+
 def test_our_packages_are_the_ones_in_this_repository() -> None:
     import models
 

@@ -85,8 +85,9 @@ def test_kept_tokens_are_those_of_the_picture(settings: Settings) -> None:
     with pytest.MonkeyPatch.context() as patch:
         generate = edit.generate_scales
         patch.setattr(edit, "generate_scales", lambda *a, **k: seen.append(generate(*a, **k)) or seen[-1])
-        edit.draw_results(settings(), models, original, kept, label=0)
+        reconstruction, _ = edit.draw_results(settings(), models, original, kept, label=0)
     codes, given = seen[0].codes, models.tokenizer.encode(original)
+    assert torch.equal(reconstruction, models.tokenizer.decode(given))
     assert (codes[:, [0, 1, 3]] == given[:, [0, 1, 3]]).all()  # the 1x1 scale, and the left column of the 2x2 scale
     assert (codes[:, [2, 4]] != given[:, [2, 4]]).any()
 
@@ -106,6 +107,11 @@ def test_options_change_the_result(settings: Settings, change: dict[str, Any]) -
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision_draws_too(settings: Settings, precision: str) -> None:
     assert len(results(settings(precision=precision))) == 3
+
+
+def test_results_of_an_earlier_command_do_not_stay_among_those_of_this_one(settings: Settings) -> None:
+    results(settings(variants=3))
+    assert len(results(settings(variants=1))) == 1
 
 
 def test_a_dry_run_writes_nothing(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:

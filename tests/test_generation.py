@@ -187,6 +187,29 @@ def test_without_guidance_the_transformer_costs_half_and_scales_without_it_cost_
     assert early - free == counter.get_total_flops()                # two scales of the unconditional half, not three
 
 
+def test_without_a_class_there_is_nothing_to_guide_towards_and_no_second_half(var: VAR, tokenizer: VQVAE) -> None:
+    labels = torch.full_like(LABELS, CONFIG.null_class)
+    flops, codes = [], []
+    for cfg in (0.0, 3.0):
+        with FlopCounterMode(display=False) as counter:
+            codes.append(generate(var, tokenizer, labels, cfg=cfg, seeds=range(7)))
+        flops.append(counter.get_total_flops())
+    assert torch.equal(*codes) and flops[0] == flops[1]
+
+
+@pytest.mark.parametrize("damage", [torch.nan, torch.inf])
+def test_logits_that_are_not_numbers_are_an_error_and_no_image(tokenizer: VQVAE, damage: float) -> None:
+    var = VAR(CONFIG)
+    var.head.bias.data[3] = damage
+    with pytest.raises(ValueError, match="logits are not finite in torch.float32"):
+        generate(var, tokenizer, LABELS, seeds=range(7))
+
+
+def test_masks_are_one_for_all_images_or_one_each(var: VAR, tokenizer: VQVAE) -> None:
+    with pytest.raises(ValueError, match="keep_mask holds 2 masks for 7 images"):
+        edit(var, tokenizer, make_images(), torch.ones(2, 4, 4), LABELS, seeds=range(7))
+
+
 def sum_of_phi_flops(tokenizer: VQVAE) -> int:
     """What adding three scales to f_hat of seven images costs."""
     with FlopCounterMode(display=False) as counter, torch.no_grad():

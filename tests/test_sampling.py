@@ -134,6 +134,18 @@ def test_smoothing_mixes_codes_and_sharpens_towards_the_drawn_one() -> None:
     assert early.amax(-1).mean() < 0.97 < late.amax(-1).mean()
 
 
+@pytest.mark.parametrize("progress, sharpening, temperature", [
+    (0.0, 1.0, 0.27), (0.5, 1.5, 0.14175), (1.0, 2.0, 0.0135),
+])
+def test_smoothing_is_a_gumbel_softmax_with_the_published_constants(progress: float, sharpening: float,
+                                                                    temperature: float) -> None:
+    logits, seeds, codebook = torch.randn(3, 2, 5), torch.arange(3), torch.randn(5, 4)
+    noise = gumbel_noise(seeds, slice(7, 9), 5)
+    mixed = smooth_code_vectors(logits, seeds, slice(7, 9), codebook, progress=progress)
+    expected = ((sharpening * logits + noise) / temperature).softmax(dim=-1) @ codebook
+    torch.testing.assert_close(mixed, expected)
+
+
 def test_smoothing_without_chance_takes_the_likeliest_code_and_never_one_that_is_cut() -> None:
     codebook = torch.randn(3, 4)
     logits = torch.tensor([[[-torch.inf, 1.0, 0.0]]])

@@ -97,6 +97,8 @@ class ModelOnDisk:
             config = json.loads((self.folder / CONFIG).read_text())
         except ValueError as error:
             raise ValueError(f"{self.folder}/{CONFIG} is not valid JSON ({error}); export the model again") from None
+        if "${" in json.dumps(config):  # config builders would look such a name up, in the environment for one
+            raise ValueError(f"{self.folder}/{CONFIG} holds a reference ${{...}}; a model's settings are plain values")
         if not isinstance(config, dict):
             raise ValueError(f"{self.folder}/{CONFIG} holds a {type(config).__name__}, not settings; export it again")
         return config
