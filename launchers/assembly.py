@@ -14,6 +14,7 @@ from launchers.command_line import say, say_nothing
 from launchers.config import RunConfig, TokenizerConfig, TrainConfig, ViewConfig
 from launchers.config_files import to_yaml
 from launchers.loading import (
+    is_weights_file,
     load_tokenizer,
     load_var,
     public_tokenizer,
@@ -24,11 +25,11 @@ from launchers.loading import (
 from models.generation import check_configs_agree
 from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import Checkpoints, TrainState, flatten
+from training.checkpoint import Checkpoints, TrainState, flatten, read_manifest
 from training.distributed import World
 from training.engine import EngineConfig, accumulation_steps
 from training.loop import Loop, Stage
-from training.model_on_disk import describe, model_sha256
+from training.model_on_disk import describe, latest_checkpoint, model_sha256
 from training.tracking import MLflowView, RunRecord
 
 Dataset = ImageDataset | CodeDataset
@@ -53,7 +54,7 @@ def load_models(run: str, tokenizer: str = "", patch_nums: tuple[int, ...] = ())
         FileNotFoundError: a model is not there, or no tokenizer is named.
         ValueError: they do not fit together, or the transformer was trained with another tokenizer.
     """
-    if Path(run).is_file():
+    if is_weights_file(run):
         var = public_var(run, patch_nums)
         trained_with = ""
     else:
@@ -75,7 +76,7 @@ def load_models(run: str, tokenizer: str = "", patch_nums: tuple[int, ...] = ())
 
 
 def _file_or_folder(tokenizer: str, patch_nums: tuple[int, ...]) -> tuple[VQVAE, str]:
-    if not Path(tokenizer).is_file():
+    if not is_weights_file(tokenizer):
         return load_tokenizer(tokenizer)
     found = public_tokenizer(tokenizer, patch_nums)
     return found, model_sha256(found.state_dict(), describe(found.config))
@@ -140,10 +141,14 @@ def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **iden
         ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
     """
     accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
-    if config.init_from:  # a run that no longer names its first weights, which may be gone, still goes on
-        identity["init_from"] = config.init_from
+    folder = Path(config.run) / "checkpoints"
+    newest = latest_checkpoint(folder)
+    recorded = read_manifest(newest)["identity"].get("init_from") if newest else None
+    init_from = config.init_from or recorded  # a run need not name its first weights again: they may be gone
+    if init_from:
+        identity["init_from"] = init_from
     checkpoints = Checkpoints(
-        Path(config.run) / "checkpoints",
+        folder,
         keep=config.loop.keep_checkpoints,
         world=world,
         model_config=config.model,
@@ -163,7 +168,8 @@ def run_stage(
     speak = say if world.is_rank_zero else say_nothing
     found = checkpoints.agreed_latest()
     state = checkpoints.restore(found, stage.engines) if found else TrainState()
-    speak(f"resuming from {found}" if found else f"starting in {folder}")
+    origin = f" from the weights of {config.init_from}" if config.init_from else ""
+    speak(f"resuming from {found}" if found else f"starting in {folder}{origin}")
     record = RunRecord(folder)
     view = None
     if world.is_rank_zero:

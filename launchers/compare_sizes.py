@@ -83,6 +83,8 @@ def find_snapshot(run: Path, stage: float, tolerance: float) -> Snapshot:
     shares = trained_shares(run)
     nearest = min(shares, key=lambda path: abs(shares[path] - stage))
     if abs(shares[nearest] - stage) > tolerance:
+        if nearest == run:
+            raise ValueError(f"{run}: is a model without stages; compare it with --stages 1.0")
         there = ", ".join(f"{share:.3f}" for share in sorted(shares.values()))
         raise ValueError(
             f"{run}: no checkpoint within {tolerance} of stage {stage}, only at {there}; train with loop.keep_at "

@@ -134,7 +134,7 @@ class SampleConfig:
     tokenizer: str = ""  # empty: the one the run was trained with
     patch_nums: tuple[int, ...] = ()  # for a public file with a schedule of its own
     out: str = ""  # folder; empty: RUN/samples, and samples/NAME for a file NAME.pth
-    format: str = "png"  # one file per image, or npz: one file of all for the ADM evaluator
+    format: str = "png"  # one file per image; or "npz": one file of all for the ADM evaluator
     per_class: int = 10
     classes: tuple[int, ...] = ()  # empty: all
     cfg: float = 1.5  # guidance at the last scale, growing from 0 at the first; 0: off
@@ -175,7 +175,7 @@ class EditConfig:
     smooth: bool = False  # Gumbel-softmax smoothing, which the public notebook has on
     keep_coarsest: bool = True  # the 1x1 scale, a mean of the whole picture, is the original's, as in the notebook
     keep_pixels: bool = False  # put the original's pixels back where the picture stays
-    feather: int = 8  # pixels over which they then fade out into what is drawn
+    feather: int | None = None  # pixels over which they then fade out into what is drawn; null: half a token
     precision: str = "fp32"  # of the transformer, or bf16 or fp16
     batch: int = 8  # results at once; memory limits it
     seed: int = 0
@@ -189,9 +189,10 @@ class EditConfig:
             raise ValueError(f"{'both box and' if self.box else 'neither box nor'} mask given; give one of them")
         if self.box and len(self.box) != 4:
             raise ValueError(f"box has {len(self.box)} numbers; it is Y0 X0 Y1 X1, in pixels of the image")
-        if self.variants < 1 or self.batch < 1:
-            raise ValueError(f"variants is {self.variants} and batch {self.batch}; both must be 1 or more")
-        refuse_below_zero(feather=self.feather, seed=self.seed)
+        for name in ("variants", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        refuse_below_zero(feather=self.feather or 0, seed=self.seed)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,7 +215,7 @@ class ExportConfig:
 
     run: str
     out: str
-    format: str = "safetensors"  # or reference: files that the public code loads
+    format: str = "safetensors"  # or "reference": files that the public code loads
     tokenizer: str = ""  # empty: the one the run was trained with
 
     def __post_init__(self) -> None:

@@ -7,6 +7,8 @@ overrides. OmegaConf reads and merges; unknown keys and wrong types are errors t
 from __future__ import annotations
 
 import difflib
+import inspect
+import re
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass
@@ -80,9 +82,15 @@ def setting_type(schema: type, key: str) -> Any:
 
 
 def _type_name(kind: Any) -> str:
+    """A type in words: "int", "several float", "int or null"."""
+    members = typing.get_args(kind)
     if is_dataclass(kind):
         return "a mapping of settings"
-    return kind.__name__ if isinstance(kind, type) and not typing.get_args(kind) else str(kind)
+    if typing.get_origin(kind) is tuple:
+        return f"several {_type_name(members[0])}"
+    if members:
+        return " or ".join("null" if member is type(None) else _type_name(member) for member in members)
+    return {"str": "text", "bool": "true or false"}.get(kind.__name__, kind.__name__)
 
 
 def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
@@ -142,8 +150,8 @@ def _build(schema: type, node: Any, prefix: str = "") -> Any:
 
 
 def describe_schema(schema: type, prefix: str = "  ") -> str:
-    """One line per setting: its dotted name, type and default."""
-    hints = typing.get_type_hints(schema)
+    """One line per setting: its dotted name, type and default, and the comment that it has in the source."""
+    hints, comments = typing.get_type_hints(schema), _comments(schema)
     lines = []
     for item in fields(schema):
         kind = hints[item.name]
@@ -151,8 +159,20 @@ def describe_schema(schema: type, prefix: str = "  ") -> str:
             lines.append(describe_schema(kind, f"{prefix}{item.name}."))
             continue
         default = item.default if item.default is not MISSING else "required"
-        lines.append(f"{prefix}{item.name}  ({_type_name(kind)}) {default}")
+        shown = "empty" if default in ("", ()) else default
+        lines.append(f"{prefix}{item.name}  ({_type_name(kind)}) {shown}{comments.get(item.name, '')}")
     return "\n".join(lines)
+
+
+def _comments(schema: type) -> dict[str, str]:
+    """What the source says of each setting of a dataclass, behind a #."""
+    comments: dict[str, str] = {}
+    for parent in reversed(schema.__mro__):
+        if is_dataclass(parent):
+            lines = inspect.getsource(parent).splitlines()
+            found = (re.match(r"    (\w+): [^#]*(#.*)$", line) for line in lines)
+            comments |= {match[1]: f"  {match[2]}" for match in found if match}
+    return comments
 
 
 def to_yaml(config: Any) -> str:

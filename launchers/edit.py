@@ -8,8 +8,9 @@ in pixels of the image file, of which the model sees the middle square.
 
 from __future__ import annotations
 
+import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -25,7 +26,7 @@ from launchers.assembly import Models, load_models  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import EditConfig  # noqa: E402
 from launchers.figures import Cell, draw_table  # noqa: E402
-from launchers.loading import refuse_several_ranks  # noqa: E402
+from launchers.loading import refuse_file, refuse_several_ranks  # noqa: E402
 from launchers.pictures import to_uint8  # noqa: E402
 from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels  # noqa: E402
 from models.generation import KnownTokens, generate_scales, known_part  # noqa: E402
@@ -73,7 +74,10 @@ def launch(command: Command[EditConfig]) -> None:
     label = wanted_label(config, models.var.config)
     keep_mask = read_keep_mask(config, picture, models.var.scales.side)
     out = Path(config.out or default_out(config))
-    say(f"{config.task}: {keep_mask.float().mean():.0%} of {config.image} stays; {config.variants} results in {out}")
+    refuse_file(out)
+    token = models.tokenizer.config.autoencoder.downsampling
+    stays = f"{keep_mask.float().mean():.0%} of the picture stays, in tokens of {token} x {token} pixels"
+    say(f"{config.task}: {stays}; {config.variants} results {'would go' if command.dry_run else 'go'} to {out}")
     if command.dry_run:
         return
     transform = ImageTransform(models.tokenizer.config.image_size, resize_ratio=1.0)
@@ -81,13 +85,14 @@ def launch(command: Command[EditConfig]) -> None:
     reconstruction, results = draw_results(config, models, original, keep_mask, label)
     save_results(config, original, reconstruction, results, keep_mask, out)
     if config.mlflow:
-        log_picture(config.run, out / "panel.png")
+        log_picture(config.run, out / "panel.png", group=out.name)
 
 
 def read_picture(path: str) -> Image.Image:
     """A picture file as RGB, upright. Raises FileNotFoundError, or ValueError if it is none."""
     if not Path(path).is_file():
-        raise FileNotFoundError(f"{path}: no such picture; give a JPEG, PNG or WEBP file")
+        problem = "is a folder" if Path(path).is_dir() else "no such picture"
+        raise FileNotFoundError(f"{path}: {problem}; give a JPEG, PNG or WEBP file")
     try:
         return decode_image(Path(path).read_bytes())
     except ValueError as error:
@@ -128,8 +133,8 @@ def box_tokens(box: tuple[float, ...], square: Square, side: int) -> Tensor:
     except ValueError:
         edges = " ".join(f"{edge:g}" for edge in box)
         raise ValueError(
-            f"box {edges} holds no token of the picture; give Y0 X0 Y1 X1 in pixels within {square.describe()}, "
-            f"{square.side / side:.0f} or more to a side"
+            f"box {edges} holds no token of the picture; give Y0 X0 Y1 X1, upper left corner first, in pixels within "
+            f"{square.describe()}, {square.side / side:.0f} or more to a side"
         ) from None
 
 
@@ -145,9 +150,12 @@ def mask_tokens(path: str, picture: Image.Image, square: Square, side: int) -> T
 
 
 def default_out(config: EditConfig) -> Path:
-    """RUN/edits/IMAGE-TASK, or edits/NAME/IMAGE-TASK for a file NAME.pth."""
+    """RUN/edits/NAME, or edits/MODEL/NAME for a file MODEL.pth, where NAME tells picture, task, place and class."""
     run = Path(config.run)
-    return (Path("edits") / run.stem if run.is_file() else run / "edits") / f"{Path(config.image).stem}-{config.task}"
+    place = Path(config.mask).stem if config.mask else "-".join(f"{edge:g}" for edge in config.box)
+    label = "" if config.label is None else f"-as-{config.label}"
+    home = Path("edits") / run.stem if run.is_file() else run / "edits"
+    return home / f"{Path(config.image).stem}-{config.task}-{place}{label}"
 
 
 def draw_results(
@@ -169,13 +177,14 @@ def draw_results(
     if not config.keep_pixels:
         return reconstruction, drawn_images
     kept = tokens_to_pixels(keep_mask, original.shape[-1])
-    return reconstruction, paste_kept_pixels(original, drawn_images, kept, feather=config.feather)
+    feather = tokenizer.config.autoencoder.downsampling // 2 if config.feather is None else config.feather
+    return reconstruction, paste_kept_pixels(original, drawn_images, kept, feather=feather)
 
 
 def save_results(
     config: EditConfig, original: Tensor, reconstruction: Tensor, results: Tensor, keep_mask: Tensor, out: Path
 ) -> None:
-    """One PNG per result, and panel.png: original, what stays, what the codes keep of it, the first results."""
+    """One PNG per result; panel.png: original, what stays, what the codes keep of it, the first results; edit.json."""
     out.mkdir(parents=True, exist_ok=True)
     for earlier in out.glob("seed-*.png"):
         earlier.unlink()
@@ -189,8 +198,11 @@ def save_results(
     cells = [Cell(to_uint8(image)[0], "") for image in shown.values()]
     cells += [Cell(picture, "") for picture in pictures[:MAX_SHOWN]]
     columns = [*shown, *(f"seed {config.seed + i}" for i in range(len(cells) - len(shown)))]
-    draw_table(out / "panel.png", [cells], rows=[config.task], columns=columns)
-    say(f"wrote {len(pictures)} results and panel.png to {out}")
+    row = config.task if config.label is None else f"{config.task}, class {config.label}"
+    draw_table(out / "panel.png", [cells], rows=[row], columns=columns)
+    with atomic_file(out / "edit.json") as file:
+        file.write(json.dumps(asdict(config), indent=1).encode() + b"\n")
+    say(f"wrote {len(pictures)} results to {out}; {min(len(pictures), MAX_SHOWN)} of them are in its panel.png")
 
 
 def main() -> None:

@@ -53,7 +53,7 @@ def launch(command: Command[ExportConfig]) -> None:
         if config.format == "reference":
             for model in filter(None, (var, tokenizer)):
                 write_public(folder / files[kind_of(model)], model)
-            usage = how_to_use_in_public_code(var, tokenizer, files)
+            usage = how_to_use_in_public_code(var, tokenizer, {kind: str(out / file) for kind, file in files.items()})
         else:
             write_ours(folder, var, tokenizer, config)
             usage = how_to_use_here(out, var, tokenizer)
@@ -124,6 +124,8 @@ def provenance(run: str, kind: str) -> list[str]:
     state = read_manifest(checkpoint)
     seen = f"{state['step']:,} steps, {state['samples_seen']:,} samples seen"
     sentences = [f"Trained in the run `{run_of(checkpoint).name}`: {seen}."]
+    if started_from := state["identity"].get("init_from"):
+        sentences.append(f"Training started from the weights of `{started_from}`.")
     record = last_validation(run_of(checkpoint), state["step"])
     if record is None:
         return [*sentences, "The run recorded no validation up to these weights."]

@@ -51,7 +51,8 @@ def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
     weights = read_weights(path, "VAR")
     positions = weights.get("pos_1LC")
     if positions is None or positions.ndim != 3:
-        raise ValueError(f"{path}: has no pos_1LC of 3 dimensions; it is no file of a VAR transformer")
+        ours = "; it has this project's names: give its folder" if "position_embedding" in weights else ""
+        raise ValueError(f"{path}: has no pos_1LC of 3 dimensions; it is no public file of a VAR transformer{ours}")
     patch_nums = patch_nums or SCHEDULE_OF_LENGTH.get(positions.shape[1], ())
     if not patch_nums:
         known = ", ".join(str(num_tokens) for num_tokens in SCHEDULE_OF_LENGTH)
@@ -67,7 +68,11 @@ def public_tokenizer(path: str, patch_nums: tuple[int, ...]) -> VQVAE:
     weights = read_weights(path, "VQVAE")
     if "quantize.embedding.weight" not in weights:
         raise ValueError(f"{path}: has no quantize.embedding.weight; it is no file of a VAR tokenizer")
-    return _of_public(path, lambda: tokenizer_from_state_dict(weights, patch_nums))
+    try:
+        return _of_public(path, lambda: tokenizer_from_state_dict(weights, patch_nums))
+    except ValueError as error:
+        hint = f"; read with the schedule {patch_nums}: if it has another, give it with --patch-nums"
+        raise ValueError(f"{error}{hint if 'quant_resi' in str(error) else ''}") from None
 
 
 def _of_public(path: str, build: Callable[[], Model]) -> Model:
@@ -75,6 +80,11 @@ def _of_public(path: str, build: Callable[[], Model]) -> Model:
         return build().eval().requires_grad_(False)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from None
+
+
+def is_weights_file(path: str) -> bool:
+    """Whether a path is that of a file, there or not, rather than of a folder."""
+    return Path(path).is_file() or Path(path).suffix in (".pth", ".pt", ".safetensors")
 
 
 def tokenizer_of(run: str) -> str:
@@ -105,6 +115,12 @@ def checkpoint_of(model: ModelOnDisk) -> Path | None:
 def run_of(checkpoint: Path) -> Path:
     """The run folder of a checkpoint, RUN/checkpoints/step-00000001."""
     return checkpoint.parent.parent
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise ValueError if a folder to be written to is a file."""
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file; choose another folder with --out")
 
 
 def refuse_several_ranks(launcher: str) -> None:

@@ -83,8 +83,8 @@ def codes_of(config: VARConfig | VQVAEConfig) -> tuple[int, int]:
 
 
 def how_to_use_here(folder: Path, var: VAR | None, tokenizer: VQVAE | None) -> list[str]:
-    """The commands of this project that take the folder."""
-    name = folder.name
+    """The commands of this project that take the folder, as it was named when the card was written."""
+    name = str(folder)
     lines = []
     if var and tokenizer:
         lines += [f"python launchers/sample.py --run {name} --per-class 8"]

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from launchers.assembly import Models, load_models  # noqa: E402
 from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
 from launchers.config import SampleConfig  # noqa: E402
+from launchers.loading import refuse_file  # noqa: E402
 from launchers.sample_files import RECORD, SampleFiles, claim_folder, draw_grid, open_files  # noqa: E402
 from launchers.sample_plan import SamplePlan, plan_samples  # noqa: E402
 from launchers.sampler import Sampler, draw_all  # noqa: E402
@@ -38,6 +39,7 @@ def launch(command: Command[SampleConfig]) -> None:
     plan = plan_samples(config.classes, num_classes, per_class=config.per_class, batch=config.batch, seed=config.seed)
     sampling = choose_sampling(config, models.var.config)
     folder = out_folder(config)
+    refuse_file(folder)
     if command.dry_run:
         say(f"would draw {plan.num_images:,} images into {folder}, in {plan.num_units:,} batches of {plan.batch}")
         return
@@ -87,7 +89,8 @@ def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig
     return {
         "var_sha256": var_sha256(config.run),
         "tokenizer_sha256": models.tokenizer_sha256,
-        **asdict(sampling),
+        "guidance": sampling.guidance,
+        **asdict(sampling if not config.guidance else replace(sampling, cfg=0.0)),  # which guidance takes the place of
         "precision": config.precision,
         "classes": config.classes,
         "per_class": plan.per_class,
@@ -128,7 +131,7 @@ def finish(folder: Path, files: SampleFiles, plan: SamplePlan, config: SampleCon
     place = files.commit()
     say(f"{plan.num_images:,} images in {place}, some of them in {picture}")
     if config.mlflow:
-        log_picture(config.run, picture)
+        log_picture(config.run, picture, group=folder.name)
 
 
 def main() -> None:

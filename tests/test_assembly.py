@@ -227,6 +227,8 @@ def test_a_run_that_has_a_checkpoint_goes_on_from_it_and_from_nothing_else(study
     assert all(map(torch.equal, model.parameters(), resumed.parameters()))
     with pytest.raises(ValueError, match="its init_from is .*start, this run has .*other"):
         train_var(replace(part, init_from=write_models(tmp_path / "other", seed=8)))
+    train_var(replace(part, init_from=""))  # nothing left to do, and what it started from is not forgotten
+    train_var(part)
     with pytest.raises(ValueError, match="its init_from is None, this run has .*start"):
         train_var(study.train_config("cold", stop_after_steps=1))
         train_var(replace(study.train_config("cold"), init_from=start))

@@ -64,7 +64,7 @@ def test_a_checkpoint_is_no_run(run: Path) -> None:
 
 def test_a_model_without_a_run_is_at_the_end_of_its_training(imported: Path, tmp_path: Path) -> None:
     assert find_snapshot(imported, 1.0, 0.05).path == imported
-    with pytest.raises(ValueError, match="only at 1.000"):
+    with pytest.raises(ValueError, match="a model without stages; compare it with --stages 1.0"):
         find_snapshot(imported, 0.2, 0.05)
     with pytest.raises(FileNotFoundError, match="no model there"):
         find_snapshot(tmp_path, 1.0, 0.05)

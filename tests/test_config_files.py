@@ -30,7 +30,7 @@ class Optimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Schema:
-    run: str
+    run: str  # the folder
     seed: int = 0
     model: Model
     optimizer: Optimizer = field(default_factory=Optimizer)
@@ -203,7 +203,8 @@ def test_help_lists_every_setting_with_type_and_default() -> None:
     assert [line.split()[0] for line in lines] == [
         *["run", "seed", "model.depth", "model.sides", "model.gate", "optimizer.rate", "optimizer.decay"]
     ]
-    assert "(str) required" in lines[0] and "(int) 0" in lines[1] and "(float) 0.0001" in lines[5]
+    assert "(text) required" in lines[0] and "(int) 0" in lines[1] and "(float) 0.0001" in lines[5]
+    assert lines[0].endswith("# the folder") and "#" not in lines[1]
 
 
 def test_the_type_of_a_setting_is_found_by_its_dotted_name() -> None:

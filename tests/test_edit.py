@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,28 @@ def test_results_of_an_earlier_command_do_not_stay_among_those_of_this_one(setti
     assert len(results(settings(variants=1))) == 1
 
 
+def test_the_folder_of_a_result_tells_picture_task_place_and_class(settings: Settings) -> None:
+    for change, name in (
+        ({}, "photo-inpaint-0-4-8-8"),
+        ({"task": "edit", "label": 2}, "photo-edit-0-4-8-8-as-2"),
+        ({"mask": "masks/hat.png"}, "photo-inpaint-hat"),
+    ):
+        assert edit.default_out(settings(out="", **change)) == Path(settings().run) / "edits" / name
+    assert edit.default_out(settings(run=__file__, out="")).parent == Path("edits/test_edit")
+
+
+def test_what_was_asked_for_is_recorded_beside_the_results(settings: Settings) -> None:
+    config = settings(seed=3, variants=1)
+    results(config)
+    recorded = json.loads((Path(config.out) / "edit.json").read_text())
+    assert (recorded["task"], recorded["seed"], recorded["box"]) == ("inpaint", 3, [0.0, 4.0, 8.0, 8.0])
+
+
+def test_the_seam_is_half_a_token_wide_unless_told_otherwise(settings: Settings) -> None:
+    default, two, hard = (results(settings(keep_pixels=True, feather=width))[0] for width in (None, 2, 0))
+    assert np.array_equal(default, two) and not np.array_equal(default, hard)  # a token is 4 pixels wide
+
+
 def test_a_dry_run_writes_nothing(settings: Settings, capsys: pytest.CaptureFixture[str]) -> None:
     edit.launch(command(settings(), dry_run=True))
     assert "inpaint: 50% of" in capsys.readouterr().out
@@ -127,7 +150,7 @@ def test_a_dry_run_writes_nothing(settings: Settings, capsys: pytest.CaptureFixt
         ({"box": (0.0, 1.0, 2.0)}, "box has 3 numbers"),
         ({"box": ()}, "neither box nor mask"),
         ({"box": (0.0, 0.0, 4.0, 4.0), "mask": "m.png"}, "both box and mask"),
-        ({"variants": 0}, "variants is 0"),
+        ({"variants": 0}, "variants is 0; it must be 1 or more"),
         ({"precision": "fp64"}, "precision is fp64"),
         ({"feather": -1}, "feather is -1"),
     ],
@@ -141,10 +164,12 @@ def test_settings_that_mean_nothing_are_refused(settings: Settings, change: dict
     "change, message",
     [
         ({"image": "nowhere.png"}, "nowhere.png: no such picture"),
+        ({"image": "/"}, "/: is a folder"),
+        ({"out": __file__}, "is a file; choose another folder"),
         ({"image": __file__}, "not a JPEG, PNG or WEBP image"),
         ({"task": "edit"}, "task edit draws a class; add --label with one of 0 to 2"),
         ({"label": 3}, "label is 3; this model knows 0 to 2"),
-        ({"box": (0.0, 0.0, 1.0, 1.0)}, "box 0 0 1 1 holds no token of the picture; .* 4 or more to a side"),
+        ({"box": (0.0, 0.0, 1.0, 1.0)}, "box 0 0 1 1 holds no token of the picture; .*4 or more to a side"),
         ({"box": (0.0, 9.0, 8.0, 12.0)}, "holds no token"),
         ({"task": "outpaint", "box": (0.0, 0.0, 8.0, 8.0)}, "all of .* would stay"),
     ],
@@ -155,7 +180,7 @@ def test_what_cannot_be_edited_is_refused_before_anything_is_written(
     config = settings(**change)
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         edit.launch(command(config))
-    assert not Path(config.out).exists()
+    assert not Path(config.out).is_dir()
 
 
 def test_a_mask_has_the_size_of_its_image_and_marks_something(settings: Settings, tmp_path: Path) -> None:

@@ -76,7 +76,7 @@ def test_a_schedule_that_is_unknown_or_does_not_fit_is_refused(
 
 def test_a_file_of_the_other_model_or_with_a_name_missing_is_refused(tmp_path: Path) -> None:
     var, tokenizer = write_public_files(tmp_path)
-    with pytest.raises(ValueError, match="vae_ch32v16z4.pth: .*is no file of a VAR transformer"):
+    with pytest.raises(ValueError, match="vae_ch32v16z4.pth: .*is no public file of a VAR transformer"):
         public_var(tokenizer, (1, 2))
     with pytest.raises(ValueError, match="var_d1.pth: .*is no file of a VAR tokenizer"):
         public_tokenizer(var, (1, 2))
@@ -89,7 +89,7 @@ def test_a_file_of_the_other_model_or_with_a_name_missing_is_refused(tmp_path: P
 
 def test_a_public_tokenizer_in_the_place_of_a_folder_is_answered_with_the_import(tmp_path: Path) -> None:
     _, tokenizer = write_public_files(tmp_path)
-    with pytest.raises(ValueError, match="launchers/import_weights.py --tokenizer .* --patch-nums"):
+    with pytest.raises(ValueError, match="launchers/import_weights.py --tokenizer .* --out DIR"):
         load_tokenizer(tokenizer)
 
 

@@ -50,7 +50,7 @@ def test_an_unconditional_model_is_called_one() -> None:
 
 def test_commands_are_given_for_what_is_there() -> None:
     both = "".join(how_to_use_here(Path("a/d1"), VAR(VAR_CONFIG), make_tokenizer()))
-    assert "sample.py --run d1" in both and "--init-from d1" in both and "encode_codes.py --tokenizer d1" in both
+    assert "sample.py --run a/d1" in both and "--init-from a/d1" in both and "encode_codes.py --tokenizer a/d1" in both
     alone = "".join(how_to_use_here(Path("a/d1"), None, make_tokenizer()))
     assert "sample.py" not in alone and "--init-from" not in alone and "encode_codes.py" in alone
 

@@ -67,14 +67,14 @@ def test_a_transformers_folder_leads_to_its_tokenizer_with_or_without_the_transf
 
 
 def test_where_there_is_no_model_the_path_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing: no model there"):
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing: no such file or folder"):
         ModelOnDisk.find(tmp_path / "nothing", "VAR")
 
 
 @pytest.mark.parametrize("kind, option", [("VAR", "--var"), ("VQVAE", "--tokenizer")])
 def test_a_file_in_the_place_of_a_folder_is_answered_with_the_import(tmp_path: Path, kind: str, option: str) -> None:
     torch.save(WEIGHTS, tmp_path / "a.pth")
-    with pytest.raises(ValueError, match=f"a.pth: is a file.*launchers/import_weights.py {option} .*--patch-nums"):
+    with pytest.raises(ValueError, match=f"a.pth: is a file.*launchers/import_weights.py {option} .*--out DIR"):
         ModelOnDisk.find(tmp_path / "a.pth", kind)
 
 

@@ -158,6 +158,11 @@ def test_other_settings_need_another_folder(run: str, tmp_path: Path, change: di
     assert contents(tmp_path) == before
 
 
+def test_a_cfg_that_guidance_takes_the_place_of_does_not_matter(run: str, tmp_path: Path) -> None:
+    launch(run, tmp_path, guidance=(0.0, 1.0), cfg=3.0)
+    launch(run, tmp_path, guidance=(0.0, 1.0))
+
+
 def test_another_model_needs_another_folder(run: str, tmp_path: Path) -> None:
     launch(run, tmp_path / "out")
     with pytest.raises(ValueError, match="its images have var_sha256 [0-9a-f]{64}, this command has"):
@@ -173,7 +178,7 @@ def test_the_images_of_a_run_lie_in_it_unless_told_otherwise(run: str, tmp_path:
 
 def test_the_grid_is_logged_unless_told_otherwise(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logged: list[tuple[str, Path]] = []
-    monkeypatch.setattr(sample, "log_picture", lambda folder, picture: logged.append((folder, picture)))
+    monkeypatch.setattr(sample, "log_picture", lambda folder, picture, group: logged.append((folder, picture)))
     launch(run, tmp_path / "quiet")
     assert not logged
     launch(run, tmp_path / "out", mlflow=True)

@@ -220,6 +220,14 @@ def test_only_a_database_file_has_a_folder_of_pictures_beside_it() -> None:
     assert artifact_folder("http://host:5000") is None
 
 
+def test_of_a_model_that_was_not_trained_here_nothing_is_said(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_picture(tmp_path, picture)
+    log_picture(tmp_path / "var_d16.pth", picture)
+    assert capsys.readouterr().out == ""
+
+
 @pytest.mark.parametrize(
     "state, message",
     [
@@ -238,6 +246,7 @@ def test_a_picture_that_mlflow_does_not_take_costs_one_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "metrics.jsonl").touch()
     if state is not None:
         (tmp_path / "mlflow.json").write_text(json.dumps(state).replace("TMP", str(tmp_path)))
     log_picture(tmp_path, picture)

@@ -59,7 +59,7 @@ class ModelOnDisk:
         if path.is_file():
             raise ValueError(
                 f"{path}: is a file, a folder with a {NAMES[kind]} is needed; make one of a public checkpoint with "
-                f"launchers/import_weights.py --{'var' if kind == 'VAR' else 'tokenizer'} {path} --out DIR --patch-nums"
+                f"launchers/import_weights.py --{'var' if kind == 'VAR' else 'tokenizer'} {path} --out DIR"
             )
         found = cls.all_at(path)
         for model in found:
@@ -67,8 +67,12 @@ class ModelOnDisk:
                 return model
         if found:
             raise ValueError(f"{found[0].folder}: holds a {found[0].kind}, a {kind} is needed; check the path")
+        problem = "no model there" if path.exists() else "no such file or folder"
+        public = next(iter(sorted(path.glob("*.pth"))), None)
+        hint = f"; it has a public file: give {public}" if public else ""
         raise FileNotFoundError(
-            f"{path}: no model there; give a run folder that has a checkpoint, or a folder with {CONFIG} and {WEIGHTS}"
+            f"{path}: {problem}; give a run folder that has a checkpoint, a folder with {CONFIG} and {WEIGHTS}, or a "
+            f"public .pth file where one is taken{hint}"
         )
 
     @classmethod
@@ -136,7 +140,8 @@ def read_weights(path: str | Path, kind: str = "") -> dict[str, Tensor]:
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file; weights come as a .pth, .pt or .safetensors file")
+        problem = "is a folder" if path.is_dir() else "no such file"
+        raise FileNotFoundError(f"{path}: {problem}; weights come as a .pth, .pt or .safetensors file")
     content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
     if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
         content = _from_trainer(path, content["trainer"], kind)
@@ -160,7 +165,7 @@ def _load_pickle(path: Path) -> Any:
             "or save a plain state dict of tensors where you trust the file"
         ) from None
     except Exception as error:  # the unpickler follows damaged bytes as far as they lead: no list of errors is whole
-        raise ValueError(f"{path}: cannot be read as a torch checkpoint ({_first_line(error)}); get it again") from None
+        raise ValueError(f"{path}: is no torch checkpoint, or damaged ({type(error).__name__}); get it again") from None
 
 
 def _from_trainer(path: Path, trainer: dict[str, Any], kind: str) -> Any:

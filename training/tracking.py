@@ -49,6 +49,11 @@ class RunRecord:
         self.path = folder / "metrics.jsonl"
         folder.mkdir(parents=True, exist_ok=True)
 
+    @staticmethod
+    def exists(folder: Path) -> bool:
+        """Whether the folder is that of a training run."""
+        return (folder / "metrics.jsonl").is_file()
+
     def write(self, records: list[Record]) -> None:
         """Append records, one JSON object a line, and hand them to the operating system at once."""
         with self.path.open("a") as file:
@@ -186,18 +191,21 @@ class MLflowView:
         os.replace(temporary, self.folder / "mlflow.json")
 
 
-def log_picture(run: str | Path, picture: Path) -> None:
-    """Put a picture on the page of the run's MLflow run, under "pictures"; says in one line if that cannot be.
+def log_picture(run: str | Path, picture: Path, *, group: str = "") -> None:
+    """Put a picture on the page of the run's MLflow run, under "pictures/group"; says in one line if that cannot be.
 
-    The MLflow run is the one that `run`/mlflow.json names. Nothing is raised: the picture itself is on disk.
+    The MLflow run is the one that `run`/mlflow.json names. What was not trained here has none, of which nothing is
+    said. Nothing is raised: the picture itself is on disk.
     """
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "10")  # seconds; unlike the curves, a picture is waited for
     try:
         state = _read_state(Path(run))
         if state is None:
-            print(f"mlflow: {run} has no mlflow.json, so {picture} is on disk only", flush=True)
+            if RunRecord.exists(Path(run)):
+                print(f"mlflow: {run} has no mlflow.json, so {picture} is on disk only", flush=True)
             return
-        _open_client(state["uri"]).log_artifact(state["run_id"], str(picture), artifact_path="pictures")
+        place = "/".join(filter(None, ("pictures", group)))
+        _open_client(state["uri"]).log_artifact(state["run_id"], str(picture), artifact_path=place)
     except Exception as error:  # whatever a tracker throws must not reach the caller: the picture is on disk
         print(f"mlflow: {_reason(error)}; {picture} is on disk only", flush=True)
 
