@@ -143,24 +143,31 @@ def variant(request: pytest.FixtureRequest) -> VAR:
     return var
 
 
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The guided logits of every scale, as generation sees them."""
+    logits, forward = [], GuidedModel.logits
+    monkeypatch.setattr(GuidedModel, "logits",
+                        lambda self, inputs, k: logits.append(forward(self, inputs, k)) or logits[-1])
+    return logits
+
+
 @pytest.mark.parametrize("schedule", [(0.0, 1.5, 3.0), (0.0, 0.0, 2.0), (0.0, 2.0, 0.0), (2.0, 0.0, 1.0), (0.0,) * 3])
-def test_cached_generation_equals_running_the_whole_prefix_again(variant: VAR, tokenizer: VQVAE,
-                                                                 schedule: tuple[float, ...]) -> None:
+def test_cached_generation_equals_running_the_whole_prefix_again(
+        variant: VAR, tokenizer: VQVAE, schedule: tuple[float, ...], seen: list[Tensor]) -> None:
     """Also where the unconditional half was left out at first, or in between, and had to catch up."""
-    seen = []
-    forward = GuidedModel.logits
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(GuidedModel, "logits", lambda self, inputs, k: seen.append(forward(self, inputs, k)) or seen[-1])
-        codes = generate_scales(variant, tokenizer, LABELS, Sampling(guidance=schedule), seeds=range(7)).codes
+    codes = generate_scales(variant, tokenizer, LABELS, Sampling(guidance=schedule), seeds=range(7)).codes
     expected = guided_teacher_forced_logits(variant, tokenizer, codes, LABELS, schedule)
     torch.testing.assert_close(torch.cat(seen, dim=1), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_cached_editing_equals_running_the_whole_prefix_again(variant: VAR, tokenizer: VQVAE) -> None:
+def test_cached_editing_equals_running_the_whole_prefix_again(
+        variant: VAR, tokenizer: VQVAE, seen: list[Tensor]) -> None:
     images, mask = make_images(), torch.tensor([[True, True, False, False]] * 4)
     codes = edit(variant, tokenizer, images, mask, LABELS, cfg=3.0, top_k=1)
-    known = known_part(tokenizer, images, mask, keep_coarsest=True)
     logits = guided_teacher_forced_logits(variant, tokenizer, codes, LABELS, (0.0, 1.5, 3.0))
+    torch.testing.assert_close(torch.cat(seen, dim=1), logits, rtol=1e-5, atol=1e-5)
+    known = known_part(tokenizer, images, mask, keep_coarsest=True)
     assert torch.equal(torch.where(known.mask, known.codes, logits.argmax(dim=-1)), codes)
 
 

@@ -270,7 +270,7 @@ class TestBadInput:
         assert "nowhere.yaml: no such config file" in project.fail("train", "--config", "nowhere.yaml")
 
     def test_missing_tokenizer(self, project: Project) -> None:
-        assert "nowhere: no model there" in project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
+        assert "nowhere: no such file or folder" in project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
 
     def test_empty_folder(self, project: Project) -> None:
         (project.folder / "empty").mkdir()
@@ -319,7 +319,7 @@ class TestBadInput:
         assert "no checkpoint within 0.05 of stage 0.4" in line and "loop.keep_at" in line
 
     def test_missing_run_to_compare(self, project: Project) -> None:
-        assert "nowhere: no model there" in project.fail("compare_sizes", "--runs", "nowhere", "--out", "x.png")
+        assert "nowhere: no such file or folder" in project.fail("compare_sizes", "--runs", "nowhere", "--out", "x.png")
 
     def test_codes_to_plot_the_dependencies_of(self, project: Project) -> None:
         codes = ["--images", "data/digits/codes/val", "--out", "x.png"]
@@ -362,7 +362,7 @@ class TestBadInput:
     def test_export_in_an_unknown_format_and_of_nothing(self, project: Project) -> None:
         arguments = ["--run", "runs/digits/tokenizer", "--out", "o", "--format", "onnx"]
         assert "accepted: safetensors, reference" in project.fail("export_weights", *arguments)
-        assert "nowhere: no model there" in project.fail("export_weights", "--run", "nowhere", "--out", "o")
+        assert "nowhere: no such file or folder" in project.fail("export_weights", "--run", "nowhere", "--out", "o")
 
     def test_training_from_a_public_file_and_from_a_model_of_other_sizes(self, project: Project, public: Path) -> None:
         line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "var_d1.pth"))
