@@ -270,7 +270,8 @@ class TestBadInput:
         assert "nowhere.yaml: no such config file" in project.fail("train", "--config", "nowhere.yaml")
 
     def test_missing_tokenizer(self, project: Project) -> None:
-        assert "nowhere: no such file or folder" in project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
+        line = project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
+        assert "nowhere: no such file or folder" in line
 
     def test_empty_folder(self, project: Project) -> None:
         (project.folder / "empty").mkdir()
