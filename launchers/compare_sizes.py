@@ -169,7 +169,7 @@ def draw_images(models: Models, known: KnownTokens | None, config: CompareSizesC
     plan = plan_samples(config.classes, num_classes, per_class=1, batch=len(config.classes), seed=config.seed)
     images = plan.unit(0)
     labels = torch.from_numpy(plan.labels(images)) if is_conditional else torch.zeros(len(images), dtype=torch.int64)
-    sampling = Sampling(cfg=config.cfg if is_conditional else 0.0, top_k=config.top_k, top_p=config.top_p)
+    sampling = Sampling(cfg=config.cfg, top_k=config.top_k, top_p=config.top_p)
     if known is not None:
         known = KnownTokens(known.codes.to(device), known.mask.to(device))
     seeds = torch.from_numpy(plan.seeds(images))

@@ -5,6 +5,7 @@ Fields without a default must be given, in the YAML file or on the command line.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from models.var import VARConfig
@@ -27,6 +28,12 @@ def refuse_below_zero(**settings: int) -> None:
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
+
+
+def refuse_unknown(accepted: Collection[str], **settings: str) -> None:
+    for name, value in settings.items():
+        if value not in accepted:
+            raise ValueError(f"{name} is {value}; accepted: {', '.join(accepted)}")
 
 
 def refuse_no_png(out: str) -> None:
@@ -148,9 +155,8 @@ class SampleConfig:
     mlflow: bool = True  # log the grid to the run's MLflow run
 
     def __post_init__(self) -> None:
-        for name, accepted in (("format", SAMPLE_FORMATS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {', '.join(accepted)}")
+        refuse_unknown(SAMPLE_FORMATS, format=self.format)
+        refuse_unknown(PRECISIONS, precision=self.precision)
         if self.smooth and self.format == "npz":
             raise ValueError("smooth is on and format is npz; smoothed images are never to be measured: use format=png")
 
@@ -167,7 +173,7 @@ class EditConfig:
     box: tuple[float, ...] = ()  # Y0 X0 Y1 X1, pixels of the image file
     mask: str = ""  # instead of a box: a picture of the image's size, white where the box would be
     label: int | None = None  # the class to draw; without it none is asked for
-    out: str = ""  # folder; empty: RUN/edits/IMAGE-TASK
+    out: str = ""  # folder; empty: one in RUN/edits named after picture, task, place and class
     variants: int = 4  # results, each with a seed of its own
     cfg: float = 3.0
     top_k: int = 900  # 0: off
@@ -182,9 +188,8 @@ class EditConfig:
     mlflow: bool = True  # log the panel to the run's MLflow run
 
     def __post_init__(self) -> None:
-        for name, accepted in (("task", EDIT_TASKS), ("precision", PRECISIONS)):
-            if getattr(self, name) not in accepted:
-                raise ValueError(f"{name} is {getattr(self, name)}; accepted: {', '.join(accepted)}")
+        refuse_unknown(EDIT_TASKS, task=self.task)
+        refuse_unknown(PRECISIONS, precision=self.precision)
         if bool(self.box) == bool(self.mask):
             raise ValueError(f"{'both box and' if self.box else 'neither box nor'} mask given; give one of them")
         if self.box and len(self.box) != 4:
@@ -219,8 +224,7 @@ class ExportConfig:
     tokenizer: str = ""  # empty: the one the run was trained with
 
     def __post_init__(self) -> None:
-        if self.format not in EXPORT_FORMATS:
-            raise ValueError(f"format is {self.format}; accepted: {', '.join(EXPORT_FORMATS)}")
+        refuse_unknown(EXPORT_FORMATS, format=self.format)
 
 
 @dataclass(frozen=True, kw_only=True)
