@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from project import ENCODE, PACK, TOKENIZER, Project, train_arguments
 from tiny import Study, make_study
 
 
@@ -16,3 +17,18 @@ def pytest_configure() -> None:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Tests that train in it choose a run folder of their own."""
     return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
+    project = Project(tmp_path_factory.mktemp("project"))
+    project.succeed("pack_images", *PACK)
+    project.succeed("train_tokenizer", *TOKENIZER)
+    project.succeed("encode_codes", *ENCODE)
+    return project
+
+
+@pytest.fixture(scope="session")
+def trained(project: Project) -> Project:
+    project.succeed("train", *train_arguments("runs/whole"), ranks=2)
+    return project

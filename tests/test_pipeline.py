@@ -1,121 +1,21 @@
 """The README from end to end, on the commands a user types: digits to shards to codes to a transformer to images.
 
 One run is killed outright in the middle and started again; it must end with the losses of one that was left alone.
-Then what a user can get wrong: each is one line on stderr and a non-zero exit code.
 """
 
 from __future__ import annotations
 
-import contextlib
-import importlib
-import io
 import json
 import os
-import shutil
 import signal
 import subprocess
-import sys
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from tiny import VAR_CONFIG, write_public_files
-
-from launchers.loading import load_tokenizer
-from models.var import VAR
-from training.model_on_disk import describe, write_model
-
-ROOT = Path(__file__).resolve().parent.parent
-CONFIGS = ROOT / "configs" / "digits"
-SHORT = ["loop.epochs=1", "loop.validate_every=0.25", "loop.checkpoint_every=4", "loop.log_every=1"]
-PACK = ["source=digits", "out=data/digits/images", "val_fraction=0.2"]
-TOKENIZER = ["--config", str(CONFIGS / "tokenizer.yaml"), "loop.epochs=0.2"]
-ENCODE = ["tokenizer=runs/digits/tokenizer", "images=data/digits/images", "out=data/digits/codes", "views=2"]
-
-
-@dataclass(frozen=True)
-class Project:
-    """A folder with packed digits, a barely trained tokenizer and its codes."""
-
-    folder: Path
-
-    def command(self, name: str, *arguments: str, ranks: int = 0) -> list[str]:
-        launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else []
-        return [*(launcher or [sys.executable]), str(ROOT / "launchers" / f"{name}.py"), *arguments]
-
-    def run(self, name: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None) -> Any:
-        return subprocess.run(
-            self.command(name, *arguments, ranks=ranks),
-            cwd=self.folder,
-            env=os.environ | {"DS_ACCELERATOR": "cpu"} | (env or {}),
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-
-    def succeed(self, name: str, *arguments: str, ranks: int = 0) -> str:
-        done = self.run(name, *arguments, ranks=ranks)
-        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-        return done.stdout
-
-    def fail(self, name: str, *arguments: str) -> str:
-        """Run a command that must end with exit code 64 and one line on stderr; that line.
-
-        In this process: what is wrong is found before anything starts, and starting Python takes longer than that.
-        """
-        main = importlib.import_module(f"launchers.{name}").main
-        said = io.StringIO()
-        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stderr(said), pytest.raises(SystemExit) as left:
-            patch.chdir(self.folder)
-            patch.setattr(sys, "argv", [f"{name}.py", *arguments])
-            main()
-        assert left.value.code == 64, (left.value.code, said.getvalue()[-2000:])
-        return single_error(said.getvalue())
-
-    def fail_as_rank(self, name: str, *arguments: str, env: dict[str, str]) -> str:
-        """The same in a process of its own, with an environment of its own."""
-        done = self.run(name, *arguments, env=env)
-        assert done.returncode == 64, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
-        return single_error(done.stderr)
-
-    def records(self, run: str) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
-
-
-def single_error(stderr: str) -> str:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    assert len(lines) == 1 and lines[0].startswith("error: "), stderr[-2000:]
-    return lines[0]
-
-
-def train_arguments(run: str, *more: str) -> list[str]:
-    return ["--config", str(CONFIGS / "d2.yaml"), f"run={run}", "tracking.mlflow=false", *SHORT, *more]
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project(tmp_path_factory.mktemp("project"))
-    project.succeed("pack_images", *PACK)
-    project.succeed("train_tokenizer", *TOKENIZER)
-    project.succeed("encode_codes", *ENCODE)
-    return project
-
-
-@pytest.fixture(scope="module")
-def trained(project: Project) -> Project:
-    project.succeed("train", *train_arguments("runs/whole"), ranks=2)
-    return project
-
-
-@pytest.fixture
-def public(tmp_path: Path) -> Path:
-    write_public_files(tmp_path)
-    return tmp_path
+from project import ENCODE, PACK, ROOT, Project, train_arguments
 
 
 def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -253,131 +153,3 @@ def test_the_readmes_two_commands_work_on_a_run_and_on_public_files_alike(
     for picture in ("grid_{}/samples.png", "edit_{}/panel.png", "edit_{}/seed-00003.png"):
         of_run, of_files = ((trained.folder / picture.format(name)).read_bytes() for name in ("run", "files"))
         assert of_run == of_files, picture
-
-
-class TestBadInput:
-    """One line that names the thing, what was found and what to do; exit code 64."""
-
-    def test_unknown_key(self, project: Project) -> None:
-        line = project.fail("train", *train_arguments("runs/x"), "model.dept=4")
-        assert "model.dept" in line and "did you mean 'model.depth'" in line
-
-    def test_wrong_type(self, project: Project) -> None:
-        line = project.fail("train", *train_arguments("runs/x"), "model.depth=deep")
-        assert "depth" in line and "deep" in line
-
-    def test_missing_config(self, project: Project) -> None:
-        assert "nowhere.yaml: no such config file" in project.fail("train", "--config", "nowhere.yaml")
-
-    def test_missing_tokenizer(self, project: Project) -> None:
-        line = project.fail("train", *train_arguments("runs/x"), "tokenizer=nowhere")
-        assert "nowhere: no such file or folder" in line
-
-    def test_empty_folder(self, project: Project) -> None:
-        (project.folder / "empty").mkdir()
-        assert "empty" in project.fail("pack_images", "source=empty", "out=packed")
-
-    def test_truncated_shard(self, project: Project) -> None:
-        shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "cut")
-        shard = next((project.folder / "cut").glob("*.tar"))
-        shard.write_bytes(shard.read_bytes()[:-1000])
-        assert shard.name in project.fail("train", *train_arguments("runs/x"), "data.train=cut")
-
-    def test_codes_of_another_tokenizer(self, project: Project) -> None:
-        shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "foreign")
-        index = project.folder / "foreign" / "index.json"
-        meta = json.loads(index.read_text())
-        meta["meta"]["tokenizer_sha256"] = "0" * 64
-        index.write_text(json.dumps(meta))
-        line = project.fail("train", *train_arguments("runs/x"), "data.train=foreign")
-        assert "0000" in line and "encode_codes.py" in line
-
-    def test_batch_not_divisible_by_the_world(self, project: Project) -> None:
-        world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-        line = project.fail_as_rank("train", *train_arguments("runs/x"), env=world)
-        assert "global_batch 64 is not divisible by the world size 3" in line
-
-    def test_another_number_of_classes(self, project: Project) -> None:
-        line = project.fail("train", *train_arguments("runs/x"), "model.num_classes=5")
-        assert "has 10 classes, model.num_classes is 5" in line
-
-    def test_checkpoint_of_another_seed(self, trained: Project) -> None:
-        line = trained.fail("train", *train_arguments("runs/whole"), "seed=9")
-        assert "seed is 0, this run has 9" in line
-
-    def test_another_tokenizer_to_sample_with(self, trained: Project) -> None:
-        other, _ = load_tokenizer(str(trained.folder / "runs/digits/tokenizer"))
-        other.quantizer.codebook += 1
-        write_model(trained.folder / "runs/other", other.state_dict(), describe(other.config))
-        assert "was trained with tokenizer" in trained.fail("sample", "run=runs/whole", "tokenizer=runs/other")
-
-    def test_checkpoint_of_another_model(self, trained: Project) -> None:
-        line = trained.fail("train", *train_arguments("runs/whole"), "model.depth=3")
-        assert "depth is 2, this run has 3" in line
-
-    def test_a_stage_that_no_checkpoint_was_kept_of(self, trained: Project) -> None:
-        line = trained.fail("compare_sizes", "--runs", "runs/whole", "--stages", "0.4", "--out", "figures/x.png")
-        assert "no checkpoint within 0.05 of stage 0.4" in line and "loop.keep_at" in line
-
-    def test_missing_run_to_compare(self, project: Project) -> None:
-        assert "nowhere: no such file or folder" in project.fail("compare_sizes", "--runs", "nowhere", "--out", "x.png")
-
-    def test_codes_to_plot_the_dependencies_of(self, project: Project) -> None:
-        codes = ["--images", "data/digits/codes/val", "--out", "x.png"]
-        line = project.fail("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *codes)
-        assert "holds codes, expected images" in line
-
-    def test_an_option_that_does_not_exist(self, project: Project) -> None:
-        line = project.fail("import_weights", "--no-such-thing", "x", "--out", "o")
-        assert "unknown option '--no-such-thing'" in line
-
-    def test_import_of_a_file_that_is_not_there(self, project: Project) -> None:
-        assert "gone.pth: no such file" in project.fail("import_weights", "--var", "gone.pth", "--out", "o")
-
-    def test_import_of_damaged_and_of_wrong_files(self, project: Project, public: Path) -> None:
-        (public / "cut.pth").write_bytes((public / "var_d1.pth").read_bytes()[:-1000])
-        torch.save({"weights": [torch.zeros(2)]}, public / "list.pth")
-        wanted = {"cut.pth": "get it again", "list.pth": "a flat state dict", "vae_ch32v16z4.pth": "no pos_1LC"}
-        for name, message in wanted.items():
-            line = project.fail("import_weights", "--var", str(public / name), "--out", "o")
-            assert name in line and message in line
-
-    def test_import_with_a_name_missing(self, project: Project, public: Path) -> None:
-        weights = torch.load(public / "var_d1.pth")
-        torch.save({name: value for name, value in weights.items() if name != "head.bias"}, public / "no_head.pth")
-        arguments = ["--var", str(public / "no_head.pth"), "--patch-nums", "1", "2", "--out", "o"]
-        assert "missing head.bias" in project.fail("import_weights", *arguments)
-
-    def test_import_with_a_schedule_that_is_unknown_or_does_not_fit(self, project: Project, public: Path) -> None:
-        arguments = ["--var", str(public / "var_d1.pth"), "--out", "o"]
-        assert "add --patch-nums" in project.fail("import_weights", *arguments)
-        assert "5 positions" in project.fail("import_weights", *arguments, "--patch-nums", "1", "3")
-
-    def test_import_and_export_to_a_folder_in_use(self, project: Project, public: Path) -> None:
-        arguments = ["--tokenizer", str(public / "vae_ch32v16z4.pth"), "--patch-nums", "1", "2"]
-        assert "data: is not empty" in project.fail("import_weights", *arguments, "--out", "data")
-        run = ["--run", "runs/digits/tokenizer"]
-        assert "data: is not empty" in project.fail("export_weights", *run, "--out", "data")
-        assert not (project.folder / "o").exists()
-
-    def test_export_in_an_unknown_format_and_of_nothing(self, project: Project) -> None:
-        arguments = ["--run", "runs/digits/tokenizer", "--out", "o", "--format", "onnx"]
-        assert "accepted: safetensors, reference" in project.fail("export_weights", *arguments)
-        assert "nowhere: no such file or folder" in project.fail("export_weights", "--run", "nowhere", "--out", "o")
-
-    def test_training_from_a_public_file_and_from_a_model_of_other_sizes(self, project: Project, public: Path) -> None:
-        line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "var_d1.pth"))
-        assert "launchers/import_weights.py --var" in line
-        write_model(public / "d1", VAR(VAR_CONFIG).state_dict(), describe(VAR_CONFIG))
-        line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "d1"))
-        assert "its depth is 1, this run has 2" in line
-
-    def test_corrupt_image_is_skipped_counted_and_named(self, project: Project) -> None:
-        for label in ("cat", "dog"):
-            (project.folder / "photos" / label).mkdir(parents=True)
-            for number in range(4):
-                picture = Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8))
-                picture.save(project.folder / "photos" / label / f"{number}.png")
-        (project.folder / "photos/cat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
-        said = project.succeed("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
-        assert "1 skipped" in said and "broken.jpg" in said
