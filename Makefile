@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow lint install clean
+.PHONY: demo test test-slow test-slurm lint install clean
 
 demo: install
 	$(BIN)/python launchers/demo.py
@@ -16,6 +16,10 @@ test: install
 test-slow: install
 	$(BIN)/pip install -q -c constraints.txt -e .[browser]
 	$(BIN)/python -m pytest -m slow
+
+# as root, with apt-get install --no-install-recommends slurm-wlm munge
+test-slurm: install
+	$(BIN)/python -m pytest -m slurm
 
 lint: install
 	$(BIN)/flake8

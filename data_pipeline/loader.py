@@ -50,6 +50,7 @@ class Dataset(Protocol):
     folder: Path
     index: Index
     num_classes: int
+    reader: ShardReader
 
     def __len__(self) -> int: ...
 
@@ -221,6 +222,17 @@ def train_batches(
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
     read = partial(_read_batch, dataset)
     return map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
+
+
+def names_of_step(
+    dataset: Dataset, *, first: int, global_batch: int, batch_size: int, rank: int, world_size: int, seed: int
+) -> list[str]:
+    """What the samples are called that one rank gets in the step that starts at stream position `first`: shard:key."""
+    _check_share(batch_size, rank, world_size)
+    plan = Plan(dataset.shard_sizes, seed)
+    starts = range(first + rank * batch_size, first + global_batch, batch_size * world_size)
+    ids = np.concatenate([plan.samples(start, start + batch_size)[0] for start in starts])
+    return [f"{dataset.reader.path_of(number).name}:{dataset.reader.read(number).key}" for number in ids]
 
 
 def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:

@@ -1,18 +1,16 @@
-"""The objects that more than one launcher puts together: a pair of models, datasets, the run folder."""
+"""The objects that more than one launcher puts together: a pair of models, and datasets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
-from launchers.command_line import say, say_nothing
-from launchers.config import RunConfig, TokenizerConfig, TrainConfig, ViewConfig
-from launchers.config_files import to_yaml
+from launchers.config import TrainConfig, ViewConfig
 from launchers.loading import (
     is_weights_file,
     load_tokenizer,
@@ -25,12 +23,9 @@ from launchers.loading import (
 from models.generation import check_configs_agree
 from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import Checkpoints, TrainState, flatten, read_manifest
 from training.distributed import World
-from training.engine import EngineConfig, accumulation_steps
-from training.loop import Loop, Stage
-from training.model_on_disk import describe, latest_checkpoint, model_sha256
-from training.tracking import MLflowView, RunRecord
+from training.engine import EngineConfig
+from training.model_on_disk import describe, model_sha256
 
 Dataset = ImageDataset | CodeDataset
 
@@ -132,69 +127,3 @@ def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> C
     return lambda: validation_batches(
         dataset, batch_size=engine.micro_batch, rank=world.rank, world_size=world.world_size
     )
-
-
-def open_checkpoints(config: TrainConfig | TokenizerConfig, world: World, **identity: str) -> Checkpoints:
-    """The run folder's checkpoints. `identity`: what else, besides seed, batch and init_from, must not change in a run.
-
-    Raises:
-        ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
-    """
-    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
-    folder = Path(config.run) / "checkpoints"
-    newest = latest_checkpoint(folder)
-    recorded = read_manifest(newest)["identity"].get("init_from") if newest else None
-    init_from = config.init_from or recorded  # a run need not name its first weights again: they may be gone
-    if init_from:
-        identity["init_from"] = init_from
-    checkpoints = Checkpoints(
-        folder,
-        keep=config.loop.keep_checkpoints,
-        world=world,
-        model_config=config.model,
-        identity={"seed": config.seed, "loop.global_batch": config.loop.global_batch, **identity},
-    )
-    found = checkpoints.latest()
-    if found:
-        checkpoints.refuse_misfit(found)
-    return checkpoints
-
-
-def run_stage(
-    config: RunConfig, stage: Stage, dataset: Dataset, checkpoints: Checkpoints, world: World
-) -> TrainState:
-    """Train a stage in its run folder: from its newest checkpoint if there is one, else from the start."""
-    folder = Path(config.run)
-    speak = say if world.is_rank_zero else say_nothing
-    found = checkpoints.agreed_latest()
-    state = checkpoints.restore(found, stage.engines) if found else TrainState()
-    origin = f" from the weights of {config.init_from}" if config.init_from else ""
-    speak(f"resuming from {found}" if found else f"starting in {folder}{origin}")
-    record = RunRecord(folder)
-    view = None
-    if world.is_rank_zero:
-        (folder / "config.yaml").write_text(to_yaml(config))
-        record.forget_after(state.step)
-        view = MLflowView(folder, config.tracking, flatten(asdict(config))) if config.tracking.mlflow else None
-    loop = Loop(stage, config.loop, config.optimizer, world, len(dataset), record, view, checkpoints, speak)
-
-    def make_batches(samples_seen: int) -> Iterable[Any]:
-        return train_batches(
-            dataset,
-            batch_size=config.engine.micro_batch,
-            rank=world.rank,
-            world_size=world.world_size,
-            samples_seen=samples_seen,
-            seed=config.seed,
-            workers=config.data.workers,
-        )
-
-    failed = True
-    try:
-        state = loop.run(state, make_batches)
-        failed = False
-    finally:
-        if view is not None:
-            view.close(failed=failed)
-    speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")
-    return state

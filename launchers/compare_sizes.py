@@ -31,7 +31,7 @@ from launchers.sampler import decode_in_parts  # noqa: E402
 from models.generation import KnownTokens, generate_scales  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
-from training.checkpoint import read_manifest  # noqa: E402
+from training.commit import read_manifest  # noqa: E402
 from training.distributed import World  # noqa: E402
 from training.model_on_disk import ModelOnDisk, committed_checkpoints  # noqa: E402
 from training.tracking import RunRecord, log_picture  # noqa: E402

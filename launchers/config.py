@@ -10,12 +10,14 @@ from dataclasses import dataclass, field
 
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
+from training.divergence import DivergenceConfig
 from training.engine import PRECISIONS, EngineConfig
 from training.loop import LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig
 from training.tracking import TrackingConfig
+from training.watch import WatchConfig
 
 LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
@@ -85,6 +87,8 @@ class RunConfig:
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     loop: LoopConfig = field(default_factory=LoopConfig)
+    divergence: DivergenceConfig = field(default_factory=DivergenceConfig)
+    watch: WatchConfig = field(default_factory=WatchConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def __post_init__(self) -> None:

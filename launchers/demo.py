@@ -30,7 +30,7 @@ from launchers.config_files import load_config  # noqa: E402
 from launchers.pictures import save_grid, to_uint8  # noqa: E402
 from models.editing import box_in_tokens  # noqa: E402
 from models.generation import edit, known_part  # noqa: E402
-from training.checkpoint import read_manifest  # noqa: E402
+from training.commit import read_manifest  # noqa: E402
 from training.model_on_disk import latest_checkpoint  # noqa: E402
 from training.tracking import absolute_uri  # noqa: E402
 

@@ -29,7 +29,7 @@ from launchers.model_cards import (  # noqa: E402
 from models.reference import check_public, tokenizer_to_state_dict, var_to_state_dict  # noqa: E402
 from models.var import VAR  # noqa: E402
 from models.vqvae import VQVAE  # noqa: E402
-from training.checkpoint import read_manifest  # noqa: E402
+from training.commit import read_manifest  # noqa: E402
 from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json, write_model  # noqa: E402
 from training.tracking import RunRecord  # noqa: E402
 

@@ -17,7 +17,8 @@ from models.reference import tokenizer_from_state_dict, var_from_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
-from training.checkpoint import Checkpoints, flatten, read_manifest
+from training.checkpoint import Checkpoints, flatten
+from training.commit import read_manifest
 from training.distributed import World
 from training.model_on_disk import ModelOnDisk, describe, read_weights
 

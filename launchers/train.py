@@ -12,14 +12,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launchers.assembly import (  # noqa: E402
     describe_one_batch,
-    open_checkpoints,
     open_codes_or_images,
-    run_stage,
     validation_source,
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TrainConfig  # noqa: E402
 from launchers.loading import initialize, load_tokenizer  # noqa: E402
+from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
 from models.generation import check_configs_agree  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, accumulation_steps  # noqa: E402
@@ -33,10 +32,11 @@ def launch(command: Command[TrainConfig]) -> None:
     if command.dry_run:
         dry_run(command.config, command.world_size or World.from_environment().world_size)
     else:
-        train(command.config)
+        with supervise(command.config) as supervision:
+            train(command.config, supervision)
 
 
-def train(config: TrainConfig) -> None:
+def train(config: TrainConfig, supervision: Supervision) -> None:
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     check_configs_agree(config.model, tokenizer.config)
     dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
@@ -48,7 +48,7 @@ def train(config: TrainConfig) -> None:
         config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
     )
     initialize(model, config, checkpoints)
-    world = join_world()
+    world = join_world(timeout_seconds=config.watch.timeout_seconds)
     model.to(world.device)
     optimizer = build_optimizer(model, config.optimizer, undecayed=model.names_without_weight_decay())
     stage = VARStage(
@@ -61,7 +61,7 @@ def train(config: TrainConfig) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, checkpoints, world)
+    run_stage(config, stage, dataset, checkpoints, world, supervision)
     leave_world()
 
 

@@ -14,14 +14,13 @@ import torch  # noqa: E402
 
 from launchers.assembly import (  # noqa: E402
     describe_one_batch,
-    open_checkpoints,
     open_images,
-    run_stage,
     validation_source,
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TokenizerConfig  # noqa: E402
 from launchers.loading import initialize  # noqa: E402
+from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
 from models.discriminator import PatchDiscriminator  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, EngineConfig, accumulation_steps  # noqa: E402
@@ -35,7 +34,8 @@ def launch(command: Command[TokenizerConfig]) -> None:
     if command.dry_run:
         dry_run(command.config, command.world_size or World.from_environment().world_size)
     else:
-        train(command.config)
+        with supervise(command.config) as supervision:
+            train(command.config, supervision)
 
 
 def refuse_unfit_engine(engine: EngineConfig) -> None:
@@ -48,7 +48,7 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
         raise ValueError("engine.activation_checkpointing is on; it has no effect on the tokenizer: set it to false")
 
 
-def train(config: TokenizerConfig) -> None:
+def train(config: TokenizerConfig, supervision: Supervision) -> None:
     views = config.data.views
     dataset = open_images(config.data.train, config.model, views, seed=config.seed, random_views=True)
     validation = open_images(config.data.validation, config.model, views, seed=config.seed, random_views=False)
@@ -58,7 +58,7 @@ def train(config: TokenizerConfig) -> None:
     )
     model = build_tokenizer(config.model, seed=config.seed)
     initialize(model, config, checkpoints)
-    world = join_world()
+    world = join_world(timeout_seconds=config.watch.timeout_seconds)
     model.to(world.device)
     stage = TokenizerStage(
         start_engine(model, config, world),
@@ -71,7 +71,7 @@ def train(config: TokenizerConfig) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, checkpoints, world)
+    run_stage(config, stage, dataset, checkpoints, world, supervision)
     leave_world()
 
 

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
+from fork_world import ForkServer
 from project import ENCODE, PACK, TOKENIZER, Project, train_arguments
 from tiny import Study, make_study
+
+FIGURES = pytest.StashKey[dict[str, str]]()
 
 
 def pytest_configure() -> None:
@@ -17,6 +22,23 @@ def pytest_configure() -> None:
 def study(tmp_path_factory: pytest.TempPathFactory) -> Study:
     """Tests that train in it choose a run folder of their own."""
     return make_study(tmp_path_factory.mktemp("study"))
+
+
+@pytest.fixture(scope="session")
+def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer]:
+    with ForkServer(tmp_path_factory.mktemp("worlds")) as server:
+        yield server
+
+
+@pytest.fixture
+def figures(pytestconfig: pytest.Config) -> dict[str, str]:
+    """Figure -> value, printed after the tests as rows for docs/reliability.md."""
+    return pytestconfig.stash.setdefault(FIGURES, {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    for figure, value in config.stash.get(FIGURES, {}).items():
+        terminalreporter.write_line(f"| {figure} | {value} |")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ Usage: distributed_worker.py OUT. Everything runs in one world, because starting
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -22,12 +23,14 @@ from models.discriminator import PatchDiscriminator
 from models.quantizer import QuantizerConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
-from training.checkpoint import Checkpoints, TrainState
+from training.checkpoint import Checkpoints, Retention, TrainState
 from training.distributed import World, agree_on_error, barrier, end_process, join_world, leave_world
 from training.engine import Engine, EngineConfig
-from training.loop import Loop, LoopConfig, Stage
+from training.history import History
+from training.loop import Loop, LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig, build_optimizer
+from training.stage import Stage
 from training.tokenizer_loop import CodebookCareConfig, TokenizerStage, build_tokenizer
 from training.tracking import RunRecord
 from training.var_loop import VARStage, build_var
@@ -40,7 +43,7 @@ TOKENIZER = VQVAEConfig(
 )
 # 17: parameters whose elements two ranks cannot share evenly
 TRANSFORMER = VARConfig(depth=2, patch_nums=PATCH_NUMS, vocab_size=17, code_width=8, num_classes=4, init_gamma=0.5)
-OPTIMIZER = OptimizerConfig(base_lr=1e-3 * 256 / 16)
+OPTIMIZER = OptimizerConfig(base_lr=1e-3 * 256 / 16, ema_decay=0.5)
 GLOBAL_BATCH, NUM_SAMPLES = 16, 22
 
 
@@ -111,12 +114,14 @@ def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool,
         checkpoint_every=100,
         stop_after_steps=stop_after,
     )
-    checkpoints = Checkpoints(folder / "checkpoints", keep=2, world=world, model_config=model, identity={})
-    found = checkpoints.agreed_latest()
-    state = checkpoints.restore(found, stage.engines) if found else TrainState()
+    checkpoints = Checkpoints(
+        folder / "checkpoints", retention=Retention(), world=world, model_config=model, identity={}
+    )
+    state = checkpoints.resume(stage.engines) or TrainState()
     record = RunRecord(folder)
     dataset = InMemory(images=images)
-    loop = Loop(stage, config, OPTIMIZER, world, NUM_SAMPLES, record, None, checkpoints, lambda text: None)
+    history = History(folder)
+    loop = Loop(stage, config, OPTIMIZER, world, NUM_SAMPLES, record, None, checkpoints, lambda text: None, history)
 
     def make_batches(samples_seen: int) -> Iterator[Any]:
         place = {"rank": world.rank, "world_size": world.world_size}
@@ -133,22 +138,44 @@ def train_in_parts(make_stage: Callable[[], Stage], world: World, folder: Path, 
     return train(make_stage(), world, folder, **kinds)
 
 
+def resume_elsewhere(half: Path, stage: Stage, world: World, folder: Path, **kinds: Any) -> list[dict]:
+    """Go on from a copy of a run that was stopped under another ZeRO stage or world size; what is recorded in all."""
+    if world.is_rank_zero:
+        shutil.copytree(half, folder)
+    barrier(world)
+    return train(stage, world, folder, **kinds)
+
+
+def float32(zero_stage: int) -> EngineConfig:
+    return EngineConfig(
+        zero_stage=zero_stage,
+        precision="fp32",
+        micro_batch=4,
+        activation_checkpointing=zero_stage == 3,
+        reduce_bucket_size=1_000_000,
+        prefetch_bucket_size=100_000,
+        persistence_threshold=1000,
+    )
+
+
 def run_all(world: World, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     codes, pictures = {"model": TRANSFORMER, "images": False}, {"model": TOKENIZER, "images": True}
     for zero_stage in (0, 1, 2, 3):
-        engine = EngineConfig(
-            zero_stage=zero_stage,
-            precision="fp32",
-            micro_batch=4,
-            activation_checkpointing=zero_stage == 3,
-            reduce_bucket_size=1_000_000,
-            prefetch_bucket_size=100_000,
-            persistence_threshold=1000,
-        )
-        name, make_stage = f"stage{zero_stage}", partial(var_stage, world, engine)
+        name, make_stage = f"stage{zero_stage}", partial(var_stage, world, float32(zero_stage))
         results[name] = train(make_stage(), world, out / name, **codes)
-        results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
+        train(make_stage(), world, out / f"{name}_half", stop_after=3, **codes)
+        halves = {f"{name}_parts": out / f"{name}_half"}
+        if world.world_size > 1:
+            halves[f"{name}_other_world"] = out.parent / "world1" / f"{name}_half"
+        if zero_stage:
+            halves[f"{name}_other_stage"] = out / f"stage{zero_stage - 1}_half"
+        for part, half in halves.items():
+            results[part] = resume_elsewhere(half, make_stage(), world, out / part, **codes)
+    half = out / "stage3_half"
+    results["stage0_other_stage"] = resume_elsewhere(
+        half, var_stage(world, float32(0)), world, out / "stage0_other_stage", **codes
+    )
     stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
     make_stage = partial(tokenizer_stage, world, stage_1)
     results["tokenizer"] = train(make_stage(), world, out / "tokenizer", **pictures)
@@ -169,8 +196,8 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
 def initial_error(stage: VARStage, world: World) -> float:
     """How far the engine's float32 weights are from those the model was given, at the worst."""
     wanted = build_var(TRANSFORMER, seed=0, activation_checkpointing=False).state_dict()
-    found = stage.engines["model"].full_state_dict()  # empty but on rank 0
-    return max((float((found[name] - wanted[name]).abs().max()) for name in found), default=0.0)
+    found = {name: value.clone() for name, value in stage.engines["model"].state.tensors()}
+    return max(float((found[f"weight/{name}"] - wanted[name]).abs().max()) for name in wanted)
 
 
 def shared_error(world: World) -> str:
@@ -184,7 +211,7 @@ def shared_error(world: World) -> str:
 
 def main() -> None:
     out = Path(sys.argv[-1])
-    world = join_world(timeout_minutes=2)
+    world = join_world(timeout_seconds=120)
     results = run_all(world, out)
     (out / f"rank{world.rank}.json").write_text(json.dumps(results))
     leave_world()

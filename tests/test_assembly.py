@@ -1,4 +1,4 @@
-"""Stage 2 in one process, without DeepSpeed: interrupted, resumed, and refused where something does not fit."""
+"""Models and data are put together, and refused where they do not fit."""
 
 from __future__ import annotations
 
@@ -9,89 +9,21 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, make_tokenizer, train_var, write_public_files
+from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, make_tokenizer, train_var, write_models, write_public_files
 
 from launchers.assembly import (
     describe_one_batch,
     load_models,
-    open_checkpoints,
     open_codes_or_images,
     open_images,
     validation_source,
 )
-from launchers.config import TrainConfig
-from launchers.config_files import load_config
-from launchers.loading import load_tokenizer, tokenizer_of
+from launchers.loading import load_tokenizer
 from models.generation import check_configs_agree
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
-from training.checkpoint import read_manifest
 from training.distributed import World
 from training.model_on_disk import describe, write_model
-from training.tracking import RunRecord
-
-TIMES = ("time", "images_per_second", "tokens_per_second", "data_wait_share")  # what no two runs share
-
-
-def losses(config: TrainConfig) -> list[dict[str, Any]]:
-    records = RunRecord(Path(config.run)).read()
-    return [{name: value for name, value in record.items() if name not in TIMES} for record in records]
-
-
-def test_an_interrupted_run_ends_bit_for_bit_where_an_uninterrupted_one_does(study: Study) -> None:
-    whole, part = study.train_config("whole"), study.train_config("part", stop_after_steps=3)
-    state, model = train_var(whole)
-    train_var(part)
-    resumed_state, resumed = train_var(replace(part, loop=whole.loop))
-    assert state == resumed_state and state.step > 3
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), resumed.parameters(), strict=True))
-    assert losses(whole) == losses(part)
-
-
-def test_steps_that_a_crash_left_without_a_checkpoint_are_recorded_once(study: Study) -> None:
-    config = study.train_config("crashed", stop_after_steps=2)
-    train_var(config)
-    lost = {"kind": "train", "step": 3, "loss_avg": 99.0}
-    RunRecord(Path(config.run)).write([lost])
-    train_var(study.train_config("crashed", stop_after_steps=4))
-    taken = [record["step"] for record in losses(config) if record["kind"] == "train"]
-    assert taken == [1, 2, 3, 4]
-    assert 99.0 not in [record["loss_avg"] for record in losses(config)]
-
-
-def test_a_run_folder_holds_the_config_that_made_it(study: Study) -> None:
-    config = study.train_config("recorded", stop_after_steps=1)
-    train_var(config)
-    assert load_config(TrainConfig, str(Path(config.run) / "config.yaml")) == config
-    assert tokenizer_of(config.run) == config.tokenizer
-
-
-def test_a_run_of_another_world_is_refused_before_anything_starts(study: Study) -> None:
-    config = study.train_config("alone", stop_after_steps=1)
-    train_var(config)
-    with pytest.raises(ValueError, match="written by 1 ranks, this run has 2"):
-        open_checkpoints(config, World(world_size=2))
-
-
-def test_training_on_images_or_on_their_codes_are_both_possible(study: Study) -> None:
-    state, _ = train_var(study.train_config("online", kind="images", stop_after_steps=1))
-    assert state.step == 1
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"seed": 1}, "its seed is 0, this run has 1"),
-        ({"data": "train"}, "its data is [0-9a-f]{64}, this run has [0-9a-f]{64}"),
-    ],
-)
-def test_a_run_is_not_continued_as_another_one(study: Study, change: dict[str, Any], message: str) -> None:
-    config = study.train_config(f"fixed_{next(iter(change))}", stop_after_steps=1)
-    train_var(config)
-    if "data" in change:
-        change = {"data": replace(config.data, train=config.data.validation)}
-    with pytest.raises(ValueError, match=f"of another run: {message}"):
-        train_var(replace(config, **change))
 
 
 @pytest.mark.parametrize("kind", ["codes", "images"])
@@ -141,12 +73,6 @@ def test_a_transformer_that_does_not_fit_its_tokenizer_is_refused(change: dict[s
     check_configs_agree(VAR_CONFIG, VQVAE_CONFIG)
     with pytest.raises(ValueError, match=message):
         check_configs_agree(replace(VAR_CONFIG, **change), VQVAE_CONFIG)
-
-
-def write_models(folder: Path, *, seed: int = 0) -> str:
-    write_model(folder, VAR(VAR_CONFIG, seed=seed).state_dict(), describe(VAR_CONFIG))
-    write_model(folder / "tokenizer", make_tokenizer(seed).state_dict(), describe(VQVAE_CONFIG))
-    return str(folder)
 
 
 def test_a_run_and_its_checkpoint_come_with_the_tokenizer_they_were_trained_with(study: Study) -> None:
@@ -207,37 +133,6 @@ def test_a_tokenizer_of_another_schedule_is_refused(tmp_path: Path) -> None:
     write_model(tmp_path / "wide", VQVAE(config).state_dict(), describe(config))
     with pytest.raises(ValueError, match=r"patch_nums \(1, 2\), the tokenizer \(1, 3\)"):
         load_models(var, str(tmp_path / "wide"), (1, 2))
-
-
-def test_training_starts_from_the_weights_it_is_given(study: Study, tmp_path: Path) -> None:
-    start = write_models(tmp_path, seed=7)
-    config = replace(study.train_config("warm", stop_after_steps=2), init_from=start)
-    frozen = replace(config, optimizer=replace(config.optimizer, base_lr=1e-30))  # so small that no weight moves
-    assert torch.equal(train_var(frozen)[1].head.weight, VAR(VAR_CONFIG, seed=7).head.weight)
-    identity = read_manifest(Path(config.run) / "checkpoints" / "step-00000002")["identity"]
-    assert identity["init_from"] == start
-
-
-def test_a_run_that_has_a_checkpoint_goes_on_from_it_and_from_nothing_else(study: Study, tmp_path: Path) -> None:
-    start = write_models(tmp_path / "start", seed=7)
-    whole, part = (replace(study.train_config(name), init_from=start) for name in ("warm_whole", "warm_part"))
-    _, model = train_var(whole)
-    train_var(replace(part, loop=replace(part.loop, stop_after_steps=3)))
-    _, resumed = train_var(part)
-    assert all(map(torch.equal, model.parameters(), resumed.parameters()))
-    with pytest.raises(ValueError, match="its init_from is .*start, this run has .*other"):
-        train_var(replace(part, init_from=write_models(tmp_path / "other", seed=8)))
-    train_var(replace(part, init_from=""))  # nothing left to do, and what it started from is not forgotten
-    train_var(part)
-    with pytest.raises(ValueError, match="its init_from is None, this run has .*start"):
-        train_var(study.train_config("cold", stop_after_steps=1))
-        train_var(replace(study.train_config("cold"), init_from=start))
-
-
-def test_an_unconditional_model_trains_on_data_with_classes(study: Study) -> None:
-    config = study.train_config("unconditional", stop_after_steps=1)
-    state, model = train_var(replace(config, model=replace(VAR_CONFIG, num_classes=0)))
-    assert state.step == 1 and model.class_embedding.weight.shape[0] == 1
 
 
 def test_configs_on_disk_are_plain_json(study: Study) -> None:

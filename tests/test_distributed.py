@@ -16,7 +16,10 @@ from safetensors.torch import load_file
 WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 # what depends on the clock, or on how many steps lie between two fetches of metrics
-INCIDENTAL = ("images_per_second", "tokens_per_second", "data_wait_share", "time", "codebook_use", "codebook_use_all")
+INCIDENTAL = (
+    *("images_per_second", "tokens_per_second", "data_wait_share", "goodput", "time"),
+    *("codebook_use", "codebook_use_all"),
+)
 
 
 def run_world(world_size: int, out: Path) -> Path:
@@ -83,9 +86,42 @@ def test_a_run_in_parts_equals_an_uninterrupted_one(
     assert lasting(results[world_size][f"{run}_parts"]) == lasting(results[world_size][run])
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("run", [*STAGES, "bf16_stage3", "adversarial"])
+def test_a_run_in_parts_leaves_the_same_checkpoint(worlds: dict[int, Path], run: str, world_size: int) -> None:
+    """Weights, their average, and the moments, byte for byte."""
+    whole, parts = (worlds[world_size] / name / "checkpoints" / "step-00000006" for name in (run, f"{run}_parts"))
+    names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))
+    assert {"weights/model.safetensors", "ema/model.safetensors"} < set(names)
+    assert len(names) == 2 + world_size
+    for name in names:
+        assert (parts / name).read_bytes() == (whole / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_hold_the_same_whole_weights(worlds: dict[int, Path], stage: str) -> None:
-    files = [next((worlds[n] / stage).glob("checkpoints/*/weights/model.safetensors")) for n in (1, 2)]
+def test_a_run_goes_on_under_another_zero_stage(
+    results: dict[int, dict[str, Any]], stage: str, world_size: int
+) -> None:
+    assert_same_curve(results[world_size][f"{stage}_other_stage"], results[world_size][stage])
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_run_of_one_rank_goes_on_with_two(results: dict[int, dict[str, Any]], stage: str) -> None:
+    assert_same_curve(results[2][f"{stage}_other_world"], results[1][stage])
+
+
+def assert_same_curve(resumed: list[dict[str, Any]], whole: list[dict[str, Any]]) -> None:
+    assert [(record["kind"], record["step"]) for record in resumed] == [(r["kind"], r["step"]) for r in whole]
+    for name in ("loss_avg", "loss_last"):
+        # sums in another order; the bar is 1e-5
+        assert curve(resumed, name) == pytest.approx(curve(whole, name), abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["weights", "ema"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_checkpoints_hold_the_same_whole_weights(worlds: dict[int, Path], stage: str, kind: str) -> None:
+    files = [next((worlds[n] / stage).glob(f"checkpoints/*6/{kind}/model.safetensors")) for n in (1, 2)]
     one, two = (load_file(file) for file in files)
     assert one.keys() == two.keys()
     for name in one:

@@ -26,7 +26,7 @@ from models.reference import var_to_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512
 from models.var import VAR
 from models.vqvae import VQVAE
-from training.checkpoint import Checkpoints
+from training.checkpoint import Checkpoints, Retention
 from training.distributed import World
 from training.model_on_disk import describe, write_model
 
@@ -106,7 +106,8 @@ def test_a_transformers_tokenizer_lies_in_its_folder_or_is_named_by_its_run(stud
 
 
 def no_checkpoints(folder: Path, model: Any) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", keep=1, world=World(), model_config=model.config, identity={})
+    root, world = folder / "checkpoints", World()
+    return Checkpoints(root, retention=Retention(1), world=world, model_config=model.config, identity={})
 
 
 def train_config(init_from: Path, **model: Any) -> TrainConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
@@ -11,18 +12,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from training.checkpoint import TrainState
+from training.checkpoint import CheckpointFailed, CheckpointsFailing, TrainState
 from training.distributed import World
-from training.loop import (
-    Loop,
-    LoopConfig,
-    StepContext,
-    TimedIterator,
-    TrainingDiverged,
-    format_duration,
-    mean_over_ranks,
-)
+from training.divergence import DivergenceConfig, TrainingDiverged
+from training.history import History
+from training.loop import Loop, LoopConfig
 from training.optim import OptimizerConfig, learning_rate_factor
+from training.stage import StepContext
+from training.stopping import Stopped, Stopping
 from training.tracking import Record, RunRecord
 
 NUM_SAMPLES = 40
@@ -62,19 +59,29 @@ class RememberedCheckpoints:
     def __init__(self) -> None:
         self.steps: list[int] = []
         self.kept: list[int] = []
+        self.samples: dict[int, int] = {}
+        self.failures = 0  # of the next saves
 
-    def save(self, engines: dict[str, Any], state: TrainState, *, is_kept: bool) -> None:
+    def save(self, engines: dict[str, Any], state: TrainState, *, is_kept: bool, notes: dict[str, Any]) -> Path:
+        if self.failures:
+            self.failures -= 1
+            raise CheckpointFailed(f"step-{state.step:08d} is not saved: disk full")
         self.steps.append(state.step)
+        self.samples[state.step] = state.samples_seen
         self.kept += [state.step] if is_kept else []
+        return self.latest()
 
     def latest(self) -> Path | None:
         return Path(f"step-{self.steps[-1]:08d}") if self.steps else None
+
+    def resume(self, engines: dict[str, Any]) -> TrainState | None:
+        return TrainState(self.steps[-1], self.samples[self.steps[-1]]) if self.steps else None
 
 
 class Run:
     """A loop, what it drove and what it said."""
 
-    def __init__(self, folder: Path, **config: Any) -> None:
+    def __init__(self, folder: Path, *, divergence: DivergenceConfig = DivergenceConfig(), **config: Any) -> None:
         self.stage, self.checkpoints, self.lines = CountingStage(), RememberedCheckpoints(), []
         self.record = RunRecord(folder)
         settings = {"global_batch": GLOBAL_BATCH, "epochs": 2.0, "validate_every": 1.0} | config
@@ -88,6 +95,8 @@ class Run:
             None,
             self.checkpoints,
             self.lines.append,
+            History(folder),
+            divergence=divergence,
         )
 
     def go(self, state: TrainState | None = None) -> TrainState:
@@ -115,19 +124,115 @@ def test_every_step_is_recorded_once_whatever_the_logging_rhythm(tmp_path: Path,
     assert len([line for line in run.lines if line.startswith("step ")]) == 10
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_recorded_or_saved(tmp_path: Path, bad: float) -> None:
-    run = Run(tmp_path, log_every=1, checkpoint_every=2)
+def spoil(run: Run, *, losses: dict[int, float]) -> None:
+    """Let the stage report another loss at these of its steps, counted from 1."""
     healthy = run.stage.train_step
 
-    def diverging(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
+    def spoiled(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
         metrics = healthy(batches, context)
-        return metrics | {"loss": torch.tensor([1.0, bad])} if len(run.stage.contexts) == 4 else metrics
+        bad = losses.get(len(run.stage.contexts))
+        return metrics if bad is None else metrics | {"loss_avg": torch.tensor(bad), "loss": torch.tensor([1.0, bad])}
 
-    run.stage.train_step = diverging  # type: ignore[method-assign]
-    with pytest.raises(TrainingDiverged, match="step 4 .* step-00000002"):
+    run.stage.train_step = spoiled  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("log_every", [1, 5])
+def test_a_loss_that_is_not_finite_stops_the_run_before_it_is_recorded_or_saved(
+    tmp_path: Path, bad: float, log_every: int
+) -> None:
+    run = Run(tmp_path, log_every=log_every, checkpoint_every=2, divergence=DivergenceConfig(on_bad_step="stop"))
+    run.loop.name_samples = lambda first: [f"a.tar:{first}"]
+    spoil(run, losses={3: bad})
+    with pytest.raises(TrainingDiverged, match="step 3: .*rank 0, samples a.tar:16.*step-00000002"):
         run.go()
-    assert run.steps("train") == [1, 2, 3] and run.checkpoints.steps == [2]
+    assert run.steps("train") == [1, 2] and run.checkpoints.steps == [2]
+
+
+def test_bad_steps_are_skipped_recorded_and_told(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    spoil(run, losses={3: float("nan")})
+    run.go()
+    assert run.steps("train") == list(range(1, 11))
+    assert [entry["loss_avg"] for entry in run.record.read() if entry["step"] == 3] == [None]
+    assert [line for line in run.lines if "skipped, 1 in a row" in line]
+
+
+def test_a_roll_back_takes_the_steps_again_with_the_samples_behind_the_bad_one(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=4, log_every=1, divergence=DivergenceConfig(on_bad_step="roll_back"))
+    spoil(run, losses={7: float("nan")})
+    state = run.go()
+    assert run.stage.batches == [*range(0, 56, 8), *range(56, 104, 8)]  # 4 .. 7 are lost, 8 .. 13 take their place
+    assert (state.step, state.samples_seen) == (10, 104)
+    assert run.steps("train") == list(range(1, 11)) and run.checkpoints.steps == [4, 8, 10]
+    assert [entry["pflop"] for entry in run.record.read() if entry["step"] == 10][0] == pytest.approx(0.08)
+    event = run.loop.history.events("roll_back")[0]
+    assert (event["to"], event["samples"]) == (4, 24) and "step 7: the loss is" in event["reason"]
+
+
+def test_a_roll_back_without_a_checkpoint_ends_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, log_every=1, divergence=DivergenceConfig(on_bad_step="roll_back"))
+    spoil(run, losses={2: float("nan")})
+    with pytest.raises(TrainingDiverged, match="there is no checkpoint to return to"):
+        run.go()
+
+
+def test_training_goes_on_when_a_checkpoint_fails(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=2)
+    run.checkpoints.failures = 2
+    run.go()
+    assert run.checkpoints.steps == [6, 8, 10]
+    assert len([line for line in run.lines if line.startswith("warning: ") and "training goes on" in line]) == 2
+
+
+def test_checkpoints_that_fail_again_and_again_end_the_run(tmp_path: Path) -> None:
+    run = Run(tmp_path, checkpoint_every=2, max_failed_saves=3)
+    run.checkpoints.failures = 3
+    with pytest.raises(CheckpointsFailing, match="step-00000006 is not saved: disk full; 3 in a row failed"):
+        run.go()
+
+
+def test_the_last_checkpoint_must_not_fail(tmp_path: Path) -> None:
+    run = Run(tmp_path)
+    run.checkpoints.failures = 1
+    with pytest.raises(CheckpointsFailing, match="step-00000010"):
+        run.go()
+
+
+def test_a_run_that_is_asked_to_stop_leaves_a_checkpoint_and_goes_on_from_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.stopping.LOOK_SECONDS", 0.0)  # these steps are faster than any real one
+    run, whole = Run(tmp_path / "run"), Run(tmp_path / "whole")
+    run.loop.stopping = Stopping(tmp_path / "run", World())
+    healthy = run.stage.train_step
+
+    def asked(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
+        if len(run.stage.contexts) == 3:
+            (tmp_path / "run" / "stop").touch()
+        return healthy(batches, context)
+
+    run.stage.train_step = asked  # type: ignore[method-assign]
+    with pytest.raises(Stopped, match="stop"):
+        run.go()
+    assert run.checkpoints.steps == [4] and run.steps("train") == [1, 2, 3, 4]
+    assert not (tmp_path / "run" / "stop").exists()
+    run.loop.stopping = None
+    run.go(run.checkpoints.resume({}))
+    whole.go()
+    assert run.stage.batches == whole.stage.batches and run.steps("train") == whole.steps("train")
+
+
+def test_goodput_is_the_share_of_time_spent_on_surviving_steps(tmp_path: Path) -> None:
+    run = Run(tmp_path, log_every=1)
+    run.loop.history.note("start")
+    state = run.go()
+    shares = [entry["goodput"] for entry in run.record.read() if entry["kind"] == "train"]
+    assert all(0 < share <= 1 for share in shares) and state.useful_seconds > 0
+    later = Run(tmp_path, log_every=1, epochs=3.0)
+    later.loop.history.first_start = lambda: time.time() - 1000.0  # type: ignore[method-assign]
+    later.go(state)
+    assert [entry["goodput"] for entry in later.record.read() if entry["kind"] == "train"][-1] < 0.01
 
 
 def test_validation_comes_at_its_rhythm_and_at_the_end(tmp_path: Path) -> None:
@@ -152,7 +257,7 @@ def test_checkpoints_come_at_their_rhythm_and_at_the_end(tmp_path: Path) -> None
 def test_what_a_checkpoint_covers_is_recorded_before_it_is_saved(tmp_path: Path) -> None:
     run = Run(tmp_path, checkpoint_every=4, log_every=100)
     recorded: list[list[int]] = []
-    run.checkpoints.save = lambda engines, state, is_kept: recorded.append(run.steps("train"))
+    run.checkpoints.save = lambda engines, state, **facts: recorded.append(run.steps("train"))
     run.go()
     assert recorded == [list(range(1, step + 1)) for step in (4, 8, 10)]
 
@@ -220,39 +325,6 @@ def test_only_rank_zero_writes_the_record(tmp_path: Path) -> None:
     run.loop.world = World(rank=1)  # world_size stays 1: no process group is needed
     run.go()
     assert run.record.read() == []
-
-
-def test_the_timed_iterator_counts_only_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([0.0, 2.0, 10.0, 13.0, 20.0, 20.5])
-    monkeypatch.setattr("training.loop.time.monotonic", lambda: next(clock))
-    items = TimedIterator(iter("ab"))
-    assert next(items) == "a" and next(items) == "b"
-    assert items.take_waited() == 5
-    with pytest.raises(StopIteration):
-        next(items)
-    assert items.take_waited() == 0.5 and items.take_waited() == 0
-
-
-def test_scalars_and_vectors_come_through_the_reduction_in_place() -> None:
-    steps = [{"a": torch.tensor(1.5), "b": torch.tensor([1.0, 2.0, 3.0])}, {"a": torch.tensor(2), "b": torch.zeros(3)}]
-    assert mean_over_ranks(steps, World()) == [{"a": 1.5, "b": [1.0, 2.0, 3.0]}, {"a": 2.0, "b": [0.0, 0.0, 0.0]}]
-
-
-def test_a_vector_of_one_stays_a_vector() -> None:
-    assert mean_over_ranks([{"a": torch.tensor([4.0])}], World()) == [{"a": [4.0]}]
-
-
-def test_the_reduction_divides_the_sum_by_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.loop.sum_over_ranks", lambda values, world: 3 * values)  # three equal ranks
-    assert mean_over_ranks([{"a": torch.tensor(5.0)}], World(world_size=3)) == [{"a": 5.0}]
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0, "0s"), (12.4, "12s"), (59.6, "1m00s"), (200, "3m20s"), (3599.6, "1h00m"), (3720, "1h02m"), (90_000, "25h00m")],
-)
-def test_durations_are_short_and_round_properly(seconds: float, text: str) -> None:
-    assert format_duration(seconds) == text
 
 
 @pytest.mark.parametrize("name", ["global_batch", "epochs", "log_every", "validate_every", "checkpoint_every"])

@@ -15,7 +15,7 @@ from tiny import VAR_CONFIG, VQVAE_CONFIG, PlainEngine, make_tokenizer
 from torch import nn
 
 from models.var import VAR, VARConfig
-from training.checkpoint import Checkpoints, TrainState
+from training.checkpoint import Checkpoints, Retention, TrainState
 from training.distributed import World
 from training.model_on_disk import ModelOnDisk, describe, model_sha256, read_weights, write_model
 
@@ -23,7 +23,7 @@ WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([1.0,
 
 
 def save_checkpoint(root: Path, step: int) -> Path:
-    checkpoints = Checkpoints(root, keep=2, world=World(), model_config=VAR_CONFIG, identity={})
+    checkpoints = Checkpoints(root, retention=Retention(2), world=World(), model_config=VAR_CONFIG, identity={})
     return checkpoints.save({"model": PlainEngine(nn.Linear(2, 2))}, TrainState(step=step))
 
 

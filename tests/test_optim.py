@@ -6,9 +6,12 @@ peak, constant for 5 % of the rest, then linear to `final_lr_ratio`.
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import pytest
 import torch
 from tiny import VAR_CONFIG
+from torch import nn
 
 from models.var import VAR
 from training.optim import OptimizerConfig, build_optimizer, learning_rate_factor, set_schedule, weight_decay_at
@@ -116,3 +119,33 @@ def test_the_optimizer_is_adamw_with_the_public_betas() -> None:
 def test_impossible_settings_are_refused_by_name(name: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"optimizer.{name} is {value}"):
         OptimizerConfig(**{name: value})
+
+
+def test_the_average_follows_the_weights_with_its_decay() -> None:
+    model = nn.Linear(2, 1)
+    optimizer = build_optimizer(model, OptimizerConfig(base_lr=0.1, ema_decay=0.75))
+    expected = model.weight.detach().clone()
+    for _ in range(4):
+        optimizer.zero_grad()
+        model(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        expected = 0.75 * expected + 0.25 * model.weight.detach()
+    assert torch.allclose(optimizer.state[model.weight]["ema"], expected)
+
+
+def test_averaging_does_not_change_the_weights() -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(2, 1)
+    averaged = deepcopy(plain)
+    for model, decay in ((plain, 0.0), (averaged, 0.9)):
+        optimizer = build_optimizer(model, OptimizerConfig(base_lr=0.1, ema_decay=decay))
+        for _ in range(3):
+            optimizer.zero_grad()
+            model(torch.ones(1, 2)).square().sum().backward()
+            optimizer.step()
+    assert torch.equal(plain.weight, averaged.weight)
+
+
+def test_a_decay_of_one_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"optimizer.ema_decay is 1.0; it must lie in \[0, 1\)"):
+        OptimizerConfig(ema_decay=1.0)

@@ -16,15 +16,11 @@ from data_pipeline.codes import CodeFormat
 from data_pipeline.loader import CodeDataset
 from data_pipeline.shards import Sample, write_shards
 from launchers import encode_codes, pack_images
-from launchers.assembly import (
-    open_checkpoints,
-    open_codes_or_images,
-    run_stage,
-    validation_source,
-)
+from launchers.assembly import open_codes_or_images, validation_source
 from launchers.command_line import Command
 from launchers.config import DataConfig, EncodeConfig, PackConfig, TrainConfig, ViewConfig
 from launchers.loading import initialize, load_tokenizer
+from launchers.running import open_checkpoints, run_stage
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.reference import tokenizer_to_state_dict, var_to_state_dict
@@ -37,6 +33,7 @@ from training.loop import LoopConfig
 from training.model_on_disk import describe, write_model
 from training.tracking import TrackingConfig
 from training.var_loop import VARStage
+from training.whole_state import WholeState
 
 PATCH_NUMS = (1, 2)  # 5 tokens
 PACK_OPTIONS = {
@@ -56,11 +53,11 @@ VQVAE_CONFIG = VQVAEConfig(
 )
 
 
-def make_tokenizer(seed: int = 0) -> VQVAE:
+def make_tokenizer(seed: int = 0, config: VQVAEConfig = VQVAE_CONFIG) -> VQVAE:
     """A tokenizer of 8 x 8 pixels whose codes lie far apart, so that many of them are used."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        tokenizer = VQVAE(VQVAE_CONFIG)
+        tokenizer = VQVAE(config)
         tokenizer.quantizer.codebook.data.normal_(0, 0.3)
     return tokenizer
 
@@ -104,6 +101,7 @@ class PlainEngine:
         self.model = model
         self.accumulation = accumulation
         self.config = EngineConfig(zero_stage=0, precision="fp32")
+        self.state = WholeState(model, torch.optim.AdamW(model.parameters()), World())  # its moments stay zero
         self.updates = 0
         self._micro_steps = 0
 
@@ -134,16 +132,6 @@ class PlainEngine:
 
     def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         parameter.data.copy_(value)
-
-    def full_state_dict(self) -> dict[str, Tensor]:
-        return {name: value.clone() for name, value in self.model.state_dict().items()}
-
-    def save(self, folder: Path, tag: str) -> None:
-        (folder / tag).mkdir()
-        torch.save(self.model.state_dict(), folder / tag / "shard-0.pt")
-
-    def load(self, folder: Path, tag: str) -> None:
-        self.model.load_state_dict(torch.load(folder / tag / "shard-0.pt", weights_only=True))
 
 
 def codes_of(sample_id: int, view: int) -> np.ndarray:
@@ -195,7 +183,8 @@ class Study:
         )
 
 
-def make_study(folder: Path) -> Study:
+def make_study(folder: Path, config: VQVAEConfig = VQVAE_CONFIG) -> Study:
+    """config: of the tokenizer."""
     found = Study(folder)
     side, generator = VQVAE_CONFIG.image_size, np.random.default_rng(0)
     for label in ("a", "b", "c"):
@@ -205,7 +194,7 @@ def make_study(folder: Path) -> Study:
             Image.fromarray(pixels).save(found.folder / "pictures" / label / f"{number}.png")
     images, pictures = str(found.folder / "images"), str(found.folder / "pictures")
     pack_images.launch(command(PackConfig(source=pictures, out=images, val_fraction=0.25)))
-    write_model(found.folder / "tokenizer", make_tokenizer().state_dict(), describe(VQVAE_CONFIG))
+    write_model(found.folder / "tokenizer", make_tokenizer(config=config).state_dict(), describe(config))
     encode_codes.launch(command(found.encode_config()))
     return found
 
@@ -216,6 +205,12 @@ def write_public_files(folder: Path, *, seed: int = 0) -> tuple[str, str]:
     torch.save(var_to_state_dict(VAR(VAR_CONFIG, seed=seed)), files[0])
     torch.save(tokenizer_to_state_dict(make_tokenizer(seed)), files[1])
     return str(files[0]), str(files[1])
+
+
+def write_models(folder: Path, *, seed: int = 0) -> str:
+    write_model(folder, VAR(VAR_CONFIG, seed=seed).state_dict(), describe(VAR_CONFIG))
+    write_model(folder / "tokenizer", make_tokenizer(seed).state_dict(), describe(VQVAE_CONFIG))
+    return str(folder)
 
 
 def command(config: Any, **options: Any) -> Command[Any]:

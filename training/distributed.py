@@ -17,6 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from training import slurm
+
 
 @dataclass(frozen=True)
 class World:
@@ -35,15 +37,29 @@ class World:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """Read the variables of the deepspeed launcher and torchrun, else those of `srun`, else a world of one."""
-        if "RANK" in environment:
-            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        if environment.get("RANK"):
+            place = _place_by_launcher(environment)
+        elif slurm.is_srun_task(environment):
+            place = slurm.read_place(environment)
         else:
-            return cls(device=_device(0))
-        rank, world_size, local_rank = (int(environment[name]) for name in names[:3])
-        local_world_size = int(environment.get(names[3]) or environment.get("LOCAL_SIZE") or world_size)
-        return cls(rank, world_size, local_rank, local_world_size, _device(local_rank))
+            place = slurm.Place(0, 1, 0, 1)
+        return cls(*place, _device(place.local_rank))
+
+
+def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
+    """The place that the deepspeed launcher or torchrun gave; ValueError if no launcher can have set it so."""
+    place = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not all(value.isdecimal() for value in place.values()):
+        said = ", ".join(f"{name}={value}" for name, value in place.items())
+        raise ValueError(f"{said}: launchers set all three to numbers; unset RANK, or start with deepspeed or srun")
+    rank, world_size, local_rank = map(int, place.values())
+    if slurm.is_srun_task(environment) and world_size < int(environment["SLURM_STEP_NUM_TASKS"]):
+        raise ValueError(  # each task would be a run of its own, and all would write to one folder
+            f"RANK={rank} and WORLD_SIZE={world_size} are set, but srun started {environment['SLURM_STEP_NUM_TASKS']} "
+            "tasks; unset RANK to let srun count, or start one task a node with a launcher in it"
+        )
+    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size
+    return slurm.Place(rank, world_size, local_rank, int(local_world_size))
 
 
 def _device(local_rank: int) -> torch.device:
@@ -52,32 +68,52 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each process one GPU only
 
 
-def join_world(timeout_minutes: float = 10.0) -> World:
+def join_world(timeout_seconds: float = 600.0) -> World:
     """Find this process's place, join the process group (NCCL on GPUs, gloo on CPUs) and share the cores fairly.
 
+    timeout_seconds: after which a collective that not all ranks have entered is an error.
+
     Raises:
-        ValueError: `WORLD_SIZE` is above 1 but `MASTER_ADDR` is not set, so the processes could not find each other.
+        ValueError: the processes could not find each other: no address or port to meet at is known.
     """
     world = World.from_environment()
-    if world.world_size == 1:
-        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-        os.environ.setdefault("MASTER_PORT", "0")
-    elif "MASTER_ADDR" not in os.environ:
-        raise ValueError(
-            f"MASTER_ADDR is not set, but this is rank {world.rank} of {world.world_size}; start with `deepspeed` or "
-            "`torchrun`, or export MASTER_ADDR and MASTER_PORT of the first node"
-        )
+    by_srun = not os.environ.get("RANK") and slurm.is_srun_task(os.environ)
     _export_for_deepspeed(world)
+    _export_meeting_point(world, by_srun)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     else:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // world.local_world_size))
+        torch.set_num_threads(_share_of_cores(world, by_srun))
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(
-            backend, rank=world.rank, world_size=world.world_size, timeout=timedelta(minutes=timeout_minutes)
-        )
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
     return world
+
+
+def _export_meeting_point(world: World, by_srun: bool) -> None:
+    """See to MASTER_ADDR and MASTER_PORT, where rank 0 listens; what is set already stays."""
+    if world.world_size == 1:
+        address, port = slurm.THIS_HOST, 0
+    elif by_srun:
+        address = os.environ.get("MASTER_ADDR") or slurm.meeting_address(os.environ)
+        port = slurm.meeting_port(os.environ)
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ValueError(
+            f"{' and '.join(missing)} not set, but this is rank {world.rank} of {world.world_size}; start with "
+            "`deepspeed`, `torchrun` or `srun`, or export MASTER_ADDR and MASTER_PORT of the first node"
+        )
+    else:
+        return
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or address
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(port)
+
+
+def _share_of_cores(world: World, by_srun: bool) -> int:
+    """The number of this process's own cores; srun may have bound it to them or not, but says how many they are."""
+    if by_srun and os.environ.get("SLURM_CPUS_PER_TASK"):
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    return max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
 
 
 def _export_for_deepspeed(world: World) -> None:
@@ -119,6 +155,15 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     return values
 
 
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """What every rank passed as `value`, plain data, in the order of ranks."""
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
 def agree_on_error(error: Exception | None, world: World) -> None:
     """Turn an error on any rank into the same one-line error on all, so that nobody waits for a rank that has left.
 
@@ -129,8 +174,7 @@ def agree_on_error(error: Exception | None, world: World) -> None:
         if error is not None:
             raise error
         return
-    said: list[str | None] = [None] * world.world_size
-    dist.all_gather_object(said, None if error is None else str(error))
+    said = gather_objects(None if error is None else str(error), world)
     failures = {rank: text for rank, text in enumerate(said) if text is not None}
     if failures:
         texts = sorted(set(failures.values()))
@@ -139,10 +183,7 @@ def agree_on_error(error: Exception | None, world: World) -> None:
 
 def agree_on_value(value: Any, what: str, world: World) -> None:
     """Raise ValueError on all ranks if they do not all have the same `value`: most often their disks are not shared."""
-    if world.world_size == 1:
-        return
-    values: list[Any] = [None] * world.world_size
-    dist.all_gather_object(values, value)
+    values = gather_objects(value, world)
     for rank, other in enumerate(values):
         if other != values[0]:
             raise ValueError(

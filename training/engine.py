@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from training.distributed import World
 from training.optim import set_schedule
+from training.whole_state import WholeState
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # gathered whole under ZeRO-3: one collective per transformer block
@@ -131,23 +132,19 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 
 
 def _import_deepspeed() -> Any:
-    """Import deepspeed quietly, and close its unsafe `torch.load` calls: only four of its classes may be unpickled."""
+    """Import deepspeed quietly. It never loads a file for us, and its `torch.load` calls are closed all the same."""
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
     # DeepSpeed compiles its CPU communication with the ninja of our own environment, which need not be active
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")
     import deepspeed
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    torch.serialization.add_safe_globals([ZeroStageEnum, LossScaler, DynamicLossScaler, fragment_address])
     return deepspeed
 
 
 class Engine:
-    """A model under DeepSpeed: forward, backward, step, its sharded state on disk, and its whole weights.
+    """A model under DeepSpeed: forward, backward, step, and its state as whole tensors (`state`).
 
     Every method is a collective: all ranks call it, in the same order.
     """
@@ -171,9 +168,10 @@ class Engine:
         self._engine = deepspeed.initialize(
             model=model, optimizer=optimizer, config=compiled, dist_init_required=False
         )[0]
+        self.state = WholeState(model, self._engine.optimizer, world)
         # DeepSpeed makes its float32 master copy from the rounded weights; fp16 would lose d30's smallest ones
         for parameter, value in zip(model.parameters(), initial, strict=False):
-            self.set_full_parameter(parameter, value)
+            self.state.set_weight(parameter, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._engine(*args, **kwargs)
@@ -185,10 +183,16 @@ class Engine:
         self._engine.backward(loss)
 
     def step(self, *, learning_rate: float, weight_decay: float) -> Tensor:
-        """Update the weights if this forward pass ends an accumulation; returns the gradient's norm before clipping."""
+        """Update the weights if this forward pass ends an accumulation; returns the gradient's norm before clipping.
+
+        A norm that is not finite leaves the weights and moments of all ranks as they are.
+        """
         set_schedule(self._engine.optimizer, learning_rate, weight_decay)
         at_boundary = self._engine.is_gradient_accumulation_boundary()
         norm = self._plain_gradient_norm() if at_boundary and self._has_plain_gradients else None
+        if norm is not None and not torch.isfinite(norm):  # with ZeRO DeepSpeed itself passes such a step over
+            for parameter in self.model.parameters():
+                parameter.grad = None
         self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if at_boundary else 0.0
@@ -203,77 +207,10 @@ class Engine:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
 
-    def full_state_dict(self) -> dict[str, Tensor]:
-        """The whole model in float32 on the CPU of rank 0, buffers included; empty on the other ranks."""
-        state: dict[str, Tensor] = {}
-        for name, parameter in self.model.named_parameters():
-            whole = self.full_parameter(parameter)
-            if self.world.is_rank_zero:
-                state[name] = whole.detach().to("cpu", torch.float32, copy=True)
-        if self.world.is_rank_zero:
-            persistent = self.model.state_dict().keys()
-            state |= {name: value.cpu().clone() for name, value in self.model.named_buffers() if name in persistent}
-        return state
-
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
-        if not self._has_master_copy(parameter):
-            return parameter
-        from deepspeed.utils import safe_get_full_fp32_param
-
-        return safe_get_full_fp32_param(parameter)
+        return self.state.get_weight(parameter)
 
     def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite one parameter whole, its master copy too; `value` must be the same on all ranks."""
-        if hasattr(parameter, "ds_id"):
-            self._set_partition(parameter, value)
-            return
-        if self._has_master_copy(parameter):
-            from deepspeed.utils import safe_set_full_fp32_param
-
-            safe_set_full_fp32_param(parameter, value)
-        parameter.data.copy_(value)
-
-    def _set_partition(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Overwrite this rank's part of a parameter under ZeRO-3, and the whole where it is kept whole.
-
-        DeepSpeed's own setter fails where the number of elements is no multiple of the world size.
-        """
-        from deepspeed.utils import safe_set_local_fp32_param
-
-        length = parameter.ds_tensor.numel()  # of every rank's part; the last one ends in padding
-        padded = torch.nn.functional.pad(value.flatten(), (0, length * self.world.world_size - value.numel()))
-        part = padded.narrow(0, length * self.world.rank, length)
-        safe_set_local_fp32_param(parameter, part)
-        parameter.ds_tensor.data.copy_(part)
-        if parameter.numel() == value.numel():  # small enough to stay whole on every rank
-            parameter.data.copy_(value)
-
-    @staticmethod
-    def _has_master_copy(parameter: nn.Parameter) -> bool:
-        return hasattr(parameter, "ds_id") or hasattr(parameter, "_hp_mapping")
-
-    def save(self, folder: Path, tag: str) -> None:
-        """Write this rank's share of the state to folder/tag.
-
-        Raises:
-            ValueError: it could not be written. The other ranks then wait inside DeepSpeed; this one must end, so that
-                its launcher ends them, and those of other nodes run into the timeout.
-        """
-        try:
-            self._engine.save_checkpoint(str(folder), tag=tag, save_latest=False)
-        except (OSError, RuntimeError) as error:  # torch.save reports a full disk as RuntimeError
-            raise ValueError(f"rank {self.world.rank} could not write {folder / tag}: {error}") from None
-        if self.world.is_rank_zero:
-            for script in folder.glob("zero_to_*.py"):  # DeepSpeed leaves programs beside the weights
-                script.unlink()
-
-    def load(self, folder: Path, tag: str) -> None:
-        """Read this rank's share of the state from folder/tag.
-
-        Raises:
-            ValueError: DeepSpeed found nothing there.
-        """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=tag)
-        if path is None:
-            raise ValueError(f"{folder / tag}: no DeepSpeed state found there; the checkpoint is incomplete")
+        self.state.set_weight(parameter, value)

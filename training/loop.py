@@ -11,21 +11,24 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from training.checkpoint import Checkpoints, TrainState
-from training.distributed import World, sum_over_ranks
-from training.engine import Engine
+from training.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
+from training.distributed import World, gather_objects
+from training.divergence import DivergenceConfig, DivergenceGuard, RollBack, TrainingDiverged, is_finite
 from training.flops import FLOPS_PER_PFLOP
+from training.history import CHECKPOINT, History
+from training.mlflow_view import MLflowView
 from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_at
-from training.tracking import MLflowView, Record, RunRecord, wall_time
-
-
-class TrainingDiverged(ArithmeticError):
-    """The loss is not a finite number; nothing of it was recorded or saved."""
+from training.seams import reach
+from training.stage import Stage, StepContext
+from training.step_metrics import TimedIterator, mean_over_ranks, name_some, progress_line
+from training.stopping import Stopped, Stopping
+from training.tracking import Record, RunRecord, wall_time
+from training.watch import Heartbeat
 
 
 @dataclass(frozen=True)
@@ -37,16 +40,22 @@ class LoopConfig:
     log_every: int = 10  # steps between fetches of metrics; every step is recorded all the same
     validate_every: float = 10.0  # epochs
     checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = 2  # the newest so many
+    keep_every: int = 0  # steps: checkpoints of their multiples are never forgotten either; 0: none
     keep_at: tuple[float, ...] = ()  # shares of the run, in (0, 1], whose checkpoints are saved and never forgotten
+    max_failed_saves: int = 3  # in a row, before the run gives up; the last save of a run must not fail
     stop_after_steps: int = 0  # 0: run to the end; else leave, with a checkpoint, after this many steps in all
 
     def __post_init__(self) -> None:
-        for name in ("global_batch", "epochs", "log_every", "validate_every", "checkpoint_every", "keep_checkpoints"):
+        for name in (
+            *("global_batch", "epochs", "log_every", "validate_every"),
+            *("checkpoint_every", "keep_checkpoints", "max_failed_saves"),
+        ):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
-        if self.stop_after_steps < 0:
-            raise ValueError(f"loop.stop_after_steps is {self.stop_after_steps}; it must be 0 (off) or positive")
+        for name in ("stop_after_steps", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
         for share in self.keep_at:
             if not 0 < share <= 1:
                 raise ValueError(f"loop.keep_at has {share}; it holds shares of the run, above 0 and up to 1")
@@ -59,50 +68,22 @@ class LoopConfig:
         return frozenset(max(1, round(share * total_steps)) for share in self.keep_at)
 
 
-@dataclass(frozen=True)
-class StepContext:
-    """Where a step stands: its first global stream position, progress in [0, 1), and this step's schedule."""
+@dataclass
+class _PendingStep:
+    """A step whose metrics are still on the device: what is known of it, its metrics here, the sample behind it."""
 
-    samples_seen: int
-    progress: float
-    learning_rate: float
-    weight_decay: float
-
-
-class Batch(Protocol):
-    """What a loader yields for one rank."""
-
-    data: Tensor  # (B, L) codes, or (B, 3, H, H) images to be encoded here
-    labels: Tensor  # (B,)
-    positions: Tensor  # (B,) positions in the global stream of samples
-    weights: Tensor  # (B,) 1, or 0 for padding in validation
-
-    def to(self, device: torch.device) -> Batch: ...
-
-
-class Stage(Protocol):
-    """What a stage supplies to the loop."""
-
-    engines: dict[str, Engine]
-    flops_per_image: int
-    tokens_per_image: int
-
-    def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
-        """One optimiser step on this rank's micro-batches; metrics as device tensors, means over this rank's images."""
-
-    def window_metrics(self) -> dict[str, Any]:
-        """Metrics over the steps since the last call, already the same on all ranks. A collective."""
-
-    def validate(self) -> dict[str, Any]:
-        """Metrics over the whole validation set, already the same on all ranks. A collective."""
-
-    def headline(self, record: Record) -> str:
-        """The part of the progress line that only this stage knows."""
+    position: Record
+    metrics: dict[str, Tensor]
+    next_sample: int
 
 
 @dataclass
 class Loop:
-    """Runs a stage from its state to the end of the run."""
+    """Runs a stage from its state to the end of the run.
+
+    `name_samples` tells this rank's samples in the step that starts at a stream position. Without `stopping` and
+    `heartbeat` nobody asks the run to stop, and nobody watches it.
+    """
 
     stage: Stage
     config: LoopConfig
@@ -113,36 +94,73 @@ class Loop:
     view: MLflowView | None
     checkpoints: Checkpoints
     say: Callable[[str], None]
-    _pending: list[tuple[Record, dict[str, Tensor]]] = field(default_factory=list)
+    history: History
+    divergence: DivergenceConfig = DivergenceConfig()
+    stopping: Stopping | None = None
+    heartbeat: Heartbeat | None = None
+    name_samples: Callable[[int], list[str]] = lambda first: []
+    _pending: list[_PendingStep] = field(default_factory=list)
+    _failed_saves: int = 0
 
     def run(self, state: TrainState, make_batches: Callable[[int], Iterator[Any]]) -> TrainState:
-        """Train from `state` to the end. `make_batches(samples_seen)` yields this rank's batches from there on."""
+        """Train from `state` to the end. `make_batches(samples_seen)` yields this rank's batches from there on.
+
+        Raises:
+            Stopped: somebody asked for it; a checkpoint is committed.
+            TrainingDiverged: it makes no sense to go on.
+            CheckpointsFailing: progress cannot be saved.
+        """
         total = self.config.total_steps(self.num_samples)
         last = min(total, self.config.stop_after_steps or total)
+        self._first_start = self.history.first_start() or wall_time()
+        self._guard = DivergenceGuard(self.divergence, scales_loss=self._scales_loss)
+        while True:
+            self._guard.remember(self._recorded_window())
+            batches = TimedIterator(make_batches(state.samples_seen), self._beat)
+            try:
+                self._take_steps(state, last, total, batches)
+                break
+            except RollBack as event:
+                batches.close()
+                state = self._roll_back(state, event)
+        if self.stopping is not None:
+            self.stopping.finished()
+        return state
+
+    def _take_steps(self, state: TrainState, last: int, total: int, batches: TimedIterator) -> None:
         kept_steps = self.config.kept_steps(total)
-        batches = TimedIterator(make_batches(state.samples_seen))
         self._window_start = time.monotonic()
         while state.step < last:
             self._take_step(state, total, batches)
+            reason = self.stopping.agreed() if self.stopping else ""
             is_kept = state.step in kept_steps
-            saving = state.step % self.config.checkpoint_every == 0 or state.step == last or is_kept
-            validating = self._validation_is_due(state) or state.step == total
+            is_last = bool(reason) or state.step == last
+            saving = state.step % self.config.checkpoint_every == 0 or is_last or is_kept
+            validating = not reason and (self._validation_is_due(state) or state.step == total)
             if state.step % self.config.log_every == 0 or saving or validating:
-                self._flush(total, batches.take_waited())
+                self._flush(state, total, batches.take_waited())
             if validating:
                 self._validate(state)
             if saving:
-                self.checkpoints.save(self.stage.engines, state, is_kept=is_kept)
+                self._save(state, is_kept=is_kept, must_succeed=is_last)
+            if reason:
+                self._stop(state, reason)
             if validating or saving:
                 self._window_start = time.monotonic()
-        return state
+
+    def _beat(self, doing: str) -> None:
+        if self.heartbeat is not None:
+            self.heartbeat.beat(doing)
 
     def _take_step(self, state: TrainState, total: int, batches: Iterator[Any]) -> None:
+        self._beat(f"step {state.step + 1}")
+        reach("loop.step")
         context = self._context(state, total)
         metrics = self.stage.train_step(batches, context)
         state.step += 1
         state.samples_seen += self.config.global_batch
-        self._pending.append((self._position(state, "train") | {"learning_rate": context.learning_rate}, metrics))
+        position = self._position(state, "train") | {"learning_rate": context.learning_rate}
+        self._pending.append(_PendingStep(position, metrics, state.samples_seen))
 
     def _context(self, state: TrainState, total: int) -> StepContext:
         progress = state.step / total
@@ -160,7 +178,7 @@ class Loop:
             "step": state.step,
             "samples_seen": state.samples_seen,
             "epoch": state.samples_seen / self.num_samples,
-            "pflop": state.samples_seen * self.stage.flops_per_image / FLOPS_PER_PFLOP,
+            "pflop": state.step * self.config.global_batch * self.stage.flops_per_image / FLOPS_PER_PFLOP,
         }
 
     @property
@@ -172,112 +190,109 @@ class Loop:
         every = self.config.validate_every * self.num_samples
         return state.samples_seen // every > (state.samples_seen - self.config.global_batch) // every
 
-    def _flush(self, total: int, waited: float) -> None:
-        """Fetch the metrics of the steps since the last flush in one reduction, and record each step."""
-        positions, metrics = zip(*self._pending, strict=True)
-        self._pending.clear()
-        values = mean_over_ranks(list(metrics), self.world)
-        for position, value in zip(positions, values, strict=True):
-            self._refuse_divergence(position["step"], "loss", value["loss"])
-            if not self._scales_loss:
-                self._refuse_divergence(position["step"], "gradient norm", value["gradient_norm"])
+    def _flush(self, state: TrainState, total: int, waited: float) -> None:
+        """Fetch the metrics of the steps since the last flush in one reduction; judge and record each step."""
+        pending, self._pending = self._pending, []
+        values = mean_over_ranks([step.metrics for step in pending], self.world)
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
-        images = len(positions) * self.config.global_batch
+        state.useful_seconds += seconds
+        images = len(pending) * self.config.global_batch
         speed = {
             "images_per_second": images / seconds,
             "tokens_per_second": images * self.stage.tokens_per_image / seconds,
             "data_wait_share": waited / seconds,
+            "goodput": state.useful_seconds / max(wall_time() - self._first_start, state.useful_seconds),
             "time": wall_time(),
         }
-        records = [position | value | speed for position, value in zip(positions, values, strict=True)]
+        records = [step.position | value | speed for step, value in zip(pending, values, strict=True)]
         records[-1] |= self.stage.window_metrics()
-        self._publish(records)
-        for record in records:
-            self.say(self._progress_line(record, total))
+        sound: list[Record] = []
+        try:
+            for step, record in zip(pending, records, strict=True):
+                self._judge(step, record)
+                sound.append(record)
+        finally:  # also the steps before one that ends the run or is taken back
+            self._publish(sound)
+            for record in sound:
+                self.say(progress_line(record, total, self.config.global_batch, self.stage.headline(record)))
 
-    def _refuse_divergence(self, step: int, name: str, loss: float | list[float]) -> None:
-        """Raise TrainingDiverged, on all ranks alike, if a number of a step is not finite."""
-        if not _is_finite(loss):
-            newest = self.checkpoints.latest() or "none yet"
-            raise TrainingDiverged(
-                f"the {name} of step {step} is {loss}; the newest checkpoint is {newest}: "
-                "resume from it with a lower optimizer.base_lr"
-            )
+    def _judge(self, step: _PendingStep, record: Record) -> None:
+        blame = self._blame(step) if self._guard.problem_of(record) else ""
+        try:
+            warning = self._guard.judge(record, step.next_sample, blame)
+        except TrainingDiverged as error:
+            raise TrainingDiverged(f"{error}; {self._way_on()}") from None
+        if warning:
+            self.say(f"warning: {warning}")
+
+    def _blame(self, step: _PendingStep) -> str:
+        """The ranks whose own loss is not finite, and their samples; the same on all ranks. A collective."""
+        bad = not bool(torch.isfinite(step.metrics["loss"]).all())
+        names = self.name_samples(step.next_sample - self.config.global_batch) if bad else []
+        said = gather_objects((bad, names), self.world)
+        blamed = [(rank, names) for rank, (bad, names) in enumerate(said) if bad]
+        if not blamed:
+            return "the loss of every rank is finite, the gradient is not"
+        return "; ".join(f"rank {rank}, {name_some(names)}" for rank, names in blamed)
+
+    def _way_on(self) -> str:
+        newest = self.checkpoints.latest() or "none yet"
+        return f"the newest checkpoint is {newest}: resume from it with a lower optimizer.base_lr"
+
+    def _recorded_window(self) -> list[Record]:
+        """The newest records, on all ranks as rank 0 has them."""
+        mine = self.record.read()[-2 * self.divergence.spike_window :] if self.world.is_rank_zero else []
+        return gather_objects(mine, self.world)[0]
+
+    def _roll_back(self, state: TrainState, event: RollBack) -> TrainState:
+        """Return to the newest checkpoint, with the data behind the step that went wrong."""
+        self._pending.clear()
+        restored = self.checkpoints.resume(self.stage.engines)
+        if restored is None:
+            raise TrainingDiverged(f"{event}, and there is no checkpoint to return to")
+        skipped = event.next_sample - restored.samples_seen
+        self.say(f"rolled back to step {restored.step}, stepping over {skipped} samples: {event}")
+        restored.samples_seen = event.next_sample
+        if self.world.is_rank_zero:
+            self.history.note("roll_back", step=state.step, to=restored.step, samples=skipped, reason=str(event))
+            self.record.forget_after(restored.step)
+        if self.view is not None:
+            self.view.start_over()
+        return restored
+
+    def _save(self, state: TrainState, *, is_kept: bool, must_succeed: bool) -> None:
+        self._beat(f"saving step {state.step}")
+        try:
+            notes = {"mlflow_run_id": self.view.run_id if self.view is not None else None}
+            path = self.checkpoints.save(self.stage.engines, state, is_kept=is_kept, notes=notes)
+        except CheckpointFailed as failure:
+            self._failed_saves += 1
+            if must_succeed or self._failed_saves >= self.config.max_failed_saves:
+                raise CheckpointsFailing(f"{failure}; {self._failed_saves} in a row failed") from None
+            self.say(f"warning: {failure}; training goes on")
+            return
+        self._failed_saves = 0
+        if self.world.is_rank_zero:
+            self.history.note(CHECKPOINT, step=state.step)
+        self.say(f"saved {path}")
+
+    def _stop(self, state: TrainState, reason: str) -> None:
+        self.stopping.finished()
+        raise Stopped(reason, self.checkpoints.latest())
 
     def _validate(self, state: TrainState) -> None:
+        self._beat(f"validation at step {state.step}")
         measured = self.stage.validate()
         for name, value in measured.items():
-            self._refuse_divergence(state.step, f"validation {name}", value)
+            if not is_finite(value):
+                raise TrainingDiverged(f"validation {name} of step {state.step} is {value}; {self._way_on()}")
         record = self._position(state, "validation") | measured | {"time": wall_time()}
         self._publish([record])
         self.say(f"validation at step {state.step} | {self.stage.headline(record)}")
 
     def _publish(self, records: list[Record]) -> None:
-        if self.world.is_rank_zero:
+        if self.world.is_rank_zero and records:
             self.record.write(records)
         if self.view is not None:
             self.view.notify()
-
-    def _progress_line(self, record: Record, total: int) -> str:
-        step = record["step"]
-        eta = (total - step) * self.config.global_batch / record["images_per_second"]
-        return (
-            f"step {step}/{total} {step / total:.1%} | epoch {record['epoch']:.2f} | {self.stage.headline(record)} | "
-            f"lr {record['learning_rate']:.1e} | gnorm {record['gradient_norm']:.2f} | "
-            f"{record['images_per_second']:.1f} img/s {record['tokens_per_second']:.0f} tok/s | "
-            f"data {record['data_wait_share']:.0%} | eta {format_duration(eta)}"
-        )
-
-
-class TimedIterator:
-    """Passes items through and adds up the seconds spent waiting for them."""
-
-    def __init__(self, items: Iterator[Any]) -> None:
-        self._items = items
-        self._waited = 0.0
-
-    def __iter__(self) -> TimedIterator:
-        return self
-
-    def __next__(self) -> Any:
-        start = time.monotonic()
-        try:
-            return next(self._items)
-        finally:
-            self._waited += time.monotonic() - start
-
-    def take_waited(self) -> float:
-        """Seconds waited since the last call."""
-        waited, self._waited = self._waited, 0.0
-        return waited
-
-
-def mean_over_ranks(metrics: list[dict[str, Tensor]], world: World) -> list[dict[str, Any]]:
-    """Average equally named scalars and vectors over the ranks; one reduction and one copy to the host for all."""
-    names = list(metrics[0])
-    sizes = [metrics[0][name].numel() for name in names]
-    flat = torch.stack([torch.cat([step[name].double().flatten() for name in names]) for step in metrics])
-    rows = (sum_over_ranks(flat, world) / world.world_size).tolist()
-    return [_unflatten(row, names, sizes, metrics[0]) for row in rows]
-
-
-def _unflatten(row: list[float], names: list[str], sizes: list[int], like: dict[str, Tensor]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    start = 0
-    for name, size in zip(names, sizes, strict=True):
-        values[name] = row[start] if like[name].ndim == 0 else row[start : start + size]
-        start += size
-    return values
-
-
-def _is_finite(value: float | list[float]) -> bool:
-    return all(math.isfinite(number) for number in (value if isinstance(value, list) else [value]))
-
-
-def format_duration(seconds: float) -> str:
-    """1h02m, 3m20s or 12s."""
-    seconds = round(seconds)
-    if seconds >= 3600:
-        return f"{seconds // 3600}h{seconds % 3600 // 60:02d}m"
-    return f"{seconds // 60}m{seconds % 60:02d}s" if seconds >= 60 else f"{seconds}s"

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import pickle
-import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
@@ -28,17 +27,22 @@ NAMES = {"VAR": "transformer", "VQVAE": "tokenizer"}  # of the kinds, for people
 PUBLIC_TRAINER_KEYS = {"VAR": "var_wo_ddp", "VQVAE": "vae_local"}  # where the public trainer's checkpoints have them
 
 
+def model_files(weights: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, bytes]:
+    """The files of a model on disk, by name. Equal models give equal bytes."""
+    return {CONFIG: _json_bytes(config), WEIGHTS: save(_contiguous(weights))}
+
+
 def write_model(folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a model on disk: config.json and model.safetensors. Equal models give equal bytes."""
+    """Write a model on disk: config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, config)
-    save_file(_contiguous(weights), folder / WEIGHTS)
-    shutil.copymode(folder / CONFIG, folder / WEIGHTS)  # safetensors lets nobody else read what it writes
+    for name, content in model_files(weights, config).items():
+        (folder / name).write_bytes(content)
+        fsync(folder / name)
 
 
 def model_sha256(weights: Mapping[str, Tensor], config: dict[str, Any]) -> str:
     """The `ModelOnDisk.sha256` that the model would have if it were written."""
-    return _joint_sha256(_json_bytes(config), save(_contiguous(weights)))
+    return _joint_sha256(*model_files(weights, config).values())
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ Both schedules are pure functions of progress, so a resumed run needs nothing bu
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -27,6 +28,7 @@ class OptimizerConfig:
     beta1: float = 0.9
     beta2: float = 0.95
     epsilon: float = 1e-8
+    ema_decay: float = 0.0  # of an average of the weights that checkpoints carry in ema/; 0: none, as in the paper
 
     def __post_init__(self) -> None:
         if self.base_lr <= 0:
@@ -34,6 +36,8 @@ class OptimizerConfig:
         for name in ("weight_decay", "final_weight_decay"):
             if getattr(self, name) < 0:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"optimizer.ema_decay is {self.ema_decay}; it must lie in [0, 1), where 0 is off")
         for name in ("warmup_share", "warmup_start", "constant_share", "final_lr_ratio", "beta1", "beta2"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1]")
@@ -59,6 +63,30 @@ def weight_decay_at(progress: float, config: OptimizerConfig) -> float:
     return config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * share
 
 
+class AveragingAdamW(torch.optim.AdamW):
+    """AdamW that keeps an exponential moving average of the weights beside its moments, as state "ema".
+
+    It is element by element, so under ZeRO each rank averages its own part and no communication is needed.
+    """
+
+    def __init__(self, groups: list[dict[str, Any]], *, ema_decay: float, **settings: Any) -> None:
+        super().__init__(groups, **settings)
+        self.ema_decay = ema_decay
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        averages = {  # an average begins with the weights before their first step
+            parameter: self.state[parameter]["ema"] if "ema" in self.state[parameter] else parameter.detach().clone()
+            for group in self.param_groups
+            for parameter in group["params"]
+            if parameter.grad is not None
+        }
+        result = super().step(closure)
+        for parameter, average in averages.items():
+            self.state[parameter]["ema"] = average.lerp_(parameter, 1 - self.ema_decay)
+        return result
+
+
 def build_optimizer(
     model: nn.Module, config: OptimizerConfig, *, undecayed: Collection[str] = ()
 ) -> torch.optim.AdamW:
@@ -72,12 +100,11 @@ def build_optimizer(
         {"params": [parameter for name, parameter in named if decays[name] == decayed], "weight_decay_scale": scale}
         for decayed, scale in ((True, 1.0), (False, 0.0))
     ]
-    return torch.optim.AdamW(
-        [group for group in groups if group["params"]],
-        lr=config.base_lr,
-        betas=(config.beta1, config.beta2),
-        eps=config.epsilon,
-    )
+    groups = [group for group in groups if group["params"]]
+    settings = {"lr": config.base_lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    if config.ema_decay:
+        return AveragingAdamW(groups, ema_decay=config.ema_decay, **settings)
+    return torch.optim.AdamW(groups, **settings)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:

@@ -18,7 +18,6 @@ from models.vqvae import VQVAE, Reconstruction, VQVAEConfig
 from training.distributed import World, sum_over_ranks
 from training.engine import Engine
 from training.flops import tokenizer_training_flops
-from training.loop import Batch, StepContext
 from training.losses import (
     ReconstructionLossConfig,
     adaptive_weight,
@@ -26,6 +25,7 @@ from training.losses import (
     load_lpips,
     pixel_loss,
 )
+from training.stage import Batch, StepContext
 from training.tracking import Record
 
 

@@ -19,8 +19,9 @@ from models.vqvae import VQVAE
 from training.distributed import World, sum_over_ranks
 from training.engine import Engine
 from training.flops import training_flops
-from training.loop import Batch, StepContext
 from training.losses import average_over_tokens, token_scores
+from training.seams import reach
+from training.stage import Batch, StepContext
 from training.tracking import Record
 
 
@@ -62,9 +63,10 @@ class VARStage:
             labels = drop_labels(self._labels(batch), rows[:, 0], self.label_drop, self.config.null_class)
             residual_scale = stochastic_depth(rows[:, 1:], self.config.drop_path_rate)
             scores = self._scores(batch, labels, residual_scale.to(engine.config.dtype))
-            losses.append(scores.loss.detach().mean(0))
+            loss = reach("loop.loss", scores.loss)  # (B, K)
+            losses.append(loss.detach().mean(0))
             errors.append(scores.error.mean(0))
-            engine.backward(average_over_tokens(scores.loss, self.scales).mean())
+            engine.backward(average_over_tokens(loss, self.scales).mean())
             norm = engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
         return self._summary(torch.stack(losses).mean(0), torch.stack(errors).mean(0)) | {"gradient_norm": norm}
 

@@ -1,0 +1,191 @@
+"""A run in its folder: what it goes on from, who watches it, and what it leaves behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import atomic_file
+from data_pipeline.loader import names_of_step, train_batches
+from launchers.assembly import Dataset
+from launchers.command_line import say, say_nothing
+from launchers.config import RunConfig
+from launchers.config_files import to_yaml
+from training.checkpoint import Checkpoints, Retention, TrainState, flatten
+from training.commit import DamagedCheckpoint, candidates, folder_name, read_manifest, structural_damage
+from training.distributed import World
+from training.engine import accumulation_steps
+from training.history import START, History
+from training.loop import Loop
+from training.mlflow_view import MLflowView
+from training.stage import Stage
+from training.stopping import Stopped, Stopping
+from training.tracking import RunRecord
+from training.watch import Heartbeat
+
+
+def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkpoints:
+    """The run folder's checkpoints. `identity`: what else, besides seed, batch and init_from, must not change in a run.
+
+    Raises:
+        ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
+        DamagedCheckpoint: the run once had a checkpoint, and now there is none.
+    """
+    accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
+    folder = Path(config.run) / "checkpoints"
+    refuse_lost_checkpoints(Path(config.run))
+    newest = next((path for path in candidates(folder) if not structural_damage(path)), None)
+    recorded = read_manifest(newest)["identity"].get("init_from") if newest else None
+    init_from = config.init_from or recorded  # a run need not name its first weights again: they may be gone
+    if init_from:
+        identity["init_from"] = init_from
+    checkpoints = Checkpoints(
+        folder,
+        retention=Retention(last=config.loop.keep_checkpoints, every=config.loop.keep_every),
+        world=world,
+        model_config=config.model,
+        identity={"seed": config.seed, "loop.global_batch": config.loop.global_batch, **identity},
+        config=asdict(config),
+        say=say if world.is_rank_zero else say_nothing,
+    )
+    if newest:
+        checkpoints.refuse_misfit(newest)
+    return checkpoints
+
+
+def refuse_lost_checkpoints(run: Path) -> None:
+    """Raise DamagedCheckpoint if a run was saved before and has no checkpoint now: it must not start from zero."""
+    step = History(run).saved_step()
+    if step is not None and not candidates(run / "checkpoints"):
+        raise DamagedCheckpoint(
+            f"{run}/checkpoints: holds no checkpoint, but {History(run).path} says that step {step} was saved; put "
+            "one back, or choose another run folder to start anew"
+        )
+
+
+@dataclass(frozen=True)
+class Supervision:
+    """Who may ask a run to stop, and who notices that it hangs."""
+
+    stopping: Stopping
+    heartbeat: Heartbeat
+
+
+@contextmanager
+def supervise(config: RunConfig) -> Iterator[Supervision]:
+    """From here on signals ask the run to stop, and a rank that hangs or loses its launcher ends."""
+    world, folder = World.from_environment(), Path(config.run)
+    stopping = Stopping(folder, world)
+    stopping.install()
+    heartbeat = Heartbeat.start(config.watch, world, folder)
+    try:
+        yield Supervision(stopping, heartbeat)
+    finally:
+        heartbeat.close()
+        stopping.remove()
+
+
+def run_stage(
+    config: RunConfig,
+    stage: Stage,
+    dataset: Dataset,
+    checkpoints: Checkpoints,
+    world: World,
+    supervision: Supervision | None = None,
+) -> TrainState:
+    """Train a stage in its run folder: from its newest whole checkpoint if there is one, else from the start.
+
+    Raises:
+        Stopped: a signal or the file `stop` in the run folder asked for it; a checkpoint is committed.
+        TrainingDiverged, CheckpointsFailing, DamagedCheckpoint: see there.
+    """
+    folder = Path(config.run)
+    speak = say if world.is_rank_zero else say_nothing
+    view, status = None, "FAILED"
+    try:
+        state = resume_or_start(config, stage, checkpoints, world, speak)
+        record = RunRecord(folder)
+        if world.is_rank_zero:
+            record.forget_after(state.step)
+            view = MLflowView(folder, config.tracking, flatten(asdict(config))) if config.tracking.mlflow else None
+        loop = Loop(
+            stage,
+            config.loop,
+            config.optimizer,
+            world,
+            len(dataset),
+            record,
+            view,
+            checkpoints,
+            speak,
+            History(folder),
+            divergence=config.divergence,
+            stopping=supervision and supervision.stopping,
+            heartbeat=supervision and supervision.heartbeat,
+            name_samples=partial(samples_of_step, dataset, config, world),
+        )
+        state = loop.run(state, partial(batches_from, dataset, config, world))
+        status = "FINISHED"
+    except Stopped:
+        status = "KILLED"
+        raise
+    finally:
+        if view is not None:
+            view.close(status=status)
+    speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")
+    return state
+
+
+def resume_or_start(
+    config: RunConfig, stage: Stage, checkpoints: Checkpoints, world: World, speak: Callable[[str], None]
+) -> TrainState:
+    """The state to go on from, with the engines set to it; rank 0 notes the start and keeps the settings."""
+    folder = Path(config.run)
+    state = checkpoints.resume(stage.engines)
+    origin = f" from the weights of {config.init_from}" if config.init_from else ""
+    changes: list[str] = []
+    if state is None:
+        speak(f"starting in {folder}{origin}")
+    else:
+        path = checkpoints.root / folder_name(state.step)
+        changes = list(checkpoints.changed_settings(path))
+        was = read_manifest(path)["world_size"]
+        changes += [f"ranks: {was} -> {world.world_size}"] if was != world.world_size else []
+        speak(f"resuming from {path}{'; changed: ' if changes else ''}{', '.join(changes)}")
+    state = state or TrainState()
+    if world.is_rank_zero:
+        folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(folder / "config.yaml") as file:
+            file.write(to_yaml(config).encode())
+        History(folder).note(START, step=state.step, world_size=world.world_size, changed=changes)
+    return state
+
+
+def batches_from(dataset: Dataset, config: RunConfig, world: World, samples_seen: int) -> Iterator[Any]:
+    """This rank's training batches from a position in the stream of samples on."""
+    return train_batches(
+        dataset,
+        batch_size=config.engine.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        samples_seen=samples_seen,
+        seed=config.seed,
+        workers=config.data.workers,
+    )
+
+
+def samples_of_step(dataset: Dataset, config: RunConfig, world: World, first: int) -> list[str]:
+    """What this rank's samples are called in the step that starts at stream position `first`."""
+    return names_of_step(
+        dataset,
+        first=first,
+        global_batch=config.loop.global_batch,
+        batch_size=config.engine.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.seed,
+    )

@@ -1,0 +1,191 @@
+"""Faults by name: `kill@checkpoint.share.write:rank=1:count=2` kills rank 1 the second time it reaches that seam.
+
+A fault is written `kind@site[:rank=r][:count=n][:times=t][:seconds=s]`. `site` may end in `*` and is then every site
+that begins so; count is the n-th time that this rank reaches any of them. Before a fault acts it appends a line to a
+log and forces it to disk, so that a test can assert that its fault fired: a fault that never fires proves nothing.
+
+The kind `record` does nothing but list every site that is reached. That is how a sweep begins: ask which seams are
+passed, then fail the first, the second, the third, until none is left.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from training import seams
+
+FOREVER = 3600.0  # seconds; longer than any test
+SPIKE = 1000.0
+SIGNALS = {
+    "kill": signal.SIGKILL,
+    "term": signal.SIGTERM,
+    "int": signal.SIGINT,
+    "usr1": signal.SIGUSR1,
+    "stop": signal.SIGSTOP,
+}
+ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "eacces": errno.EACCES}
+FACTORS = {"nan": math.nan, "inf": math.inf, "spike": SPIKE}
+OTHERS = ("exit0", "abort", "segv", "exception", "sleep", "lock", "record")
+KINDS = (*SIGNALS, *ERRORS, *FACTORS, *OTHERS)
+
+
+class InjectedFault(RuntimeError):
+    """What the kind `exception` raises."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One fault. rank None: every rank. times: how often in a row it acts, from the count-th time on."""
+
+    kind: str
+    site: str
+    rank: int | None = None
+    count: int = 1
+    times: int = 1
+    seconds: float = FOREVER  # of the kinds sleep and lock
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise ValueError(f"a fault of kind '{self.kind}'; accepted: {', '.join(KINDS)}")
+        if not self.site or "*" in self.site[:-1]:
+            raise ValueError(f"a fault at site '{self.site}'; accepted: a seam's name, or its beginning and one *")
+        if self.count < 1 or self.times < 1:
+            raise ValueError(f"a fault with count {self.count} and times {self.times}; both start at 1")
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Read what `str` writes. Raises ValueError."""
+        kind, _, rest = text.partition("@")
+        site, *options = rest.split(":")
+        return cls(kind, site, **dict(cls._option(text, option) for option in options))
+
+    @staticmethod
+    def _option(text: str, option: str) -> tuple[str, float]:
+        name, _, value = option.partition("=")
+        if name not in OPTIONS:
+            raise ValueError(f"fault '{text}' has option '{option}'; accepted: {', '.join(OPTIONS)}, as name=number")
+        return name, float(value) if name == "seconds" else int(value)
+
+    def __str__(self) -> str:
+        changed = [f"{name}={getattr(self, name)}" for name in OPTIONS if getattr(self, name) != OPTIONS[name]]
+        return ":".join([f"{self.kind}@{self.site}", *changed])
+
+    def is_at(self, site: str) -> bool:
+        """Whether this fault is meant for that site."""
+        return site.startswith(self.site[:-1]) if self.site.endswith("*") else site == self.site
+
+
+OPTIONS = {field.name: field.default for field in fields(Fault) if field.name not in ("kind", "site")}
+
+
+@dataclass(frozen=True)
+class Fired:
+    """A line of the log: `fault` acted in `rank` at `site`."""
+
+    fault: str
+    rank: int
+    site: str
+
+
+def fired(log: Path) -> list[Fired]:
+    """The faults that fired, in the order in which they did, over all ranks."""
+    return [Fired(**json.loads(line)) for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def sites_reached(log: Path, rank: int) -> list[str]:
+    """The sites that a fault of kind `record` saw, in the order in which `rank` reached them."""
+    return [line.site for line in fired(log) if line.rank == rank and line.fault.startswith("record@")]
+
+
+def install(faults: Iterable[str], *, rank: int, log: Path) -> None:
+    """Let these faults act in this process from now on."""
+    meant = [fault for fault in map(Fault.parse, faults) if fault.rank in (None, rank)]
+    seams.install(_Injector(meant, rank, log) if meant else None)
+
+
+class _Injector:
+    """What is installed at the seams of one process."""
+
+    def __init__(self, faults: list[Fault], rank: int, log: Path) -> None:
+        self._faults = faults
+        self._rank = rank
+        self._log = log
+        self._reached = [0] * len(faults)
+        self._lock = threading.Lock()  # seams are reached from background threads too
+
+    def __call__(self, site: str, value: Any) -> Any:
+        for number, fault in enumerate(self._faults):
+            if fault.is_at(site) and self._is_due(number):
+                self._testify(fault, site)
+                value = act(fault, site, value)
+        return value
+
+    def _is_due(self, number: int) -> bool:
+        fault = self._faults[number]
+        with self._lock:
+            self._reached[number] += 1
+            return fault.kind == "record" or 0 <= self._reached[number] - fault.count < fault.times
+
+    def _testify(self, fault: Fault, site: str) -> None:
+        line = json.dumps({"fault": str(fault), "rank": self._rank, "site": site}) + "\n"
+        descriptor = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+        try:
+            os.write(descriptor, line.encode())
+            if fault.kind != "record":
+                os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def act(fault: Fault, site: str, value: Any) -> Any:
+    """Do what the fault's kind says; what passes the seam comes back, for the kinds that let the process go on."""
+    if fault.kind in SIGNALS:
+        os.kill(os.getpid(), SIGNALS[fault.kind])
+    elif fault.kind in ERRORS:
+        raise OSError(ERRORS[fault.kind], os.strerror(ERRORS[fault.kind]))
+    elif fault.kind in FACTORS:
+        return _multiplied(site, value, FACTORS[fault.kind])
+    else:
+        ACTIONS[fault.kind](fault)
+    return value
+
+
+def _multiplied(site: str, value: Any, factor: float) -> Any:
+    if value is None:
+        raise TypeError(f"no number passes the seam '{site}', so there is none to falsify; choose another site")
+    return value * factor
+
+
+def _raise(fault: Fault) -> None:
+    raise InjectedFault(f"injected: {fault}")
+
+
+def _hold_interpreter_lock(fault: Fault) -> None:
+    """Wait in C without giving the lock back, deaf to every signal that can be blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    try:
+        ctypes.PyDLL(None).usleep(int(min(fault.seconds, 4000) * 1e6))  # C's 32-bit number of microseconds
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+ACTIONS: dict[str, Callable[[Fault], Any]] = {
+    "exit0": lambda fault: os._exit(0),
+    "abort": lambda fault: os.abort(),
+    "segv": lambda fault: ctypes.string_at(0),
+    "exception": _raise,
+    "sleep": lambda fault: time.sleep(fault.seconds),
+    "lock": _hold_interpreter_lock,
+    "record": lambda fault: None,
+}

@@ -1,0 +1,170 @@
+"""Worlds of forked ranks: a two-rank DeepSpeed cycle in seconds, with faults, and a report of how every rank ended.
+
+    with ForkServer() as server:
+        world = server.run("module:function", {"run": "runs/a"}, world_size=2, faults=["kill@loop.step:rank=1"])
+    assert world.exit_codes == [76, -9]
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from faults import Fault, Fired, fired
+
+SERVER = Path(__file__).with_name("fork_server.py")
+FAULT_LOG = "faults.jsonl"
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+class FaultNeverFired(AssertionError):
+    """A test that injects a fault which nothing reaches would pass for nothing."""
+
+
+@dataclass(frozen=True)
+class EndedRank:
+    """How one rank ended. exit_code: minus the signal's number if one ended it."""
+
+    exit_code: int
+    seconds: float
+    was_killed: bool  # by the server, because the others had ended or the time was up
+    stdout: str
+    stderr: str
+    result: Any  # what the target returned, None if it did not
+
+
+@dataclass(frozen=True)
+class EndedWorld:
+    """How a world ended. left_behind: the command lines of processes that outlived their rank, which were killed."""
+
+    ranks: list[EndedRank]
+    fired: list[Fired]
+    fault_log: Path
+    timed_out: bool
+    left_behind: list[str]
+
+    @property
+    def exit_codes(self) -> list[int]:
+        return [rank.exit_code for rank in self.ranks]
+
+    @property
+    def results(self) -> list[Any]:
+        return [rank.result for rank in self.ranks]
+
+    @property
+    def seconds(self) -> float:
+        """Until the last rank ended."""
+        return max(rank.seconds for rank in self.ranks)
+
+    def explain(self) -> str:
+        """What a failing test should show."""
+        texts = [f"rank {number}: {rank}" for number, rank in enumerate(self.ranks)]
+        return "\n".join([*texts, f"fired {self.fired}, timed out {self.timed_out}, left {self.left_behind}"])
+
+
+class RunningWorld:
+    """A world whose ranks are under way, so that a test can send them signals."""
+
+    def __init__(self, server: ForkServer, folder: Path, faults: Sequence[str], pids: list[int]) -> None:
+        self.folder = folder
+        self.pids = pids
+        self._server = server
+        self._faults = faults
+
+    def send(self, signal_number: int, *, rank: int) -> None:
+        """Send a signal to one rank; ProcessLookupError if it has ended."""
+        os.kill(self.pids[rank], signal_number)
+
+    def wait(self, *, faults_may_miss: bool = False) -> EndedWorld:
+        """See the world end. Raises FaultNeverFired unless every fault acted or may miss."""
+        said = self._server.hear()
+        ranks = [self._read(number, *ended) for number, ended in enumerate(said["ended"])]
+        log = self.folder / FAULT_LOG
+        world = EndedWorld(ranks, fired(log), log, said["timed_out"], said["left_behind"])
+        missed = set(self._faults) - {line.fault for line in world.fired}
+        if missed and not faults_may_miss:
+            raise FaultNeverFired(f"{', '.join(sorted(missed))} never fired\n{world.explain()}")
+        return world
+
+    def _read(self, rank: int, exit_code: int, seconds: float, was_killed: bool) -> EndedRank:
+        stdout, stderr = ((self.folder / f"rank{rank}.{name}").read_text() for name in ("stdout", "stderr"))
+        result = self.folder / f"rank{rank}.json"
+        value = json.loads(result.read_text()) if exit_code == 0 and result.exists() else None
+        return EndedRank(exit_code, seconds, was_killed, stdout, stderr, value)
+
+
+class ForkServer:
+    """Starts worlds, one at a time. Nothing of it outlives this process."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        self._folder = folder or Path(tempfile.mkdtemp(prefix="fork-server-"))
+        self._numbers = itertools.count()
+        self._server = subprocess.Popen(
+            [sys.executable, str(SERVER), str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=os.environ | ONE_THREAD | {"DS_ACCELERATOR": "cpu"},
+            text=True,
+        )
+        self.hear()  # that it is ready; the first time on a machine DeepSpeed compiles its communication
+
+    def __enter__(self) -> ForkServer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the server; the kernel then ends ranks that still run."""
+        self._server.kill()
+        self._server.communicate()
+
+    def run(
+        self, target: str, arguments: Mapping[str, Any], *, faults_may_miss: bool = False, **options: Any
+    ) -> EndedWorld:
+        """`start` and `wait`."""
+        return self.start(target, arguments, **options).wait(faults_may_miss=faults_may_miss)
+
+    def start(
+        self,
+        target: str,
+        arguments: Mapping[str, Any],
+        *,
+        world_size: int = 2,
+        faults: Sequence[str] = (),
+        timeout: float = 60.0,
+        grace: float = 10.0,
+        leftover_grace: float = 2.0,
+        environment: Mapping[str, str] | None = None,
+    ) -> RunningWorld:
+        """Fork a world of which every rank calls `target`, a "module:function", with plain data as arguments.
+
+        timeout: seconds until all ranks are killed. grace: seconds that the others have once one rank has ended.
+        leftover_grace: seconds that processes which ranks have started may outlive them.
+        """
+        faults = [str(Fault.parse(fault)) for fault in faults]
+        folder = self._folder / f"world{next(self._numbers)}"
+        folder.mkdir(parents=True)
+        order = {"target": target, "arguments": dict(arguments), "world_size": world_size, "faults": faults}
+        order |= {"timeout": timeout, "grace": grace, "leftover_grace": leftover_grace}
+        order |= {"folder": str(folder), "fault_log": str(folder / FAULT_LOG), "environment": dict(environment or {})}
+        print(json.dumps(order), file=self._server.stdin, flush=True)
+        return RunningWorld(self, folder, faults, self.hear()["pids"])
+
+    def hear(self) -> dict[str, Any]:
+        """The server's next answer. Raises RuntimeError if it has ended instead."""
+        line = self._server.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the fork server has ended with code {self._server.wait()}; its stderr says why")
+        return json.loads(line)

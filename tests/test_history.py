@@ -1,0 +1,34 @@
+"""What happened to a run is remembered, also by a process that was killed while it wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from training.history import CHECKPOINT, START, History
+
+
+def test_a_run_without_history_was_never_started_or_saved(tmp_path: Path) -> None:
+    history = History(tmp_path / "run")
+    assert history.first_start() is None and history.saved_step() is None
+
+
+def test_the_first_start_and_the_last_save_count(tmp_path: Path) -> None:
+    history = History(tmp_path / "run")
+    history.note(START, step=0)
+    first = history.first_start()
+    for step in (10, 20):
+        history.note(CHECKPOINT, step=step)
+    history.note(START, step=20)
+    assert History(tmp_path / "run").first_start() == first
+    assert history.saved_step() == 20
+    assert [event["step"] for event in history.events(START)] == [0, 20]
+
+
+def test_a_line_that_was_cut_is_left_out_and_the_rest_stays(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history.note(CHECKPOINT, step=1)
+    with history.path.open("a") as file:
+        file.write('{"event": "checkpoint", "st')
+    assert history.saved_step() == 1
+    history.note(CHECKPOINT, step=2)
+    assert history.saved_step() == 2

@@ -1,0 +1,62 @@
+"""history.jsonl of a run folder: when the run was started, saved, stopped and rolled back, and by what.
+
+metrics.jsonl holds what survives, as if nothing had ever gone wrong; this file holds what happened, and only grows.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, BinaryIO
+
+CHECKPOINT, START = "checkpoint", "start"
+NEWLINE = "\n"
+
+
+class History:
+    """The events of one run folder, written by rank 0 only."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "history.jsonl"
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append an event with the time of day, and force it to disk."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+b") as file:
+            line = json.dumps({"event": event, "time": time.time()} | facts)
+            file.write(f"{'' if _ends_in_newline(file) else NEWLINE}{line}\n".encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """All events of a kind, oldest first; a line that a crash has cut is left out."""
+        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        return [event for event in map(_parsed, lines) if event.get("event") == kind]
+
+    def first_start(self) -> float | None:
+        """When the run was first started, in seconds since the epoch; None before it was."""
+        starts = self.events(START)
+        return starts[0]["time"] if starts else None
+
+    def saved_step(self) -> int | None:
+        """The step of the newest checkpoint ever committed; None if there was none."""
+        saved = self.events(CHECKPOINT)
+        return saved[-1]["step"] if saved else None
+
+
+def _ends_in_newline(file: BinaryIO) -> bool:
+    """Whether the last line is whole; an empty file has no other."""
+    if file.seek(0, os.SEEK_END) == 0:
+        return True
+    file.seek(-1, os.SEEK_END)
+    return file.read() == b"\n"
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    try:
+        event = json.loads(line)
+    except ValueError:
+        return {}
+    return event if isinstance(event, dict) else {}

@@ -1,0 +1,74 @@
+"""mlflow.json of a run folder: where in MLflow the run is shown. It can get lost: trackers are asked what they have."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+from training.tracking import replace_file
+
+STATE, LOCK = "mlflow.json", "mlflow.lock"
+
+
+class ViewState:
+    """The tracker's `uri`, `run_id`, `experiment_id`, and the `status` that the run ended with, or RUNNING.
+
+    Earlier formats also hold the newest steps that were sent, as `train` and `validation`.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._writing = threading.Lock()  # an uploader notes the status while it sends
+        self._claim: int | None = None
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """What the file holds now: the process of a run that was killed may have written it a moment ago."""
+        return read_state(self.folder) or {}
+
+    def update(self, **changes: Any) -> None:
+        """Change values, None taking one away. The file is replaced whole, and only if that makes a difference."""
+        with self._writing:
+            known = self.values
+            changed = {name: value for name, value in (known | changes).items() if value is not None}
+            if changed != known:
+                replace_file(self.folder / STATE, [json.dumps(changed).encode()])
+
+    def claim(self) -> None:
+        """Keep other processes from sending this run, until `release` or the end of this one.
+
+        A file system without locks is used without: the tracker's database still keeps equal points once.
+
+        Raises:
+            BlockingIOError: another process is sending it.
+        """
+        if self._claim is not None:
+            return
+        claim = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(claim, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(claim)
+            raise BlockingIOError(f"{self.folder} is being sent by another process, as a run does") from None
+        except OSError:
+            pass
+        self._claim = claim
+
+    def release(self) -> None:
+        """Let other processes send this run."""
+        if self._claim is not None:
+            os.close(self._claim)
+            self._claim = None
+
+
+def read_state(folder: Path) -> dict[str, Any] | None:
+    """What mlflow.json of a run folder holds; None where there is none, or a damaged one, which is as good."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
+    return state if isinstance(state, dict) else None
