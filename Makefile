@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-slurm lint install clean
+.PHONY: demo test test-slow test-faults test-slurm lint install clean
 
 demo: install
 	$(BIN)/python launchers/demo.py
@@ -16,6 +16,9 @@ test: install
 test-slow: install
 	$(BIN)/pip install -q -c constraints.txt -e .[browser]
 	$(BIN)/python -m pytest -m slow
+
+test-faults: install
+	$(BIN)/python -m pytest -m faults -s
 
 # as root, with apt-get install --no-install-recommends slurm-wlm munge
 test-slurm: install

@@ -186,6 +186,9 @@ class _Request:
     epochs: np.ndarray
     weights: np.ndarray
 
+    def __str__(self) -> str:
+        return f"samples {self.positions[0]} to {self.positions[-1]} of the stream"
+
 
 def _read_batch(dataset: Dataset, request: _Request) -> Batch:
     data, labels = dataset.read(request.ids, request.epochs)

@@ -11,20 +11,22 @@ import os
 import re
 import sys
 import time
+import traceback
 import typing
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Generic, NoReturn, TypeVar
 
 from launchers.config_files import describe_schema, load_config, nearest, one_line, setting_type, to_yaml
-from training.distributed import end_process
-from training.loop import TrainingDiverged
+from launchers.exit_codes import EXIT_ERROR, describe, exit_code, lost_its_peers
+from training.distributed import World, end_process
+from training.stopping import Stopped
 
 Config = TypeVar("Config")
-EXIT_BAD_INPUT = 64  # EX_USAGE of sysexits.h
-EXIT_DIVERGED = 70  # EX_SOFTWARE
-RANK_ZERO_FIRST_SECONDS = 5.0
+RANK_ZERO_FIRST_SECONDS = 3.0  # most errors are the same on all ranks; then its launcher ends the others meanwhile
+CAUSE_FIRST_SECONDS = 2.0  # for the rank that ended first to be noticed, so that its exit code is the launcher's
 OPTIONS = ("config", "print-config", "dry-run", "world-size", "local_rank", "help")  # all that are no settings
+TAKE_A_VALUE = (["--config"], ["--world-size"], ["--local_rank"])
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
 
@@ -46,25 +48,52 @@ class _Parser(argparse.ArgumentParser):
 
 
 def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> None:
-    """Parse sys.argv, launch, and turn what a user can cause into one line on stderr and exit code 64 (divergence: 70).
+    """Parse sys.argv, launch, and turn what can go wrong into one line and the exit code of `launchers.exit_codes`.
 
-    NEXTSCALE_TRACEBACK=1 in the environment shows the traceback as well.
+    Errors of the program itself keep their traceback; NEXTSCALE_TRACEBACK=1 in the environment shows it for all.
     """
     try:
         command = parse(schema, sys.argv[1:], description)
         only_says = command is None or command.dry_run
-        if command is not None and not (only_says and int(os.environ.get("RANK") or 0) > 0):
+        if command is not None and not (only_says and _place()[0] > 0):
             launch(command)
-        if int(os.environ.get("WORLD_SIZE") or 1) > 1:
-            end_process(0)
-    except (ValueError, OSError, TrainingDiverged) as error:
-        if os.environ.get("NEXTSCALE_TRACEBACK") == "1":
+        code = 0
+    except (Exception, KeyboardInterrupt) as error:
+        code = _report(error)
+        if code == EXIT_ERROR and _place()[1] == 1:
             raise
-        rank = int(os.environ.get("RANK") or 0)
-        if rank > 0:  # most errors are the same on all ranks: rank 0 says them, and its launcher ends the others here
-            time.sleep(RANK_ZERO_FIRST_SECONDS)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{one_line(error)}", file=sys.stderr, flush=True)
-        sys.exit(EXIT_DIVERGED if isinstance(error, TrainingDiverged) else EXIT_BAD_INPUT)
+    if _place()[1] > 1:
+        end_process(code)  # at once: its peers may be gone, and the process group would wait for them
+    if code:
+        sys.exit(code)
+
+
+def _report(error: BaseException) -> int:
+    """Say on the right stream, and after the rank that knows it best, why this process ends; its exit code."""
+    rank, _ = _place()
+    code = exit_code(error)
+    if isinstance(error, Stopped):
+        if rank == 0:
+            say(one_line(error))
+        return code
+    if lost_its_peers(error):
+        time.sleep(CAUSE_FIRST_SECONDS)
+    elif rank > 0:
+        time.sleep(RANK_ZERO_FIRST_SECONDS)
+    if os.environ.get("NEXTSCALE_TRACEBACK") == "1" or (code == EXIT_ERROR and _place()[1] > 1):
+        traceback.print_exception(error)
+    if code != EXIT_ERROR:
+        print(f"error: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _place() -> tuple[int, int]:
+    """The rank of this process and the number of ranks; a world of one if the environment says nothing sensible."""
+    try:
+        world = World.from_environment()
+    except ValueError:
+        return 0, 1
+    return world.rank, world.world_size
 
 
 def parse(schema: type[Config], arguments: Sequence[str], description: str) -> Command[Config] | None:
@@ -93,12 +122,14 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
 def settings_as_overrides(schema: type, arguments: Sequence[str]) -> list[str]:
     """The arguments with every setting written as a.b=c, in their order; ValueError for an option that is none."""
     rewritten, rest = [], list(arguments)
+    bare = [field.name for field in fields(schema) if field.metadata.get("is_bare")]  # may be given without its name
     while rest:
         argument = rest.pop(0)
         option, equals, value = argument.partition("=")
         key = option.removeprefix("--").replace("-", "_")
         if not key or not option.startswith("--") or option.removeprefix("--") in OPTIONS:
-            rewritten.append(argument)
+            is_value = argument.startswith("-") or SETTING.match(argument) or rewritten[-1:] in TAKE_A_VALUE
+            rewritten.append(f"{bare.pop(0)}={_as_yaml(str, argument)}" if bare and not is_value else argument)
         else:
             rewritten.append(f"{key}={value if equals else _take_value(schema, key, option, rest)}")
     return rewritten

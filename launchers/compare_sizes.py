@@ -33,8 +33,9 @@ from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.commit import read_manifest  # noqa: E402
 from training.distributed import World  # noqa: E402
+from training.mlflow_tracker import log_picture  # noqa: E402
 from training.model_on_disk import ModelOnDisk, committed_checkpoints  # noqa: E402
-from training.tracking import RunRecord, log_picture  # noqa: E402
+from training.tracking import RunRecord  # noqa: E402
 
 PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of Fig. 7
 

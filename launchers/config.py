@@ -280,3 +280,12 @@ class DependencyConfig:
             raise ValueError(f"num_images is {self.num_images}; accepted: 1 to {MAX_DEPENDENCY_IMAGES}")
         refuse_below_zero(seed=self.seed)
         refuse_no_png(self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """launchers/sync_mlflow.py: to MLflow what it lacks of a run. `run` may be given without its name."""
+
+    run: str = field(metadata={"is_bare": True})
+    uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
+    experiment: str = ""  # empty: likewise

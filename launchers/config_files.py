@@ -175,6 +175,16 @@ def _comments(schema: type) -> dict[str, str]:
     return comments
 
 
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings of a run's config.yaml by their dotted names, whatever version wrote it; none if it is not there.
+
+    Raises:
+        ValueError: not YAML, or not a mapping.
+    """
+    flat = flatten(_read_layers(path)[-1]) if path.is_file() else {}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in flat.items()}
+
+
 def to_yaml(config: Any) -> str:
     """A config as YAML that `--config` reads back."""
     import yaml

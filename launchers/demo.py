@@ -229,8 +229,7 @@ def tell(config: DemoConfig, report: dict[str, object], path: Path) -> None:
     say(f"pictures   {'  '.join(f'{config.out}/{name}.png' for name in names)}")
     say(f"report     {path}")
     state = Path(settings.run) / "mlflow.json"
-    if state.exists():
-        experiment = json.loads(state.read_text())["experiment_id"]
+    if experiment := (json.loads(state.read_text()) if state.exists() else {}).get("experiment_id"):
         mlflow = Path(sys.executable).with_name("mlflow")
         say(f"curves     {mlflow} ui --backend-store-uri {absolute_uri(settings.tracking.uri)} --port 5000")
         say(f"           then open http://127.0.0.1:5000/#/experiments/{experiment}/runs?compareRunsMode=CHART")

@@ -34,7 +34,7 @@ from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.distributed import World  # noqa: E402
 from training.engine import PRECISIONS  # noqa: E402
-from training.tracking import log_picture  # noqa: E402
+from training.mlflow_tracker import log_picture  # noqa: E402
 
 MAX_SHOWN = 4  # results in the panel
 WHITE = 128  # and brighter, of 255, in a mask

@@ -27,7 +27,7 @@ from launchers.loading import load_tokenizer, refuse_several_ranks  # noqa: E402
 from launchers.pictures import to_uint8  # noqa: E402
 from training.dependency import bidirectionality, later_share  # noqa: E402
 from training.distributed import World  # noqa: E402
-from training.tracking import log_picture  # noqa: E402
+from training.mlflow_tracker import log_picture  # noqa: E402
 
 
 def launch(command: Command[DependencyConfig]) -> None:

@@ -28,8 +28,8 @@ from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.distributed import World, agree_on_error, agree_on_value, join_world, leave_world  # noqa: E402
 from training.engine import PRECISIONS  # noqa: E402
+from training.mlflow_tracker import log_picture  # noqa: E402
 from training.model_on_disk import ModelOnDisk, file_sha256  # noqa: E402
-from training.tracking import log_picture  # noqa: E402
 
 
 def launch(command: Command[SampleConfig]) -> None:

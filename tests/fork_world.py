@@ -7,9 +7,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -81,12 +83,13 @@ class RunningWorld:
         self._faults = faults
 
     def send(self, signal_number: int, *, rank: int) -> None:
-        """Send a signal to one rank; ProcessLookupError if it has ended."""
-        os.kill(self.pids[rank], signal_number)
+        """Send a signal to one rank; nothing happens if it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pids[rank], signal_number)
 
     def wait(self, *, faults_may_miss: bool = False) -> EndedWorld:
         """See the world end. Raises FaultNeverFired unless every fault acted or may miss."""
-        said = self._server.hear()
+        said = self._server.hear_end()
         ranks = [self._read(number, *ended) for number, ended in enumerate(said["ended"])]
         log = self.folder / FAULT_LOG
         world = EndedWorld(ranks, fired(log), log, said["timed_out"], said["left_behind"])
@@ -108,6 +111,7 @@ class ForkServer:
     def __init__(self, folder: Path | None = None) -> None:
         self._folder = folder or Path(tempfile.mkdtemp(prefix="fork-server-"))
         self._numbers = itertools.count()
+        self._running: RunningWorld | None = None
         self._server = subprocess.Popen(
             [sys.executable, str(SERVER), str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -115,7 +119,7 @@ class ForkServer:
             env=os.environ | ONE_THREAD | {"DS_ACCELERATOR": "cpu"},
             text=True,
         )
-        self.hear()  # that it is ready; the first time on a machine DeepSpeed compiles its communication
+        self._hear()  # that it is ready; the first time on a machine DeepSpeed compiles its communication
 
     def __enter__(self) -> ForkServer:
         return self
@@ -153,6 +157,7 @@ class ForkServer:
         timeout: seconds until all ranks are killed. grace: seconds that the others have once one rank has ended.
         leftover_grace: seconds that processes which ranks have started may outlive them.
         """
+        self._end_what_a_failed_test_left_running()
         faults = [str(Fault.parse(fault)) for fault in faults]
         folder = self._folder / f"world{next(self._numbers)}"
         folder.mkdir(parents=True)
@@ -160,9 +165,21 @@ class ForkServer:
         order |= {"timeout": timeout, "grace": grace, "leftover_grace": leftover_grace}
         order |= {"folder": str(folder), "fault_log": str(folder / FAULT_LOG), "environment": dict(environment or {})}
         print(json.dumps(order), file=self._server.stdin, flush=True)
-        return RunningWorld(self, folder, faults, self.hear()["pids"])
+        self._running = RunningWorld(self, folder, faults, self._hear()["pids"])
+        return self._running
 
-    def hear(self) -> dict[str, Any]:
+    def _end_what_a_failed_test_left_running(self) -> None:
+        if self._running is not None:
+            for rank in range(len(self._running.pids)):
+                self._running.send(signal.SIGKILL, rank=rank)
+            self.hear_end()
+
+    def hear_end(self) -> dict[str, Any]:
+        """The server's report on the world that runs, once that has ended."""
+        said, self._running = self._hear(), None
+        return said
+
+    def _hear(self) -> dict[str, Any]:
         """The server's next answer. Raises RuntimeError if it has ended instead."""
         line = self._server.stdout.readline()
         if not line:

@@ -17,7 +17,7 @@ ALLOWED = {
 }
 DOORS = {
     "deepspeed": {"training/engine.py"},
-    "mlflow": {"training/tracking.py"},
+    "mlflow": {"training/mlflow_tracker.py"},
     "lpips": {"training/losses.py"},
     "omegaconf": {"launchers/config_files.py"},
     "matplotlib": {"launchers/figures.py"},

@@ -10,6 +10,8 @@ import pytest
 
 from launchers.command_line import Command, parse, run_launcher, settings_as_overrides
 from launchers.config_files import load_config
+from training.divergence import TrainingDiverged
+from training.stopping import Stopped
 
 
 @dataclass(frozen=True)
@@ -149,26 +151,86 @@ def launched(monkeypatch: pytest.MonkeyPatch, launch: object, *arguments: str) -
     run_launcher(Schema, launch, "a launcher")
 
 
-@pytest.mark.parametrize(
-    "error, line",
-    [
-        (ValueError("two\n lines"), "error: two lines\n"),
-        (FileNotFoundError("x: not there"), "error: x: not there\n"),
-        (OSError(28, "No space left on device", "runs/a"), "error: runs/a: No space left on device\n"),
-    ],
-)
-def test_what_a_user_can_cause_is_one_line_and_exit_code_64(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: Exception, line: str
-) -> None:
-    monkeypatch.delenv("NEXTSCALE_TRACEBACK", raising=False)
+@pytest.fixture(autouse=True)
+def no_launcher_above(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NEXTSCALE_TRACEBACK", "RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def ending(monkeypatch: pytest.MonkeyPatch, error: BaseException, *arguments: str) -> int:
+    """The exit code of a launcher that raises."""
 
     def fail(command: Command[Schema]) -> None:
         raise error
 
     with pytest.raises(SystemExit) as left:
-        launched(monkeypatch, fail, *REQUIRED)
-    assert left.value.code == 64
+        launched(monkeypatch, fail, *(arguments or REQUIRED))
+    return left.value.code
+
+
+@pytest.mark.parametrize(
+    "error, code, line",
+    [
+        (ValueError("two\n lines"), 64, "error: two lines\n"),
+        (FileNotFoundError("x: not there"), 64, "error: x: not there\n"),
+        (OSError(28, "No space left on device", "runs/a"), 73, "error: runs/a: No space left on device\n"),
+        (TrainingDiverged("the loss is nan"), 70, "error: the loss is nan\n"),
+        (KeyboardInterrupt(), 130, "error: interrupted\n"),
+    ],
+)
+def test_what_a_user_can_cause_is_one_line_and_its_exit_code(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    assert ending(monkeypatch, error) == code
     assert capsys.readouterr() == ("", line)
+
+
+def test_a_run_that_stopped_as_asked_says_so_where_progress_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert ending(monkeypatch, Stopped("SIGTERM on rank 0", Path("r/checkpoints/step-00000007"))) == 75
+    said, complained = capsys.readouterr()
+    assert "SIGTERM on rank 0" in said and "r/checkpoints/step-00000007" in said and said.count("\n") == 1
+    assert complained == ""
+
+
+@pytest.fixture
+def second_of_two(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """This process is rank 1 of 2; the list gets the seconds it slept, and it ends by SystemExit as ours do at once."""
+    slept: list[float] = []
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("launchers.command_line.time.sleep", slept.append)
+    monkeypatch.setattr("launchers.command_line.end_process", sys.exit)
+    return slept
+
+
+@pytest.mark.parametrize(
+    "error, code, said",
+    [
+        (ValueError("no such file"), 64, "error: rank 1: no such file\n"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer"), 76, "lost another rank"),
+        (KeyError("a bug"), 1, "Traceback"),
+    ],
+)
+def test_a_later_rank_lets_the_first_one_speak_but_not_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    second_of_two: list[float],
+    error: Exception,
+    code: int,
+    said: str,
+) -> None:
+    assert ending(monkeypatch, error) == code
+    assert 0 < sum(second_of_two) < 5
+    assert said in capsys.readouterr().err
+
+
+def test_only_the_first_rank_says_that_the_run_stopped(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], second_of_two: list[float]
+) -> None:
+    assert ending(monkeypatch, Stopped("SIGTERM on rank 0", Path("r"))) == 75
+    assert capsys.readouterr() == ("", "") and second_of_two == []
 
 
 def test_a_bad_setting_never_launches(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -179,10 +241,14 @@ def test_a_bad_setting_never_launches(monkeypatch: pytest.MonkeyPatch, capsys: p
     assert capsys.readouterr().err == "error: command line: unknown key 'model.dpeth'; did you mean 'model.depth'?\n"
 
 
-def test_a_traceback_is_shown_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_traceback_is_shown_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("NEXTSCALE_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="unknown key"):
-        launched(monkeypatch, lambda command: None, *REQUIRED, "nothing=1")
+    assert ending(monkeypatch, ValueError("x"), *REQUIRED, "nothing=1") == 64
+    said = capsys.readouterr().err
+    assert said.startswith("Traceback")
+    assert said.splitlines()[-1].startswith("error: command line: unknown key 'nothing'")
 
 
 def test_an_error_of_the_program_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:

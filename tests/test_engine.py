@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from models.var import VARConfig
-from training.engine import LEAF_CLASSES, EngineConfig, accumulation_steps, compile_deepspeed_config
+from training.engine import (
+    LEAF_CLASSES,
+    EngineConfig,
+    _load_cpu_communication,
+    accumulation_steps,
+    compile_deepspeed_config,
+)
 
 STAGES = (0, 1, 2, 3)
 PRECISIONS = ("fp32", "bf16", "fp16")
@@ -125,3 +133,25 @@ def test_a_micro_batch_that_does_not_fit_is_answered_with_those_that_do() -> Non
 def test_unknown_settings_are_refused_naming_what_is_accepted(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EngineConfig(**change)
+
+
+def test_a_build_that_was_killed_does_not_hold_up_later_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch would wait for the file `lock` without end."""
+    (tmp_path / "lock").touch()
+    os.utime(tmp_path / "lock", (0, 0))
+    loads: list[bool] = []
+
+    class Builder:
+        name = "shm"
+
+        def is_compatible(self, verbose: bool) -> bool:
+            return True
+
+        def load(self, verbose: bool) -> None:
+            loads.append((tmp_path / "lock").exists())
+
+    accelerator = type("Accelerator", (), {"create_op_builder": lambda self, name: Builder()})()
+    monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
+    monkeypatch.setattr("torch.utils.cpp_extension._get_build_directory", lambda name, verbose: str(tmp_path))
+    _load_cpu_communication()
+    assert loads == [False]

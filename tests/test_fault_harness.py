@@ -173,6 +173,11 @@ def test_processes_that_outlive_their_rank_are_named_and_killed(fork_server: For
         assert not Path(f"/proc/{pid}").exists()
 
 
+def test_a_world_that_a_failed_test_left_running_is_ended_by_the_next(fork_server: ForkServer) -> None:
+    fork_server.start(HELLO, {"numbers": [1]}, faults=["sleep@hello.first"])
+    assert fork_server.run(HELLO, {"numbers": [1]}).exit_codes == [0, 0]
+
+
 def test_ranks_end_with_their_server() -> None:
     with ForkServer() as server:
         world = server.start(HELLO, {"numbers": [1]}, faults=["sleep@hello.first"])

@@ -154,7 +154,9 @@ def test_training_goes_on_after_some_disk_errors(fork_server: ForkServer, tmp_pa
 
 
 @pytest.mark.faults
-def test_training_goes_on_after_every_disk_error(fork_server: ForkServer, tmp_path: Path, figures: dict[str, str]) -> None:
+def test_training_goes_on_after_every_disk_error(
+    fork_server: ForkServer, tmp_path: Path, figures: dict[str, str]
+) -> None:
     start = time.monotonic()
     points = sweep_errors(fork_server, tmp_path, ("enospc", "eio"))
     figures["checkpoints: ENOSPC and EIO during a save, said in one line"] = f"{points} of {points}"

@@ -17,6 +17,8 @@ from faults import Fired
 from fork_world import EndedWorld, ForkServer
 from tiny import Study
 
+from training.stopping import SAME_REQUEST_SECONDS
+
 KILLS = 20
 SEED = 11
 DONE, DIVERGED, STOPPED = 0, 70, 75
@@ -86,7 +88,7 @@ class RandomKiller:
         return world
 
     def _at_a_seam(self, run: Run, ranks: list[int]) -> EndedWorld:
-        site, count = self._draw.choice(self._sites), self._draw.randint(1, 4)
+        site, count = self._draw.choice(self._sites), self._draw.randint(1, 2)
         faults = [f"kill@{site}:rank={rank}:count={count}" for rank in ranks]
         world = run.go(expect=None, faults=faults, faults_may_miss=True)
         dead = [rank for rank in ranks if world.exit_codes[rank] == -signal.SIGKILL]
@@ -95,7 +97,7 @@ class RandomKiller:
 
     def _at_a_time(self, run: Run, ranks: list[int]) -> EndedWorld:
         world = run.start()
-        time.sleep(self._draw.uniform(0.0, 1.1) * self._typical_seconds)
+        time.sleep(self._draw.uniform(0.0, 0.9) * self._typical_seconds)
         for rank in ranks:
             world.send(signal.SIGKILL, rank=rank)
         return world.wait()
@@ -119,6 +121,31 @@ def test_many_random_kills_change_no_bit_and_lose_no_sample(
     figures["training: random SIGKILLs of two ZeRO-3 ranks survived bit for bit"] = f"{killer.kills} in {runs} runs"
     figures["training: samples lost or repeated by them"] = "0"
     figures["training: seconds for these kills"] = f"{time.monotonic() - start:.0f}"
+
+
+PATIENCE = 4  # seconds without progress
+SITES = ("loop.step", "checkpoint.state.torn")
+WAYS_TO_END = ("kill", "segv", "abort", "exit0", "exception")
+WAYS_TO_HANG = ("stop", "lock", "sleep")
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("site", SITES)
+@pytest.mark.parametrize("kind", [*WAYS_TO_END, *WAYS_TO_HANG])
+def test_when_one_rank_ends_or_hangs_the_others_end_too(
+    whole: Run, make_run: MakeRun, figures: dict[str, str], kind: str, site: str
+) -> None:
+    run = make_run("struck")
+    watch = [f"watch.timeout_seconds={PATIENCE}", "watch.start_seconds=60"]
+    world = run.go(*watch, expect=None, faults=[f"{kind}@{site}:rank=1:count=2"], grace=40, timeout=60)
+    assert not world.timed_out and not any(rank.was_killed for rank in world.ranks), world.explain()
+    assert world.exit_codes[0] != DONE and world.left_behind == [], world.explain()
+    assert (world.exit_codes[1] == DONE) == (kind == "exit0")
+    # the start takes some of these seconds too
+    assert world.seconds < (PATIENCE if kind in WAYS_TO_HANG else 0) + 10, world.explain()
+    figures[f"training: {kind} of rank 1 at {site}, seconds from start to end of all"] = f"{world.seconds:.1f}"
+    run.go()
+    assert_same(run, whole)
 
 
 # (ranks, further settings) of the three parts of a run; every part stops with a checkpoint
@@ -179,8 +206,10 @@ def test_a_second_signal_during_the_save_leaves_nothing_half_committed(
     whole: Run, make_run: MakeRun, rank: int
 ) -> None:
     run = make_run("stopped")
-    place = f"term@checkpoint.state.torn:rank={rank}:count=3"  # the first two saves are those of steps 3 and 6
-    world = run.go(expect=None, faults=[f"term@loop.step:rank={rank}:count=8", place])
+    place = f"rank={rank}:count=3"  # the first two saves are those of steps 3 and 6
+    pause = f"sleep@checkpoint.state.open:{place}:seconds={SAME_REQUEST_SECONDS + 0.2}"
+    second = f"term@checkpoint.state.torn:{place}"
+    world = run.go(expect=None, faults=[f"term@loop.step:rank={rank}:count=8", pause, second])
     assert world.exit_codes[rank] in (143, -signal.SIGTERM) and DONE not in world.exit_codes, world.explain()
     assert run.saved_steps() == [3, 6]
     run.go()

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from training.tracking import MLflowView, Record, RunRecord, TrackingConfig, wall_time
+from training.mlflow_view import MLflowView
+from training.tracking import Record, RunRecord, TrackingConfig, wall_time
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page

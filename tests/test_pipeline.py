@@ -19,7 +19,7 @@ from project import ENCODE, PACK, ROOT, Project, train_arguments
 
 
 def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    clock = ("images_per_second", "tokens_per_second", "data_wait_share", "time")
+    clock = ("images_per_second", "tokens_per_second", "data_wait_share", "goodput", "time")
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from itertools import count, islice
 from multiprocessing import active_children
 from pathlib import Path
@@ -14,8 +15,9 @@ import pytest
 import torch
 from tiny import open_codes, pack_codes
 
+from data_pipeline import read_ahead
 from data_pipeline.loader import CodeDataset, train_batches
-from data_pipeline.read_ahead import ReadAhead
+from data_pipeline.read_ahead import ReadAhead, WorkerFailed
 
 
 @pytest.fixture
@@ -95,3 +97,83 @@ def test_a_program_that_holds_its_batches_to_the_end_still_ends(tmp_path: Path, 
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, timeout=60)
     assert "torch.Size([2])" in done.stdout and done.returncode == (1 if ending else 0)
     assert done.stderr == "" or "the trainer failed" in done.stderr
+
+
+def slow_from_13(number: int) -> int:
+    if number >= 13:
+        time.sleep(30)
+    return number
+
+
+def test_a_worker_that_was_killed_is_one_line_in_its_turn() -> None:
+    others = child_processes()
+    results = ReadAhead(slow_from_13, count(12), workers=1)
+    assert next(results) == 12
+    (worker,) = child_processes() - others
+    os.kill(worker, signal.SIGKILL)
+    time.sleep(0.1)  # nothing is raised here, where the trainer may be in the middle of a save
+    with pytest.raises(WorkerFailed) as caught:
+        next(results)
+    assert str(caught.value).startswith(f"data worker (pid {worker}) was killed by SIGKILL; next to come was 13")
+    assert list(results) == [] and child_processes() <= others
+
+
+def test_a_worker_that_is_stuck_is_one_line_and_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "TIMEOUT_SECONDS", 1.5)
+    others = child_processes()
+    results = ReadAhead(slow_from_13, count(13), workers=2)
+    start = time.monotonic()
+    with pytest.raises(WorkerFailed, match="has been silent for 1.5 s; next to come was 13; look at the storage"):
+        next(results)
+    assert time.monotonic() - start < 5
+    assert child_processes() <= others
+
+
+def test_a_slow_worker_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(read_ahead, "LOOK_SECONDS", 0.1)
+    assert list(ReadAhead(slowly, iter(range(3)), workers=1)) == [0, 1, 2]
+
+
+def slowly(number: int) -> int:
+    time.sleep(0.4)
+    return number
+
+
+def test_an_error_of_the_program_keeps_its_kind() -> None:
+    results = ReadAhead(divide, iter([0]), workers=1)
+    with pytest.raises(ZeroDivisionError):
+        next(results)
+    results.close()
+
+
+def divide(number: int) -> float:
+    return 1 / number
+
+
+def test_workers_do_not_outlive_a_trainer_that_was_killed(tmp_path: Path) -> None:
+    """Also one that is in the middle of a read, and so does not look around."""
+    trainer = os.fork()
+    if trainer == 0:
+        others = child_processes()
+        results = ReadAhead(slow_from_13, count(13), workers=2)
+        (tmp_path / "workers.tmp").write_text(" ".join(map(str, child_processes() - others)))
+        (tmp_path / "workers.tmp").rename(tmp_path / "workers")
+        next(results)
+        os._exit(1)
+    while not (tmp_path / "workers").exists():
+        time.sleep(0.01)
+    time.sleep(0.3)
+    os.kill(trainer, signal.SIGKILL)
+    os.waitpid(trainer, 0)
+    workers = [Path(f"/proc/{pid}/stat") for pid in (tmp_path / "workers").read_text().split()]
+    end = time.monotonic() + 2
+    while time.monotonic() < end and any(runs(stat) for stat in workers):
+        time.sleep(0.01)
+    assert workers and not any(runs(stat) for stat in workers)
+
+
+def runs(stat: Path) -> bool:
+    try:
+        return stat.read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False

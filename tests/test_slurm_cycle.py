@@ -32,17 +32,17 @@ def home(project: Project) -> Project:
     """The project's folder with the repository in it, as after `git clone`."""
     for name in ("launchers", "configs"):
         (project.folder / name).symlink_to(ROOT / name)
-    (project.folder / ".venv").symlink_to(sys.prefix)
     return project
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SlurmCluster]:
-    # not one of pytest's long paths: the daemons' sockets lie in it. What DeepSpeed compiles is compiled already.
+    """A cluster whose jobs run this Python, by the path that it has here: under another, DeepSpeed compiles anew."""
     version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
     extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or f"{Path.home()}/.cache/torch_extensions/{version}"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_EXTENSIONS_DIR", extensions)
+        patch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
         with SlurmCluster(tmp_path_factory.mktemp("slurm")) as cluster:
             yield cluster
 
@@ -140,7 +140,7 @@ def test_a_job_near_its_time_limit_saves_is_requeued_and_ends_as_if_nothing_had_
     job = Job(cluster, home, run, "--time=60")
     job.wait_for_steps(3)
     job.let_the_time_limit_come_near()
-    assert job.wait_for_state("PENDING", *ENDED, seconds=180) == "PENDING", job.log[-3000:]
+    assert job.wait_for_state("PENDING", *ENDED, seconds=300) == "PENDING", job.log[-3000:]
 
     stopped_at = job.checkpoints()[-1]
     assert is_whole(stopped_at) and 3 <= int(stopped_at.name.removeprefix("step-")) < NUM_STEPS
@@ -182,12 +182,12 @@ def test_a_rank_that_dies_takes_its_job_down_in_seconds(cluster: SlurmCluster, h
 def test_srun_alone_is_enough_on_one_node(cluster: SlurmCluster, home: Project) -> None:
     command = ["srun", "--nodes=1", "--ntasks=2", sys.executable, "launchers/train.py", "--config"]
     run = ["configs/digits/d4.yaml", "run=runs/srun", *SHORT, "loop.stop_after_steps=2"]
-    cluster.ask(*command, *run, folder=home.folder, seconds=180)
+    cluster.ask(*command, *run, folder=home.folder, seconds=300)
     assert torch.tensor([record["step"] for record in home.records("runs/srun")]).max() == 2
 
 
 def test_nodes_that_cannot_be_found_by_name_are_said_in_one_line(cluster: SlurmCluster, home: Project) -> None:
     command = ["srun", "--nodes=2", "--ntasks=2", sys.executable, "launchers/train.py", "--config"]
     with pytest.raises(RuntimeError, match="error: node1, the first node of node.1-2., has no address here") as said:
-        cluster.ask(*command, "configs/digits/d4.yaml", "run=runs/nowhere", *SHORT, folder=home.folder, seconds=180)
+        cluster.ask(*command, "configs/digits/d4.yaml", "run=runs/nowhere", *SHORT, folder=home.folder, seconds=300)
     assert "Traceback" not in str(said.value)

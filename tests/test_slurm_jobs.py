@@ -230,6 +230,15 @@ def test_a_wrong_command_line_ends_before_any_rank_starts(cluster: Cluster) -> N
         assert "error: no config is named" in done.stderr
 
 
+def test_the_environment_of_make_install_is_used_if_it_is_there(cluster: Cluster) -> None:
+    python = cluster.folder / "home/.venv/bin/python3"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/bash\necho "$*" >> "$NOTES/python"\nexec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    assert cluster.submit("train.sbatch", "a.yaml").returncode == 0
+    assert len([line for line in cluster.noted("python") if line.endswith("launchers/train.py --config a.yaml")]) == 2
+
+
 def test_another_launcher_may_come_first(cluster: Cluster) -> None:
     cluster.submit("train.sbatch", "launchers/train_tokenizer.py", "a.yaml")
     assert cluster.noted("srun")[0].endswith("python3 launchers/train_tokenizer.py --config a.yaml")

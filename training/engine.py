@@ -6,9 +6,13 @@ partitioned afterwards: `zero.Init` would discard custom initialisation without 
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import io
 import logging
 import os
 import sys
+import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +25,7 @@ from training.distributed import World
 from training.optim import set_schedule
 from training.whole_state import WholeState
 
+LOADING_SECONDS = 10.0  # more than loading a built extension takes
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # gathered whole under ZeRO-3: one collective per transformer block
 LEAF_CLASSES = ("models.transformer.AdaLNBlock", "models.transformer.LayerNormBlock")
@@ -140,7 +145,37 @@ def _import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    if os.environ.get("DS_ACCELERATOR") == "cpu":
+        _load_cpu_communication()
     return deepspeed
+
+
+def _load_cpu_communication() -> None:
+    """Let DeepSpeed load its CPU communication, or build it the first time, in one process of this user at a time.
+
+    torch marks a build under way by a file `lock`. A process that is killed leaves it behind, and every later run would
+    wait for it without end. Whoever holds our own lock, which the system takes back from the dead, may remove it, once
+    it is too old to be that of another program that loads what is built already.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from torch.utils.cpp_extension import _get_build_directory
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is None or not builder.is_compatible(verbose=False):
+        return
+    folder = Path(_get_build_directory(builder.name, verbose=False))
+    with (folder / "nextscale.lock").open("w") as ours:
+        fcntl.flock(ours, fcntl.LOCK_EX)
+        _remove_once_old(folder / "lock")
+        with contextlib.redirect_stdout(io.StringIO()):
+            builder.load(verbose=False)
+
+
+def _remove_once_old(lock: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        while time.time() - lock.stat().st_mtime < LOADING_SECONDS:
+            time.sleep(0.1)
+        lock.unlink()
 
 
 class Engine:

@@ -159,6 +159,8 @@ class Loop:
         metrics = self.stage.train_step(batches, context)
         state.step += 1
         state.samples_seen += self.config.global_batch
+        if self.heartbeat is not None:
+            self.heartbeat.end_start()
         position = self._position(state, "train") | {"learning_rate": context.learning_rate}
         self._pending.append(_PendingStep(position, metrics, state.samples_seen))
 

@@ -260,7 +260,7 @@ def open_client(uri: str) -> Any:
 
 def reason(error: Exception) -> str:
     """An exception in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
 
 
 def _run_or_none(client: Any, run_id: str) -> Any:

@@ -131,7 +131,7 @@ class Follower:
             if has_sent and status != "RUNNING":
                 return ALL_SENT
             last_failures += status != "RUNNING"
-            self._wake.wait(POLL_SECONDS if has_sent else pause_after(self._failures))
+            self._wake.wait(POLL_SECONDS if has_sent else pause_after(last_failures or self._failures))
             self._wake.clear()
         self.say_what_is_left()
         return NOT_ALL_SENT

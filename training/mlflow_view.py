@@ -89,6 +89,7 @@ class MLflowView:
         except subprocess.TimeoutExpired:
             self._process.kill()
             code = self._process.wait()
+        self._hang_up()
         if code not in (ALL_SENT, NOT_ALL_SENT):
             command = f"python launchers/sync_mlflow.py {self.folder}"
             print(f"mlflow: the uploader ended with code {code}; `{command}` sends what is missing", flush=True)
@@ -96,6 +97,7 @@ class MLflowView:
     def _start(self) -> None:
         """Start the uploader in a session of its own, so that what a terminal or a scheduler signals passes it by."""
         self._next_start = time.monotonic() + RESTART_SECONDS
+        self._hang_up()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         # -P: a folder `training` where the user stands is not ours. Signals stay blocked over the start, and in it.
@@ -112,9 +114,14 @@ class MLflowView:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
         self._tell(self._order)
 
+    def _hang_up(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            with suppress(OSError):
+                self._process.stdin.close()
+
     def _tell(self, order: dict[str, Any]) -> None:
         """Give the uploader an order; one that has ended is found out by who waits for it."""
         assert self._process is not None and self._process.stdin is not None
-        with suppress(OSError):
+        with suppress(OSError, ValueError):  # it has ended, or was hung up on
             self._process.stdin.write(json.dumps(order) + "\n")
             self._process.stdin.flush()

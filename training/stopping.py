@@ -127,7 +127,7 @@ class Stopping:
 
 
 class _Reduction:
-    """The largest of all ranks' numbers, on its way. On a GPU neither the start nor, a step later, the end stalls it."""
+    """The largest of all ranks' numbers, on its way. Neither its start nor its end a step later stalls a GPU."""
 
     def __init__(self, number: int, world: World) -> None:
         self._event: torch.cuda.Event | None = None

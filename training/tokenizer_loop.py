@@ -25,6 +25,7 @@ from training.losses import (
     load_lpips,
     pixel_loss,
 )
+from training.seams import reach
 from training.stage import Batch, StepContext
 from training.tracking import Record
 
@@ -139,7 +140,7 @@ class TokenizerStage:
             loss = loss + self.loss.adversarial_weight * balance * parts["adversarial_loss"]
         elif self.discriminator is not None:
             parts["adversarial_loss"] = torch.zeros((), device=self.world.device)
-        loss = loss + self.loss.quantization_weight * reconstruction.quantization_loss
+        loss = reach("loop.loss", loss + self.loss.quantization_weight * reconstruction.quantization_loss)
         self.engines["model"].backward(loss)
         return {"loss": loss.detach()} | {name: value.detach() for name, value in parts.items()}
 

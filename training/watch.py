@@ -1,8 +1,8 @@
 """A rank that makes no progress ends itself, and says what it was doing and which rank is behind.
 
-The loop beats: it writes what it begins to do to memory. A thread of the rank looks at the beats and ends a rank that has
-been silent for too long, with the stacks of all its threads on disk. What a thread cannot see (a stopped process, a
-locked interpreter, a dead launcher) is left to a process of its own, `training.watcher`.
+The loop beats: it writes what it begins to do to memory. A thread of the rank looks at the beats and ends a rank that
+has been silent for too long, with the stacks of all its threads on disk. What a thread cannot see (a stopped process,
+a locked interpreter, a dead launcher) is left to a process of its own, `training.watcher`.
 """
 
 from __future__ import annotations
@@ -74,9 +74,9 @@ class Heartbeat:
         return heartbeat
 
     def beat(self, doing: str, *, allow_seconds: float | None = None) -> None:
-        """Say what begins now, such as "waiting for data of step 12". allow_seconds: that this may take, if not usual."""
+        """Say what begins now, such as "waiting for data of step 12"; allow_seconds: that it may take, if not usual."""
         now = time.monotonic()
-        self._board.write(Beat(doing, now, now + (self._allowed if allow_seconds is None else allow_seconds)))
+        self._board.write(doing, now, now + (self._allowed if allow_seconds is None else allow_seconds))
 
     def end_start(self) -> None:
         """The first step has ended: from the next beat on, config.timeout_seconds count."""
@@ -205,7 +205,8 @@ class Reports:
             except (OSError, ValueError):
                 continue
             if rank != self.world.rank and said["since"] < oldest:
-                oldest, found = said["since"], f"rank {rank} was last seen {now - oldest:.0f} s ago: {said['doing']}"
+                oldest = said["since"]
+                found = f"rank {rank} was last seen {now - oldest:.0f} s ago: {said['doing']}"
         return found
 
     def remove(self) -> None:

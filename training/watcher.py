@@ -1,4 +1,4 @@
-"""The process that watches one rank from outside: a rank that is stopped or locked cannot end itself, an orphan does not.
+"""The process that watches one rank from outside: one that is stopped or locked cannot end itself, an orphan does not.
 
 `training.watch` starts it beside every rank. It reads the rank's beats from memory that both share, kills a rank that
 has been silent for too long, and ends a rank whose launcher has died. It imports the standard library alone, so that it
@@ -47,10 +47,10 @@ class Board:
     def __init__(self, descriptor: int) -> None:
         self._memory = mmap.mmap(descriptor, self.SIZE)
 
-    def write(self, beat: Beat) -> None:
-        text = beat.doing.encode(errors="replace")[: self.SIZE - self._HEAD.size]
+    def write(self, doing: str, now: float, deadline: float) -> None:
+        text = doing.encode(errors="replace")[: self.SIZE - self._HEAD.size]
         self._memory[self._HEAD.size : self._HEAD.size + len(text)] = text
-        self._HEAD.pack_into(self._memory, 0, beat.time, beat.deadline, len(text))
+        self._HEAD.pack_into(self._memory, 0, now, deadline, len(text))
 
     def read(self) -> Beat:
         moment, deadline, length = self._HEAD.unpack_from(self._memory)
@@ -231,7 +231,7 @@ class Watcher:
         return readable([self.rank.handle, self.orders.signals, *launchers], TICK_SECONDS)
 
     def _note_signals(self) -> None:
-        while readable([self.orders.signals], 0.0):
+        if readable([self.orders.signals], 0.0):
             self.stop_was_asked |= any(number in STOP_SIGNALS for number in os.read(self.orders.signals, 4096))
 
     def _lose_launchers(self, dead: list[Process]) -> None:

@@ -1,0 +1,81 @@
+"""Send to MLflow what it lacks of a run: after an outage, to another tracker, or because its page was deleted.
+
+`python launchers/sync_mlflow.py runs/d16`, and `--uri http://HOST:5000` for another tracker than the run's own. A run
+that the tracker does not know is made there. What is there already is not sent again: doing it twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.config import SyncConfig  # noqa: E402
+from launchers.config_files import read_settings  # noqa: E402
+from launchers.loading import refuse_several_ranks  # noqa: E402
+from training.mlflow_state import read_state  # noqa: E402
+from training.mlflow_tracker import Tracker  # noqa: E402
+from training.mlflow_uploader import QUIET_AND_QUICK, send_now  # noqa: E402
+from training.tracking import Record, RunRecord, TrackingConfig, absolute_uri, flatten_metrics  # noqa: E402
+
+ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+def launch(command: Command[SyncConfig]) -> None:
+    """Raises: FileNotFoundError: no record there. BlockingIOError: the run is at it. TrackerUnavailable."""
+    refuse_several_ranks("sync_mlflow.py")
+    folder = Path(command.config.run)
+    if not RunRecord.exists(folder):
+        raise FileNotFoundError(f"{folder}: has no metrics.jsonl; name the folder of a training run")
+    records = RunRecord(folder).read()
+    if not records:
+        say(f"{folder}: nothing is recorded yet, nothing to do")
+        return
+    settings = read_settings(folder / "config.yaml")
+    tracking = where_to(command.config, read_state(folder) or {}, settings)
+    if command.dry_run:
+        say(f"{folder}: would send what is missing of {sum(map(num_points, records))} points to {tracking.uri}")
+        return
+    os.environ.update(QUIET_AND_QUICK | os.environ)
+    tracker = Tracker(folder, tracking, settings)
+    sent = send_now(tracker, how_it_ended(read_state(folder) or {}, records, settings))
+    page = page_of(tracker.uri, read_state(folder) or {})
+    say(f"{folder}: {sent.new} points sent, {sent.known} were there already; {page}")
+
+
+def where_to(config: SyncConfig, state: dict[str, Any], settings: dict[str, Any]) -> TrackingConfig:
+    """The tracker: the one asked for, else the one that the run was last sent to, else the one of its settings."""
+    default = TrackingConfig()
+    uri = config.uri or state.get("uri") or settings.get("tracking.uri", default.uri)
+    experiment = config.experiment or state.get("experiment") or settings.get("tracking.experiment", default.experiment)
+    return TrackingConfig(uri=absolute_uri(uri), experiment=experiment)
+
+
+def how_it_ended(state: dict[str, Any], records: list[Record], settings: dict[str, Any]) -> str:
+    """As the run has noted it; where it could not, it is finished if its record is, and else was killed."""
+    if state.get("status") in ENDED:
+        return state["status"]
+    last = max((record.get("epoch", 0) for record in records), default=0)
+    return "FINISHED" if last >= settings.get("loop.epochs", float("inf")) else "KILLED"
+
+
+def page_of(uri: str, state: dict[str, Any]) -> str:
+    """Where to look at it."""
+    place = f"#/experiments/{state.get('experiment_id')}/runs/{state.get('run_id')}"
+    return f"{uri.rstrip('/')}/{place}" if uri.startswith("http") else f"run {state.get('run_id')} in {uri}"
+
+
+def num_points(record: Record) -> int:
+    return len(flatten_metrics(record))
+
+
+def main() -> None:
+    run_launcher(SyncConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""mlflow.json is replaced whole, and one process at a time sends a run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from training.mlflow_state import ViewState, read_state
+
+
+def test_none_takes_a_value_away_and_the_rest_stays(tmp_path: Path) -> None:
+    ViewState(tmp_path).update(uri="a", run_id="1")
+    ViewState(tmp_path).update(run_id=None, status="FINISHED")
+    assert read_state(tmp_path) == {"uri": "a", "status": "FINISHED"}
+
+
+def test_what_changes_nothing_writes_nothing(tmp_path: Path) -> None:
+    state = ViewState(tmp_path)
+    state.update(uri="a")
+    before = (tmp_path / "mlflow.json").stat().st_ino
+    state.update(uri="a", run_id=None)
+    assert (tmp_path / "mlflow.json").stat().st_ino == before
+
+
+@pytest.mark.parametrize("content", ["", "[1]", '{"uri": ', "\x00"])
+def test_a_damaged_file_is_as_good_as_none(tmp_path: Path, content: str) -> None:
+    (tmp_path / "mlflow.json").write_text(content)
+    assert read_state(tmp_path) is None
+    ViewState(tmp_path).update(uri="a")
+    assert read_state(tmp_path) == {"uri": "a"}
+
+
+def test_one_process_sends_a_run_and_the_next_one_once_it_is_released(tmp_path: Path) -> None:
+    first, second = ViewState(tmp_path), ViewState(tmp_path)
+    first.claim()
+    first.claim()
+    with pytest.raises(BlockingIOError, match=str(tmp_path)):
+        second.claim()
+    first.release()
+    second.claim()

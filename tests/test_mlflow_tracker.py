@@ -1,0 +1,301 @@
+"""MLflow gets every point of a record once, whatever fails while it is sent, and pictures too."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from trackers import FakeMLflow, Killed, points_of, record_of, tracker_of, train_record, validation_record
+
+from training import seams
+from training.mlflow_state import read_state
+from training.mlflow_tracker import Sent, log_picture, open_client
+from training.mlflow_uploader import Uploader
+from training.tracking import Record, absolute_uri
+
+FAULTS = ("refused", "lost", "killed", "killed after")
+
+
+@pytest.fixture
+def client() -> FakeMLflow:
+    return FakeMLflow()
+
+
+@pytest.fixture
+def no_fault_left() -> Iterator[None]:
+    yield
+    seams.install(None)
+
+
+def send_all(folder: Path, client: Any, **parameters: Any) -> Sent:
+    """A process that sends what is missing and ends."""
+    tracker = tracker_of(folder, client, **parameters)
+    try:
+        uploader = Uploader(tracker)
+        uploader.catch_up("FINISHED")
+        return uploader.sent
+    finally:
+        tracker.state.release()
+
+
+def some_records(first: int, last: int) -> list[Record]:
+    records = [train_record(step) for step in range(first, last + 1)]
+    return records + [validation_record(last)]
+
+
+def test_a_tracker_holds_what_the_record_holds_and_nothing_is_sent_twice(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *some_records(1, 120))  # more than one slice
+    expected = points_of(record.read())
+    assert send_all(tmp_path, client) == Sent(new=len(expected), known=0)
+    assert client.history() == expected
+    assert send_all(tmp_path, client) == Sent(new=0, known=len(expected))
+    assert client.history() == expected
+
+
+def test_what_fails_is_sent_by_the_next_attempt_or_process_wherever_it_fails(tmp_path: Path) -> None:
+    """Every call of a session fails once, in each of four ways; then training takes some of the steps again."""
+    undisturbed = FakeMLflow()
+    record_of(tmp_path / "undisturbed", *some_records(1, 120))
+    send_all(tmp_path / "undisturbed", undisturbed, depth=2)
+    for number in range(len(undisturbed.calls)):
+        for fault in FAULTS:
+            client, folder = FakeMLflow(), tmp_path / f"{number}-{fault}"
+            record = record_of(folder, *some_records(1, 120))
+            client.fail = lambda call: fault if call == number else ""
+            with pytest.raises((ConnectionError, Killed)):
+                send_all(folder, client, depth=2)
+            record.forget_after(100)
+            record.write(some_records(101, 120) + some_records(121, 130))
+            send_all(folder, client, depth=2)
+            assert client.history() == points_of(record.read()), (number, fault)
+            assert client.active()[0].data.params == {"depth": "2"}
+
+
+def test_an_attempt_goes_on_where_the_last_one_failed(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *some_records(1, 300))
+    uploader = Uploader(tracker_of(tmp_path, client))
+    for _ in range(100):  # every third call fails, in one way or the other
+        client.fail = lambda call: ("refused", "lost")[call % 2] if call % 3 == 0 else ""
+        try:
+            uploader.catch_up("FINISHED")
+            break
+        except ConnectionError:
+            continue
+    assert client.history() == points_of(record.read())
+
+
+@pytest.mark.parametrize("site", ["mlflow.send", "mlflow.sent"])
+def test_a_process_killed_around_a_call_leaves_nothing_to_repair(
+    tmp_path: Path, client: FakeMLflow, site: str, no_fault_left: None
+) -> None:
+    reached: list[str] = []
+
+    def kill(here: str, value: Any) -> Any:
+        reached.extend([here] if here == site else [])
+        if len(reached) == 2:
+            raise Killed
+        return value
+
+    record = record_of(tmp_path, *some_records(1, 120))
+    seams.install(kill)
+    with pytest.raises(Killed):
+        send_all(tmp_path, client)
+    seams.install(None)
+    send_all(tmp_path, client)
+    assert client.history() == points_of(record.read()) and len(reached) == 2
+
+
+def test_steps_taken_again_keep_the_values_they_had(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *[train_record(step) for step in range(1, 31)])
+    send_all(tmp_path, client)
+    record.forget_after(25)
+    record.write([train_record(step, time=5000.0) for step in range(26, 41)])
+    send_all(tmp_path, client)
+    assert client.history() == points_of([train_record(step) for step in range(1, 41)])
+
+
+def test_a_record_too_large_for_one_call_is_sent_in_several_its_step_last(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, train_record(1, loss=[0.5] * 2500), train_record(2))
+    client.fail = lambda call: "killed after" if client.calls.count("log_batch") == 2 else ""
+    with pytest.raises(Killed):
+        send_all(tmp_path, client)
+    assert "progress/train_step" not in client.active()[0].data.metrics
+    client.fail = lambda call: ""
+    send_all(tmp_path, client)
+    assert client.history().keys() == points_of(record.read()).keys()
+
+
+def test_calls_hold_as_many_whole_records_as_fit(tmp_path: Path, client: FakeMLflow) -> None:
+    record_of(tmp_path, *[train_record(step, loss=[0.5] * 298) for step in range(1, 8)])  # 300 metrics each
+    send_all(tmp_path, client)
+    assert client.calls.count("log_batch") == 3
+
+
+@pytest.mark.parametrize("loss", ["mlflow.json", "the run", "a deleted run", "the tracker"])
+def test_what_gets_lost_is_found_or_made_again(tmp_path: Path, client: FakeMLflow, loss: str) -> None:
+    record = record_of(tmp_path, *some_records(1, 60))
+    send_all(tmp_path, client)
+    [first] = client.active()
+    if loss == "mlflow.json":
+        (tmp_path / "mlflow.json").unlink()
+    elif loss == "a deleted run":
+        first.info.lifecycle_stage = "deleted"
+    elif loss == "the run":
+        client.runs.clear(), client.points.clear()
+    else:
+        client = FakeMLflow()
+    record.write(some_records(61, 70))
+    send_all(tmp_path, client)
+    assert client.history() == points_of(record.read())
+    assert (client.active() == [first]) == (loss == "mlflow.json")
+
+
+def test_a_tracker_restored_from_a_backup_gets_what_it_has_forgotten(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *some_records(1, 60))
+    uploader = Uploader(tracker_of(tmp_path, client))
+    uploader.catch_up("RUNNING")
+    [run] = client.active()
+    client.points[run.info.run_id] = [point for point in client.points[run.info.run_id] if point[1] <= 20]
+    run.data.metrics = {"progress/train_step": 20.0}
+    record.write([train_record(61)])
+    client.fail = lambda call: "refused" if call == len(client.calls) - 1 and client.calls[-1] == "log_batch" else ""
+    with pytest.raises(ConnectionError):
+        uploader.catch_up("RUNNING")
+    client.fail = lambda call: ""
+    uploader.catch_up("RUNNING")
+    assert client.history() == points_of(record.read())
+
+
+def test_another_tracker_gets_all_of_it(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *some_records(1, 60))
+    send_all(tmp_path, client)
+    other = FakeMLflow()
+    tracker = tracker_of(tmp_path, other, uri="http://other:5000")
+    Uploader(tracker).catch_up("FINISHED")
+    assert other.history() == points_of(record.read())
+    assert read_state(tmp_path)["uri"] == "http://other:5000"
+
+
+def test_a_run_of_an_earlier_format_goes_on_behind_its_note(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, *some_records(1, 60))
+    send_all(tmp_path, client)
+    [run] = client.active()
+    run.data.metrics = {}  # it was sent without its steps
+    note = {"uri": "http://tracker:5000", "run_id": run.info.run_id, "experiment_id": "7"}
+    (tmp_path / "mlflow.json").write_text(json.dumps(note | {"train": 60, "validation": 60}))
+    record.write(some_records(61, 70))
+    send_all(tmp_path, client)
+    assert client.history() == points_of(record.read())
+
+
+def test_a_changed_parameter_stands_in_a_tag(tmp_path: Path, client: FakeMLflow) -> None:
+    record_of(tmp_path, *some_records(1, 3))
+    send_all(tmp_path, client, lr=0.1, depth=2)
+    send_all(tmp_path, client, lr=0.2, depth=2, ema=0.9)
+    [run] = client.active()
+    assert run.data.params == {"lr": "0.1", "depth": "2", "ema": "0.9"}
+    assert {name: value for name, value in run.data.tags.items() if "/" in name} == {"changed/lr": "0.2"}
+    send_all(tmp_path, client, lr=0.1, depth=2, ema=0.9)
+    assert run.data.tags["changed/lr"] == "0.1"
+
+
+def test_a_database_takes_it_as_the_fake_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLflow itself: parameters, tags, the search by tag, and that points sent twice are one."""
+    from mlflow.tracking import MlflowClient
+
+    monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
+    uri = f"sqlite:///{tmp_path}/tracker/mlflow.db"
+    folder = tmp_path / "digits" / "d2"
+    record = record_of(folder, *some_records(1, 60))
+    (tmp_path / "tracker").mkdir()
+    client = MlflowClient(tracking_uri=uri)
+    for parameters in ({"model.depth": 2, "init_from": ""}, {"model.depth": 4, "init_from": ""}):
+        tracker = tracker_of(folder, client, uri=uri, **parameters)
+        Uploader(tracker).catch_up("FINISHED")
+        tracker.state.release()
+    tracker._log([("loss/train_loss_avg", 1 / 3, 1_003_000, 3)])  # a call carried out late, after it was repeated
+    (folder / "mlflow.json").unlink()
+    record.write(some_records(61, 70))
+    tracker = tracker_of(folder, client, uri=uri)
+    Uploader(tracker).catch_up("KILLED")
+    [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
+    assert (run.info.run_name, run.info.status) == ("digits/d2", "KILLED")
+    assert run.data.params == {"model.depth": "2", "init_from": ""}
+    assert run.data.tags["changed/model.depth"] == "4"
+    for name in ("loss/train_loss_avg", "scales/train_loss_02", "loss/validation_loss_avg"):
+        found = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
+        expected = [(key[1], value) for key, [value] in points_of(record.read()).items() if key[0] == name]
+        assert sorted(found) == sorted(expected)
+
+
+@pytest.fixture
+def picture(tmp_path: Path) -> Path:
+    path = tmp_path / "figure.png"
+    Image.new("RGB", (4, 4)).save(path)
+    return path
+
+
+def test_a_picture_lies_with_the_mlflow_run_it_belongs_to(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    uri = absolute_uri("sqlite:///tracker/mlflow.db")
+    record_of(tmp_path / "run", train_record(1))
+    (tmp_path / "tracker").mkdir()
+    Uploader(tracker_of(tmp_path / "run", open_client(uri), uri=uri)).catch_up("FINISHED")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # where a command is started must not matter
+    log_picture(tmp_path / "run", picture)
+    [stored] = (tmp_path / "tracker").rglob("pictures/figure.png")
+    assert stored.read_bytes() == picture.read_bytes()
+    assert stored.is_relative_to(tmp_path / "tracker" / "mlflow_artifacts")
+    assert list((tmp_path / "elsewhere").iterdir()) == [] and not (tmp_path / "mlruns").exists()
+
+
+def test_of_a_model_that_was_not_trained_here_nothing_is_said(
+    tmp_path: Path, picture: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log_picture(tmp_path, picture)
+    log_picture(tmp_path / "var_d16.pth", picture)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "state, message",
+    [
+        (None, "has no mlflow.json"),
+        ({"uri": "http://127.0.0.1:9", "run_id": "1"}, "is on disk only"),
+        ({"uri": "sqlite:///TMP/mlflow.db", "run_id": "0" * 32}, "RESOURCE_DOES_NOT_EXIST|not found"),
+        ({"uri": "http://127.0.0.1:9"}, "names no MLflow run"),
+    ],
+)
+def test_a_picture_that_mlflow_does_not_take_costs_one_line(
+    tmp_path: Path,
+    picture: Path,
+    state: dict[str, Any] | None,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    (tmp_path / "metrics.jsonl").touch()
+    if state is not None:
+        (tmp_path / "mlflow.json").write_text(json.dumps(state).replace("TMP", str(tmp_path)))
+    log_picture(tmp_path, picture)
+    [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlflow: ")]
+    assert re.search(message, line) and str(picture) in line
+
+
+def test_a_machine_without_mlflow_still_draws(
+    tmp_path: Path, picture: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "mlflow.tracking", None)
+    (tmp_path / "mlflow.json").write_text(json.dumps({"uri": "http://127.0.0.1:9", "run_id": "1"}))
+    log_picture(tmp_path, picture)
+    assert capsys.readouterr().out.count("\n") == 1
