@@ -42,7 +42,7 @@ class ReadAhead(Iterator[Result]):
         self._asked: deque[Request] = deque()
         loader = DataLoader(
             _Reader(read),
-            sampler=self._remember(requests),
+            sampler=_remember(requests, self._asked),
             batch_size=None,  # a request is a batch already
             num_workers=workers,
             collate_fn=_unchanged,
@@ -53,11 +53,6 @@ class ReadAhead(Iterator[Result]):
         self._results = iter(loader)
         _raise_nothing_on_sigchld(self._results)
         atexit.register(_stop_if_alive, weakref.ref(self._results))
-
-    def _remember(self, requests: Iterator[Request]) -> Iterator[Request]:
-        for request in requests:
-            self._asked.append(request)
-            yield request
 
     def __next__(self) -> Result:
         """Raises WorkerFailed, and whatever ValueError or OSError `read` raised."""
@@ -95,6 +90,13 @@ class ReadAhead(Iterator[Result]):
         """Stop the workers; there are no more results."""
         _stop_workers(self._results)
         self._results = iter(())
+
+
+def _remember(requests: Iterator[Request], asked: deque[Request]) -> Iterator[Request]:
+    """Not a method: an iterator that refers to its owner would be collected late, and its workers with it."""
+    for request in requests:
+        asked.append(request)
+        yield request
 
 
 def _ending(exit_code: int | None) -> str:

@@ -112,7 +112,7 @@ def trained_shares(run: Path) -> dict[Path, float]:
 def total_samples(run: Path) -> int:
     """How many samples the whole run sees, from its config and the first line of its record."""
     config = load_config(TrainConfig, str(run / "config.yaml"))
-    first = next((record for record, _ in RunRecord(run).read_from(0) if record["kind"] == "train"), None)
+    first = next((record for record, _ in RunRecord(run).read_after() if record["kind"] == "train"), None)
     if first is None:
         raise ValueError(f"{run}/metrics.jsonl: has no training step, so the length of the run is unknown; restore it")
     num_samples = round(first["samples_seen"] / first["epoch"])

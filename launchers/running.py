@@ -19,7 +19,7 @@ from training.checkpoint import Checkpoints, Retention, TrainState, flatten
 from training.commit import DamagedCheckpoint, candidates, folder_name, read_manifest, structural_damage
 from training.distributed import World
 from training.engine import accumulation_steps
-from training.history import START, History
+from training.history import START, STOP, History
 from training.loop import Loop
 from training.mlflow_view import MLflowView
 from training.stage import Stage
@@ -130,8 +130,10 @@ def run_stage(
         )
         state = loop.run(state, partial(batches_from, dataset, config, world))
         status = "FINISHED"
-    except Stopped:
+    except Stopped as stopped:
         status = "KILLED"
+        if world.is_rank_zero:  # who asked is of interest to job scripts
+            History(folder).note(STOP, checkpoint=stopped.checkpoint.name, reason=stopped.reason)
         raise
     finally:
         if view is not None:

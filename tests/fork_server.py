@@ -26,19 +26,6 @@ TESTS = Path(__file__).resolve().parent
 SHARED_MEMORY = Path("/dev/shm")  # where DeepSpeed leaves 66 MB of each CPU rank when it ends, and more when killed
 POLL_SECONDS = 0.005
 PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
-PRELOADED = (
-    "torch._dynamo",  # which the first optimiser imports
-    "distributed_worker",
-    "fault_worker",
-    "faults",
-    "launchers.train",
-    "launchers.train_tokenizer",
-    "deepspeed.runtime.zero.stage_1_and_2",
-    "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and it half of torch's compiler
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "deepspeed.module_inject.auto_ep_layer",
-)
 
 
 @dataclass
@@ -64,12 +51,12 @@ def die_with(parent: int) -> None:
         os._exit(1)
 
 
-def preload() -> None:
+def preload(modules: list[str]) -> None:
     """Import what ranks need, and load DeepSpeed's compiled communication, which alone takes seconds."""
     from training.engine import _import_deepspeed
 
     _import_deepspeed()
-    for name in PRELOADED:
+    for name in modules:
         importlib.import_module(name)
     from deepspeed.comm.torch import build_shm_op
 
@@ -223,7 +210,8 @@ def main() -> NoReturn:
     die_with(int(sys.argv[1]))
     set_process_control(PR_SET_CHILD_SUBREAPER, 1)
     sys.path[:0] = [str(TESTS.parent), str(TESTS)]
-    preload()
+    if modules := sys.argv[2:]:
+        preload(modules)
     answer({"ready": os.getpid()})
     for line in sys.stdin:
         answer(run_world(json.loads(line)))

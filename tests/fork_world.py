@@ -1,6 +1,6 @@
 """Worlds of forked ranks: a two-rank DeepSpeed cycle in seconds, with faults, and a report of how every rank ended.
 
-    with ForkServer() as server:
+    with ForkServer(tmp_path) as server:
         world = server.run("module:function", {"run": "runs/a"}, world_size=2, faults=["kill@loop.step:rank=1"])
     assert world.exit_codes == [76, -9]
 """
@@ -14,7 +14,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,16 @@ from typing import Any
 from faults import Fault, Fired, fired
 
 SERVER = Path(__file__).with_name("fork_server.py")
+PRELOADED = (
+    "torch._dynamo",  # which the first optimiser imports
+    "faults",
+    "fault_worker",
+    "deepspeed.runtime.zero.stage_1_and_2",
+    "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.muon.muon_optimizer",  # which every engine imports, and it half of torch's compiler
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "deepspeed.module_inject.auto_ep_layer",
+)
 FAULT_LOG = "faults.jsonl"
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
@@ -106,14 +115,18 @@ class RunningWorld:
 
 
 class ForkServer:
-    """Starts worlds, one at a time. Nothing of it outlives this process."""
+    """Starts worlds, one at a time. Nothing of it outlives this process.
 
-    def __init__(self, folder: Path | None = None) -> None:
-        self._folder = folder or Path(tempfile.mkdtemp(prefix="fork-server-"))
+    folder: where each world leaves the output of its ranks.
+    preload: modules that all ranks find imported; the more, the later the first world and the sooner each of them.
+    """
+
+    def __init__(self, folder: Path, *, preload: Sequence[str] = PRELOADED) -> None:
+        self._folder = folder
         self._numbers = itertools.count()
         self._running: RunningWorld | None = None
         self._server = subprocess.Popen(
-            [sys.executable, str(SERVER), str(os.getpid())],
+            [sys.executable, str(SERVER), str(os.getpid()), *preload],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD | {"DS_ACCELERATOR": "cpu"},

@@ -178,9 +178,9 @@ def test_a_world_that_a_failed_test_left_running_is_ended_by_the_next(fork_serve
     assert fork_server.run(HELLO, {"numbers": [1]}).exit_codes == [0, 0]
 
 
-def test_ranks_end_with_their_server() -> None:
-    with ForkServer() as server:
-        world = server.start(HELLO, {"numbers": [1]}, faults=["sleep@hello.first"])
+def test_ranks_end_with_their_server(tmp_path: Path) -> None:
+    with ForkServer(tmp_path, preload=()) as server:
+        world = server.start("signal:pause", {})
     deadline = time.monotonic() + 5
     while any(Path(f"/proc/{pid}").exists() for pid in world.pids):
         assert time.monotonic() < deadline, world.pids

@@ -57,7 +57,7 @@ def test_a_whole_run_uses_every_sample_once(whole: Run) -> None:
     assert whole.saved_steps() == [STEPS - CHECKPOINT_EVERY, STEPS]
 
 
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_killed_run_goes_on_as_if_nothing_had_been(whole: Run, make_run: MakeRun, rank: int) -> None:
     run = make_run("killed")
     killed = run.go(expect=None, faults=[f"kill@loop.step:rank={rank}:count=8"])
@@ -188,7 +188,7 @@ def test_the_same_holds_in_bf16_as_far_as_its_digits_go(make_run: MakeRun) -> No
     assert parts.used_samples() == ALL_SAMPLES
 
 
-@pytest.mark.parametrize("name", ["term", pytest.param("int", marks=pytest.mark.faults), "usr1"])
+@pytest.mark.parametrize("name", ["term", *(pytest.param(name, marks=pytest.mark.faults) for name in ("int", "usr1"))])
 def test_a_signal_to_one_rank_stops_all_at_the_same_step(whole: Run, make_run: MakeRun, name: str) -> None:
     run = make_run("stopped")
     fault = f"{name}@loop.step:rank=1:count=8"
@@ -201,7 +201,8 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(whole: Run, make_run: M
     assert_same(run, whole)
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.faults)])
+@pytest.mark.faults
+@pytest.mark.parametrize("rank", [0, 1])
 def test_a_second_signal_during_the_save_leaves_nothing_half_committed(
     whole: Run, make_run: MakeRun, rank: int
 ) -> None:
@@ -230,6 +231,7 @@ def nan_at(step: int, times: int = 1) -> list[str]:
     return [f"nan@loop.loss:rank=1:count={step}:times={times}"]
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("settings", STAGES)
 def test_a_bad_step_is_skipped_and_counted(make_run: MakeRun, settings: list[str]) -> None:
     run = make_run("skipping", *settings)
@@ -251,6 +253,7 @@ def test_a_bad_step_stops_the_run_naming_rank_and_samples(make_run: MakeRun, set
     assert run.saved_steps() == [3] and run.records()[-1]["step"] == 4
 
 
+@pytest.mark.faults
 def test_bad_steps_in_a_row_end_the_run(make_run: MakeRun) -> None:
     run = make_run("skipping", "divergence.max_skips=2")
     world = run.go(expect=DIVERGED, faults=nan_at(5, times=9))
@@ -258,7 +261,7 @@ def test_bad_steps_in_a_row_end_the_run(make_run: MakeRun) -> None:
 
 
 @pytest.mark.parametrize("settings", STAGES)
-def test_a_roll_back_steps_over_the_data(whole: Run, make_run: MakeRun, settings: list[str]) -> None:
+def test_a_roll_back_steps_over_the_data(make_run: MakeRun, settings: list[str]) -> None:
     run = make_run("rolling back", "divergence.on_bad_step=roll_back", *settings)
     run.go(faults=nan_at(8))
     assert len(run.curve()) == STEPS and all(loss is not None for loss in run.curve())
@@ -267,6 +270,11 @@ def test_a_roll_back_steps_over_the_data(whole: Run, make_run: MakeRun, settings
     records = [record for record in run.records() if record["kind"] == "train"]
     behind = [record["samples_seen"] - record["step"] * GLOBAL_BATCH for record in records]
     assert behind == [0] * 6 + [2 * GLOBAL_BATCH] * (STEPS - 6)
-    again = make_run("again", "divergence.on_bad_step=roll_back", *settings)
-    again.go(faults=nan_at(8))
-    assert again.records() == run.records()
+
+
+@pytest.mark.faults
+def test_a_roll_back_happens_alike_twice(make_run: MakeRun) -> None:
+    runs = [make_run(name, "divergence.on_bad_step=roll_back") for name in ("once", "again")]
+    for run in runs:
+        run.go(faults=nan_at(8))
+    assert runs[0].records() == runs[1].records()

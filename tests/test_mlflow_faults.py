@@ -1,7 +1,8 @@
 """A tracker that is away: two minutes without a server, a minute with a locked database; training goes on as before.
 
 Steps are compared with the median step of the same run while the tracker is up. The machine has other work, which
-lengthens single steps too; so the seconds that a step itself spends on tracking are measured beside the whole step.
+lengthens single steps too. What tracking can have added to a step is therefore measured beside it: the call that tells
+of news, and all that the uploader computed meanwhile, as if it had taken every bit of that from training.
 """
 
 from __future__ import annotations
@@ -32,21 +33,21 @@ from training.tracking import RunRecord, TrackingConfig, wall_time
 QUIET_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 START_SECONDS = 240.0  # for a server on a busy machine
 UP_SECONDS, SERVER_DOWN_SECONDS, LOCKED_SECONDS, CATCH_UP_SECONDS = 30.0, 120.0, 60.0, 60.0
-CONFIG = VARConfig(depth=2, patch_nums=(1, 2, 3, 4), vocab_size=64, code_width=8, num_classes=10)
-BATCH = 8
+CONFIG = VARConfig(depth=3, patch_nums=(1, 2, 3, 4), vocab_size=64, code_width=8, num_classes=10)
+BATCH = 12
 
 pytestmark = pytest.mark.faults
 
 
 class Training:
-    """Real steps of a small VAR, every one recorded as a run does; what each took, and how much of it tracking."""
+    """Real steps of a small VAR, every one recorded; what each took, and how much of it tracking can have."""
 
     def __init__(self, folder: Path, uri: str) -> None:
         generator = torch.Generator().manual_seed(0)
         tokens = CONFIG.scales.num_tokens
         self.inputs = torch.randn(BATCH, tokens - 1, CONFIG.code_width, generator=generator)
         self.codes = torch.randint(CONFIG.vocab_size, (BATCH, tokens), generator=generator)
-        self.labels = torch.arange(BATCH)
+        self.labels = torch.arange(BATCH) % CONFIG.num_classes
         self.model = VAR(CONFIG, seed=0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.record = RunRecord(folder)
@@ -54,18 +55,23 @@ class Training:
         self.step = 0
 
     def run(self, seconds: float) -> tuple[list[float], list[float]]:
-        """Train for a while: the seconds of each step, and those of them that tracking took."""
+        """Train for a while: the seconds of each step, and those of them that tracking can have taken."""
         whole, tracking = [], []
         end = time.monotonic() + seconds
         while time.monotonic() < end:
-            start = time.monotonic()
+            start, used = time.monotonic(), self._seconds_of_uploader()
             losses = self._take_step()
-            trained = time.monotonic()
             self.record.write([{"kind": "train", "step": self.step, "time": wall_time()} | losses])
+            written = time.monotonic()
             self.view.notify()
             whole.append(time.monotonic() - start)
-            tracking.append(time.monotonic() - trained)
+            tracking.append(time.monotonic() - written + self._seconds_of_uploader() - used)
         return whole, tracking
+
+    def _seconds_of_uploader(self) -> float:
+        """What the uploader has computed so far, by the clock that Linux keeps for its process."""
+        process = self.view._process
+        return time.clock_gettime((~process.pid << 3) | 2) if process and process.poll() is None else 0.0
 
     def _take_step(self) -> dict[str, Any]:
         logits = self.model(self.inputs, self.labels).transpose(1, 2)
@@ -155,17 +161,21 @@ def through_an_outage(
 
 
 def check(up: list[float], away: list[float], tracking: list[float], what: str, figures: dict[str, str]) -> None:
-    """No step is slower than twice the median for the outage: neither in tracking, nor 99 of 100 by any cause."""
+    """No step is slower than twice the median for the outage: those that are, are without it too."""
     median, high = statistics.median(up), statistics.quantiles(away, n=100)[98]
     slow_up, slow_away = (sum(step > 2 * median for step in steps) / len(steps) for steps in (up, away))
-    figures[f"MLflow, {what}"] = (
-        f"{len(away)} steps meanwhile; median {statistics.median(away) / median:.2f} x, 99th percentile "
-        f"{high / median:.2f} x, slowest {max(away) / median:.2f} x the median {median * 1e3:.0f} ms before; above "
-        f"twice it: {slow_away:.1%}, before {slow_up:.1%}; tracking took at most {max(tracking) * 1e3:.1f} ms of a step"
+    blamed = [step for step, added in zip(away, tracking, strict=True) if step > 2 * median >= step - added]
+    figures[f"MLflow, {what}: steps above twice the median for it"] = f"{len(blamed)} of {len(away)}"
+    figures[f"MLflow, {what}: steps"] = (
+        f"median {median * 1e3:.0f} ms before; meanwhile {statistics.median(away) / median:.2f} x it, 99th percentile "
+        f"{high / median:.2f}, slowest {max(away) / median:.2f} x; above twice it {slow_away:.1%}, before {slow_up:.1%}"
     )
+    figures[f"MLflow, {what}: what tracking can have added"] = (
+        f"at most {max(tracking) * 1e3:.0f} ms to a step, {sum(tracking) / sum(away):.2%} in all"
+    )
+    assert not blamed
     assert max(tracking) < median
     assert statistics.median(away) < 2 * median
-    assert high < 2 * median or slow_away <= 2 * slow_up + 0.02  # where the machine itself is that uneven
 
 
 def check_points(training: Training, uri: str, said: str, what: str, figures: dict[str, str]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -205,16 +206,30 @@ def test_a_changed_parameter_stands_in_a_tag(tmp_path: Path, client: FakeMLflow)
     assert run.data.tags["changed/lr"] == "0.1"
 
 
+def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, no_fault_left: None) -> None:
+    """Killed while MLflow makes its tables; and two runs that make the same one at once."""
+
+    def kill(site: str, value: Any) -> Any:
+        raise Killed
+
+    file = tmp_path / "mlflow.db"
+    uri = f"sqlite:///{file}"
+    seams.install(kill)
+    with pytest.raises(Killed):
+        open_client(uri)
+    assert not file.exists()
+    seams.install(lambda site, draft: shutil.copy(draft, file))
+    assert open_client(uri).search_experiments()[0].name == "Default"
+    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
+
+
 def test_a_database_takes_it_as_the_fake_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """MLflow itself: parameters, tags, the search by tag, and that points sent twice are one."""
-    from mlflow.tracking import MlflowClient
-
     monkeypatch.setenv("MLFLOW_DISABLE_TELEMETRY", "true")
     uri = f"sqlite:///{tmp_path}/tracker/mlflow.db"
     folder = tmp_path / "digits" / "d2"
     record = record_of(folder, *some_records(1, 60))
-    (tmp_path / "tracker").mkdir()
-    client = MlflowClient(tracking_uri=uri)
+    client = open_client(uri)
     for parameters in ({"model.depth": 2, "init_from": ""}, {"model.depth": 4, "init_from": ""}):
         tracker = tracker_of(folder, client, uri=uri, **parameters)
         Uploader(tracker).catch_up("FINISHED")
@@ -247,7 +262,6 @@ def test_a_picture_lies_with_the_mlflow_run_it_belongs_to(
     monkeypatch.chdir(tmp_path)
     uri = absolute_uri("sqlite:///tracker/mlflow.db")
     record_of(tmp_path / "run", train_record(1))
-    (tmp_path / "tracker").mkdir()
     Uploader(tracker_of(tmp_path / "run", open_client(uri), uri=uri)).catch_up("FINISHED")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where a command is started must not matter

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -60,8 +61,9 @@ def test_an_outage_costs_two_lines_and_no_point(tmp_path: Path, client: FakeMLfl
     following = Following(tracker_of(tmp_path, client))
     following.wait_until_it_speaks()
     record.write([train_record(step) for step in range(2, 100)])
-    while len(client.calls) < 20:  # many attempts, one line
-        pass
+    limit = time.monotonic() + WAIT_SECONDS
+    while len(client.calls) < 20 and time.monotonic() < limit:  # many attempts, one line
+        time.sleep(0.01)
     assert len(following.said) == 1
     client.fail = lambda call: ""
     following.wait_until_it_speaks()
@@ -76,11 +78,11 @@ def test_an_outage_costs_two_lines_and_no_point(tmp_path: Path, client: FakeMLfl
 
 def test_a_run_that_goes_on_is_shown_as_running(tmp_path: Path, client: FakeMLflow) -> None:
     record_of(tmp_path, train_record(1))
-    Uploader(tracker_of(tmp_path, client)).catch_up("KILLED")
+    stopped = tracker_of(tmp_path, client)
+    Uploader(stopped).catch_up("KILLED")
+    stopped.state.release()
     assert client.active()[0].info.status == "KILLED"
-    tracker = tracker_of(tmp_path, client)
-    tracker.state.claim = lambda: None  # the first one has ended
-    Uploader(tracker).catch_up("RUNNING")
+    Uploader(tracker_of(tmp_path, client)).catch_up("RUNNING")
     assert client.active()[0].info.status == "RUNNING"
 
 

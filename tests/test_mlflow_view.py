@@ -67,7 +67,7 @@ def test_a_run_and_its_resumption_are_one_mlflow_run_whatever_signals_are_sent(
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):  # before it can have set anything up
         os.kill(first._process.pid, number)
     assert os.getpgid(first._process.pid) != os.getpgid(0)
-    first.close("KILLED")
+    first.close("KILLED", patience_seconds=WAIT_SECONDS)
     run_id = first.run_id
     record.forget_after(25)
     second = MLflowView(folder, config, {"model.depth": 2})

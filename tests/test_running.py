@@ -20,7 +20,8 @@ from launchers.running import open_checkpoints, samples_of_step
 from models.var import VAR
 from training.commit import DamagedCheckpoint, candidates, read_manifest
 from training.distributed import World
-from training.history import START, History
+from training.history import START, STOP, History
+from training.stopping import Stopped
 from training.tracking import RunRecord
 
 TIMES = ("time", "images_per_second", "tokens_per_second", "data_wait_share", "goodput")  # what no two runs share
@@ -85,10 +86,23 @@ def test_what_has_changed_at_a_restart_is_told_and_remembered(
     again = replace(config, optimizer=replace(config.optimizer, base_lr=5e-5), loop=replace(config.loop, epochs=1.0))
     train_var(replace(again, loop=replace(again.loop, stop_after_steps=2)))
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("resuming")]
-    assert len(said) == 1 and "optimizer.base_lr: 0.0001 -> 5e-05" in said[0]
+    changed = "loop.epochs: 2.0 -> 1.0, loop.stop_after_steps: 1 -> 2, optimizer.base_lr: 0.0001 -> 5e-05"
+    assert len(said) == 1 and said[0].endswith(f"; changed: {changed}")
     starts = History(Path(config.run)).events(START)
     assert [start["step"] for start in starts] == [0, 1]
     assert "loop.epochs: 2.0 -> 1.0" in starts[1]["changed"]
+
+
+def test_who_asked_a_run_to_stop_is_remembered(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stop(*_: Any) -> None:
+        raise Stopped("SIGUSR1 on rank 1", Path("checkpoints/step-00000002"))
+
+    monkeypatch.setattr("launchers.running.Loop.run", stop)
+    config = study.train_config("asked")
+    with pytest.raises(Stopped):
+        train_var(config)
+    event = History(Path(config.run)).events(STOP)[0]
+    assert (event["reason"], event["checkpoint"]) == ("SIGUSR1 on rank 1", "step-00000002")
 
 
 def test_a_run_whose_checkpoints_are_gone_does_not_start_from_zero(study: Study) -> None:

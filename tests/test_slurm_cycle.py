@@ -16,6 +16,7 @@ from project import ROOT, Project
 from slurm_cluster import SlurmCluster, wait_until, why_not
 
 from training.commit import content_damage, read_manifest, structural_damage
+from training.history import STOP, History
 
 pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_not() or "Slurm is here")]
 
@@ -24,7 +25,7 @@ SHORT = (
     "tracking.mlflow=false",
 )
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "OUT_OF_MEMORY", "NODE_FAIL")
-NUM_STEPS = 112  # five epochs of two views of 1,437 digits, in batches of 64
+NUM_STEPS = 113  # five epochs of 1,437 digits in batches of 64
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,7 @@ def test_a_job_near_its_time_limit_saves_is_requeued_and_ends_as_if_nothing_had_
 
     stopped_at = job.checkpoints()[-1]
     assert is_whole(stopped_at) and 3 <= int(stopped_at.name.removeprefix("step-")) < NUM_STEPS
+    assert History(home.folder / run).events(STOP)[0]["reason"].startswith("SIGUSR1 on rank")
     assert f"job {job.number} is requeued" in job.log
     job.update("TimeLimit=60", "StartTime=now")  # Slurm would wait for two minutes
 
@@ -163,6 +165,15 @@ def test_a_job_that_is_cancelled_leaves_its_last_step_saved(cluster: SlurmCluste
     assert is_whole(job.checkpoints()[-1]), "saved before KillWait was over"
     assert "is requeued" not in job.log and job.told("Restarts") == "0"
     wait_until(lambda: not leftovers(job), "the temporary folders are gone", seconds=10)
+
+
+def test_a_job_whose_user_makes_the_stop_file_stays_stopped(cluster: SlurmCluster, home: Project) -> None:
+    job = Job(cluster, home, "runs/stopped")
+    job.wait_for_steps(3)
+    (home.folder / job.run / "stop").touch()
+    assert job.wait_for_state("PENDING", *ENDED, seconds=120) == "FAILED"
+    assert job.told("ExitCode") == "75:0" and job.told("Restarts") == "0"
+    assert is_whole(job.checkpoints()[-1]) and not leftovers(job)
 
 
 def test_a_rank_that_dies_takes_its_job_down_in_seconds(cluster: SlurmCluster, home: Project) -> None:

@@ -41,11 +41,15 @@ esac
 SCANCEL = """#!/bin/bash
 echo "$*" >> "$NOTES/scancel"
 """
-# takes `code=N`, `saves=true` and `killed=RANK` among its arguments
-LAUNCHER = """
+# takes `code=N`, `saves=true`, `reason=WORDS` and `killed=RANK` among its arguments
+LAUNCHER = f"""
 import os, signal, sys, time
 from pathlib import Path
 
+sys.path.insert(0, {str(ROOT)!r})
+from training.history import STOP, History
+"""
+LAUNCHER += """
 settings = dict(argument.split("=", 1) for argument in sys.argv[1:] if "=" in argument)
 if "--print-config" in sys.argv:
     if settings.get("code") == "usage":
@@ -59,6 +63,8 @@ note = Path(os.environ["NOTES"]) / f"rank{rank}"
 note.write_text("\\n".join([*sys.argv[1:], str(temporary), oct(temporary.stat().st_mode), os.environ["MASTER_ADDR"]]))
 if settings.get("saves") and rank == "0":
     Path(f"runs/a b/checkpoints/step-{time.time_ns()}").mkdir(parents=True)
+if settings.get("reason") and rank == "0":
+    History(Path("runs/a b")).note(STOP, checkpoint="step-1", reason=settings["reason"])
 if settings.get("killed") == rank:
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(0.2 * int(rank))
@@ -176,6 +182,14 @@ def test_a_step_between_two_stops_lets_the_requeueing_go_on(cluster: Cluster) ->
     for saves in ("", "true", "", "true"):
         cluster.submit("train.sbatch", "a.yaml", "code=75", f"saves={saves}")
     assert cluster.requeued == ["42"] * 4
+
+
+def test_a_run_that_its_user_stopped_by_a_file_stays_stopped(cluster: Cluster) -> None:
+    stopped = ("train.sbatch", "a.yaml", "code=75", "saves=true")
+    assert cluster.submit(*stopped, "reason=runs/x/stop was made").returncode == 75
+    assert not cluster.requeued
+    cluster.submit(*stopped, "reason=SIGUSR1 on rank 1")
+    assert cluster.requeued == ["42"], "the next start is as any other"
 
 
 def test_a_cluster_that_does_not_requeue_is_said(cluster: Cluster) -> None:

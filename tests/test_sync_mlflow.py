@@ -98,10 +98,19 @@ def test_another_tracker_is_named_on_the_command_line_and_stays_the_runs(
     assert read_state(run)["uri"] == "http://other"
 
 
-def test_a_tracker_that_is_away_is_said_to_be(run: Path, client: FakeMLflow) -> None:
+def test_a_tracker_that_is_away_is_said_to_be_and_changes_nothing(
+    run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ViewState(run).update(status="FAILED")
+    sync(run, capsys)
+    noted = read_state(run)
     client.fail = lambda call: "refused"
-    with pytest.raises(TrackerUnavailable, match=URI):
-        sync_mlflow.launch(command(SyncConfig(run=str(run))))
+    with pytest.raises(TrackerUnavailable, match="http://away"):
+        sync(run, capsys, uri="http://away")
+    assert read_state(run) == noted
+    client.fail = lambda call: ""
+    sync(run, capsys, uri="http://other")
+    assert read_state(run)["status"] == "FAILED"
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

@@ -18,7 +18,6 @@ from training.tracking import (
     absolute_uri,
     artifact_folder,
     flatten_metrics,
-    make_folder,
 )
 
 
@@ -206,8 +205,6 @@ def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(
     monkeypatch.chdir(tmp_path)
     assert absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
     assert not (tmp_path / "runs").exists()
-    make_folder(absolute_uri("sqlite:///runs/mlflow.db"))
-    assert (tmp_path / "runs").is_dir()
     assert absolute_uri("http://host:5000") == "http://host:5000"
 
 

@@ -1,4 +1,4 @@
-"""A rank that beats lives; one that falls silent ends, and says what it was doing. Ranks here are forked from the test."""
+"""A rank that beats lives; one that falls silent ends, and says what it was doing. Ranks are forked from the test."""
 
 from __future__ import annotations
 

@@ -79,7 +79,20 @@ def start_watcher(folder: Path, *, silence_seconds: float, was_launched: bool) -
     descriptors = (handle, memory, signals, stacks)
     watching = subprocess.Popen(command, pass_fds=descriptors, stdout=subprocess.DEVNULL, start_new_session=True)
     (folder / "watcher.pid").write_text(str(watching.pid))
-    time.sleep(0.3)  # until it watches
+    expected = 1 + len(program.find_launchers(os.getpid()))
+    while watched_processes(watching.pid) < expected:
+        time.sleep(0.01)
+
+
+def watched_processes(pid: int) -> int:
+    """How many processes another one has a handle of."""
+    count = 0
+    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+        try:
+            count += "pidfd" in os.readlink(descriptor)
+        except OSError:
+            pass  # closed meanwhile
+    return count
 
 
 def rank(folder: Path, life: str) -> None:

@@ -75,7 +75,7 @@ class Checkpoints:
         self.world = world
         self.model_config = describe(model_config)
         self.identity = dict(identity)
-        self.config = dict(config or {})
+        self.config = json.loads(json.dumps(config or {}))  # tuples become lists, as they come back from a manifest
         self.say = say
 
     def latest(self) -> Path | None:
@@ -151,7 +151,6 @@ class Checkpoints:
     def _manifest(
         self, engines: Mapping[str, Engine], facts: dict[str, Any], files: dict[str, Entry]
     ) -> dict[str, Any]:
-        config = json.dumps(self.config, sort_keys=True)
         return {
             "format": commit.FORMAT,
             **facts,
@@ -159,7 +158,7 @@ class Checkpoints:
             "model": self.model_config,
             "identity": self.identity,
             "config": self.config,
-            "config_sha256": hashlib.sha256(config.encode()).hexdigest(),
+            "config_sha256": hashlib.sha256(json.dumps(self.config).encode()).hexdigest(),
             "engines": {tag: engine.state.scalars() for tag, engine in engines.items()},
             "files": dict(sorted(files.items())),
         }

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHECKPOINT, START = "checkpoint", "start"
+CHECKPOINT, START, STOP = "checkpoint", "start", "stop"
 NEWLINE = "\n"
 
 

@@ -19,23 +19,26 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from training import seams
 from training.mlflow_state import ViewState, read_state
 from training.tracking import (
+    SQLITE,
     Place,
     Record,
     RunRecord,
     TrackingConfig,
     absolute_uri,
     artifact_folder,
+    database_file,
     flatten_metrics,
-    make_folder,
 )
 
 RECORD_TAG = "nextscale.record"  # on the MLflow run: whose record it shows, should mlflow.json get lost
 REPLACES_TAG = "nextscale.replaces"  # on a run that was started over: the MLflow run that was deleted for it
+OF_A_TRACKER = ("run_id", "experiment_id", "replaces", "train", "validation")  # in mlflow.json, beside its uri
 MARK = re.compile(r"progress/(.+)_step")
 MAX_METRICS, MAX_PARAMETERS = 1000, 100  # that MLflow takes in one call
 
@@ -138,17 +141,18 @@ class Tracker:
         self.state.update(run_id=None)
 
     def note(self, **changes: Any) -> None:
-        """Note in mlflow.json which tracker this is, and more; what is noted of another tracker goes."""
-        known = self.state.values
-        if known.get("uri") != self.uri:
-            changes = dict.fromkeys(known) | changes
+        """Note in mlflow.json which tracker this is, and more; what it says of another tracker goes."""
+        if not self._is_noted():
+            changes = dict.fromkeys(OF_A_TRACKER) | changes
         self.state.update(**{"uri": self.uri, "experiment": self.experiment} | changes)
+
+    def _is_noted(self) -> bool:
+        """Whether mlflow.json speaks of this tracker."""
+        return self.state.values.get("uri") == self.uri
 
     def _open(self) -> str:
         """Claim the run and open a client; the id of the experiment."""
         self.state.claim()
-        self.note()
-        make_folder(self.uri)
         self._client = self._make_client(self.uri)
         found = self._client.get_experiment_by_name(self.experiment)
         if found:
@@ -157,8 +161,9 @@ class Tracker:
 
     def _find(self, experiment_id: str) -> Any:
         """The run that mlflow.json names, else one that says it shows this record; None where neither is there."""
-        if run_id := self.state.values.get("run_id"):
-            run = _run_or_none(self._client, run_id)
+        known = self.state.values
+        if self._is_noted() and known.get("run_id"):
+            run = _run_or_none(self._client, known["run_id"])
             if run is not None and run.info.lifecycle_stage == "active":
                 return run
         shows_ours = f"tags.`{RECORD_TAG}` = '{self._record_key()}'"
@@ -166,22 +171,22 @@ class Tracker:
 
     def _create(self, experiment_id: str) -> Any:
         tags = {RECORD_TAG: self._record_key()}
-        if replaced := self.state.values.get("replaces"):
+        if self._is_noted() and (replaced := self.state.values.get("replaces")):
             tags[REPLACES_TAG] = replaced
         name = "/".join(self.folder.absolute().parts[-2:])
         run = self._client.create_run(experiment_id, run_name=name, tags=tags)
-        self.state.update(run_id=None, train=None, validation=None, replaces=None)
+        self.state.update(**dict.fromkeys(OF_A_TRACKER))
         return run
 
     def _record_key(self) -> str:
         """What tells this record from all others: its first entry, which holds a time."""
-        first = [record for record, _ in islice(self.record.read_after(Place()), 1)]
+        first = [record for record, _ in islice(self.record.read_after(), 1)]
         return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:32]
 
     def _marks(self, run: Any) -> dict[str, int]:
         found = {match[1]: int(step) for name, step in run.data.metrics.items() if (match := MARK.fullmatch(name))}
         known = self.state.values
-        if known.get("run_id") != self.run_id:
+        if not self._is_noted() or known.get("run_id") != self.run_id:
             return found
         return {kind: known[kind] for kind in ("train", "validation") if kind in known} | found
 
@@ -252,10 +257,29 @@ def log_picture(run: str | Path, picture: Path, *, group: str = "") -> None:
 
 
 def open_client(uri: str) -> Any:
+    """A client of the tracker; a database file that is not there is made."""
     os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     from mlflow.tracking import MlflowClient
 
+    file = database_file(uri)
+    if file is not None and not file.exists():
+        _make_database(file, MlflowClient)
     return MlflowClient(tracking_uri=uri)
+
+
+def _make_database(file: Path, make_client: Callable[..., Any]) -> None:
+    """A new database appears whole: MLflow takes seconds for its tables, and one cut short never works again."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=file.parent, prefix=".mlflow-", ignore_cleanup_errors=True) as folder:
+        draft = Path(folder) / file.name
+        make_client(tracking_uri=f"{SQLITE}{draft}").search_experiments(max_results=1)
+        seams.reach("mlflow.database", draft)
+        try:
+            os.link(draft, file)
+        except FileExistsError:
+            pass  # another run was first
+        except OSError:
+            os.rename(draft, file)  # a file system without links
 
 
 def reason(error: Exception) -> str:

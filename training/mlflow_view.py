@@ -23,6 +23,7 @@ from training.tracking import TrackingConfig, absolute_uri, replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 RESTART_SECONDS = 60.0  # between starts of an uploader that does not live
+PATIENCE_SECONDS = {"FINISHED": 60.0, "FAILED": 60.0, "KILLED": 10.0}  # who stops a run does not wait for long
 GRACE_SECONDS = 2.0  # of the patience: for the uploader to say what is left
 
 
@@ -72,12 +73,14 @@ class MLflowView:
             print(f"mlflow: {error}; steps that are taken again keep the values they had there", flush=True)
         self.notify()
 
-    def close(self, status: str = "FINISHED", *, patience_seconds: float = 60.0) -> None:
+    def close(self, status: str = "FINISHED", *, patience_seconds: float | None = None) -> None:
         """Send what is left and give the MLflow run its status: FINISHED, FAILED, or KILLED for a run that was stopped.
 
-        Waits for at most `patience_seconds`, and for a tracker that is down only for three attempts. What could not be
-        sent is said in one line, with the command that sends it.
+        Waits for at most `patience_seconds` (None: 60, of a run that was stopped 10), and for a tracker that is down
+        only for three attempts. What could not be sent is said in one line, with the command that sends it.
         """
+        if patience_seconds is None:
+            patience_seconds = PATIENCE_SECONDS[status]
         if self._process is None:
             return
         if self._process.poll() is not None:

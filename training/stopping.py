@@ -91,14 +91,6 @@ class Stopping:
         earlier, self._underway = self._underway, _Reduction(self._wish(), self.world)
         return self._reason(earlier.result() if earlier else 0)
 
-    def agreed_now(self) -> str:
-        """The same without delay, at the price of waiting for all ranks: for the end of a validation or a save."""
-        if self.world.world_size == 1:
-            return self._reason(self._wish())
-        earlier, self._underway = self._underway, None
-        wishes = [earlier.result()] if earlier else []
-        return self._reason(max([*wishes, _Reduction(self._wish(), self.world).result()]))
-
     def finished(self) -> None:
         """Remove the stop file: the run has ended, and may be started again."""
         if self.world.is_rank_zero:

@@ -90,9 +90,9 @@ class RunRecord:
 
     def read(self) -> list[Record]:
         """All records."""
-        return [record for record, _ in self.read_after(Place())]
+        return [record for record, _ in self.read_after()]
 
-    def read_after(self, place: Place) -> Iterator[tuple[Record, Place]]:
+    def read_after(self, place: Place = Place()) -> Iterator[tuple[Record, Place]]:
         """The records after `place`, each with its own; all of them if the file was replaced since."""
         for line, here in self._lines(place):
             record = _from_line(line)
@@ -243,18 +243,19 @@ def _section(name: str) -> str:
 
 def absolute_uri(uri: str) -> str:
     """sqlite:///relative.db with the path made absolute; any other URI as it is."""
-    return f"{SQLITE}{Path(uri.removeprefix(SQLITE)).absolute()}" if uri.startswith(SQLITE) else uri
+    file = database_file(uri)
+    return f"{SQLITE}{file.absolute()}" if file else uri
 
 
-def make_folder(uri: str) -> None:
-    """Make the folder that a database file lies in, if the URI is that of one."""
-    if uri.startswith(SQLITE):
-        Path(uri.removeprefix(SQLITE)).parent.mkdir(parents=True, exist_ok=True)
+def database_file(uri: str) -> Path | None:
+    """The file of a SQLite database; None for any other tracker."""
+    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
 
 
 def artifact_folder(uri: str) -> str | None:
     """Where pictures go: beside a database file, not where the command was started; None leaves it to a server."""
-    return str(Path(uri.removeprefix(SQLITE)).parent / "mlflow_artifacts") if uri.startswith(SQLITE) else None
+    file = database_file(uri)
+    return str(file.parent / "mlflow_artifacts") if file else None
 
 
 def wall_time() -> float:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 TICK_SECONDS = 0.5
 NOTICED_PAUSE_SECONDS = 2.0  # a tick that comes this much too late: we were stopped ourselves
-GRACE_SECONDS = 3.0  # in which the rank's own thread may end it, with a better exit code than a kill
-STACKS_SECONDS = 1.0  # for writing the stacks before the kill
+GRACE_SECONDS = 2.0  # in which the rank's own thread may end it, with a better exit code than a kill
+STACKS_SECONDS = 0.5  # for writing the stacks before the kill
 LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.")
 LAUNCHER_NAMES = ("deepspeed", "deepspeed.pt", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun", "prterun")
 ALL_SIGNALED_SECONDS = 0.3  # a signal to the whole job may reach a launcher a little before its ranks
@@ -262,7 +262,8 @@ class Watcher:
         if self.launchers and self.launchers[0].is_stopped:
             self.patience.forgive(TICK_SECONDS)  # somebody has suspended the whole run
         beat = self.board.read()
-        if self.patience.late(beat) > GRACE_SECONDS:
+        late = self.patience.late(beat)
+        if late > 0 and (late > GRACE_SECONDS or self.rank.is_stopped):
             state = "it is stopped" if self.rank.is_stopped else "it does not react"
             silence = time.monotonic() - beat.time
             self._kill(f"no progress for {silence:.0f} s while: {beat.doing}; {state}")

@@ -18,7 +18,7 @@ train() { # LAUNCHER ARGUMENT...: train on all tasks of the job, requeue it if i
     if ((code != STOPPED)); then
         rm -f "$idle_file"
         exit "$code"
-    elif [[ -z ${cancelled:-} ]]; then
+    elif [[ -z ${cancelled:-} ]] && ! stop_file_was_made; then
         requeue_unless_idle "$before"
     fi
     exit "$STOPPED"
@@ -62,6 +62,10 @@ run_tasks() { # LAUNCHER ARGUMENT...; sets `code` to that of the task that was f
     fi
     if [[ -s $code_file ]]; then code=$(< "$code_file"); fi
     rm -f "$code_file"
+}
+
+stop_file_was_made() { # by a user, who does not want the run to go on by itself
+    tail -n 1 "$run/history.jsonl" 2> /dev/null | grep -q '"event": "stop".*/stop was made'
 }
 
 requeue_unless_idle() { # CHECKPOINT: the newest one before this attempt
