@@ -48,7 +48,7 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
         config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
     )
     initialize(model, config, checkpoints)
-    world = join_world(timeout_seconds=config.watch.timeout_seconds)
+    world = join_world(timeout_seconds=config.watch.start_seconds)
     model.to(world.device)
     optimizer = build_optimizer(model, config.optimizer, undecayed=model.names_without_weight_decay())
     stage = VARStage(

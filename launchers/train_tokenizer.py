@@ -58,7 +58,7 @@ def train(config: TokenizerConfig, supervision: Supervision) -> None:
     )
     model = build_tokenizer(config.model, seed=config.seed)
     initialize(model, config, checkpoints)
-    world = join_world(timeout_seconds=config.watch.timeout_seconds)
+    world = join_world(timeout_seconds=config.watch.start_seconds)
     model.to(world.device)
     stage = TokenizerStage(
         start_engine(model, config, world),

@@ -174,6 +174,8 @@ class ForkServer:
         faults = [str(Fault.parse(fault)) for fault in faults]
         folder = self._folder / f"world{next(self._numbers)}"
         folder.mkdir(parents=True)
+        for rank, name in itertools.product(range(world_size), ("stdout", "stderr")):
+            (folder / f"rank{rank}.{name}").touch()  # a rank may be killed before it has written anything
         order = {"target": target, "arguments": dict(arguments), "world_size": world_size, "faults": faults}
         order |= {"timeout": timeout, "grace": grace, "leftover_grace": leftover_grace}
         order |= {"folder": str(folder), "fault_log": str(folder / FAULT_LOG), "environment": dict(environment or {})}

@@ -36,6 +36,8 @@ UP_SECONDS, SERVER_DOWN_SECONDS, LOCKED_SECONDS, CATCH_UP_SECONDS = 30.0, 120.0,
 CONFIG = VARConfig(depth=3, patch_nums=(1, 2, 3, 4), vocab_size=64, code_width=8, num_classes=10)
 BATCH = 12
 
+ATTEMPT_SECONDS = 0.002  # that an uploader computes in a step, if it tries again in it
+
 pytestmark = pytest.mark.faults
 
 
@@ -161,21 +163,24 @@ def through_an_outage(
 
 
 def check(up: list[float], away: list[float], tracking: list[float], what: str, figures: dict[str, str]) -> None:
-    """No step is slower than twice the median for the outage: those that are, are without it too."""
+    """No step is slower than twice the median for the outage: what tracking can have added is less than another one."""
     median, high = statistics.median(up), statistics.quantiles(away, n=100)[98]
     slow_up, slow_away = (sum(step > 2 * median for step in steps) / len(steps) for steps in (up, away))
-    blamed = [step for step, added in zip(away, tracking, strict=True) if step > 2 * median >= step - added]
-    figures[f"MLflow, {what}: steps above twice the median for it"] = f"{len(blamed)} of {len(away)}"
-    figures[f"MLflow, {what}: steps"] = (
-        f"median {median * 1e3:.0f} ms before; meanwhile {statistics.median(away) / median:.2f} x it, 99th percentile "
-        f"{high / median:.2f}, slowest {max(away) / median:.2f} x; above twice it {slow_away:.1%}, before {slow_up:.1%}"
+    attempts = [step for step, added in zip(away, tracking, strict=True) if added >= ATTEMPT_SECONDS]
+    others = [step for step, added in zip(away, tracking, strict=True) if added < ATTEMPT_SECONDS]
+    figures[f"MLflow, {what}: what it can have added to a step"] = (
+        f"at most {max(tracking) * 1e3:.0f} ms, {max(tracking) / median:.0%} of the median {median * 1e3:.0f} ms; "
+        f"{sum(tracking) / sum(away):.2%} in all"
     )
-    figures[f"MLflow, {what}: what tracking can have added"] = (
-        f"at most {max(tracking) * 1e3:.0f} ms to a step, {sum(tracking) / sum(away):.2%} in all"
+    figures[f"MLflow, {what}: steps with a failing call beside them"] = (
+        f"{len(attempts)} of {len(away)}, median {statistics.median(attempts) / statistics.median(others):.2f} x others'"
     )
-    assert not blamed
+    figures[f"MLflow, {what}: steps by any cause"] = (
+        f"99th percentile {high / median:.2f} x the median before, slowest {max(away) / median:.2f} x; above twice it "
+        f"{slow_away:.1%}, before {slow_up:.1%}"
+    )
     assert max(tracking) < median
-    assert statistics.median(away) < 2 * median
+    assert statistics.median(attempts) < 2 * statistics.median(others)
 
 
 def check_points(training: Training, uri: str, said: str, what: str, figures: dict[str, str]) -> None:

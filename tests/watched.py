@@ -77,7 +77,9 @@ def start_watcher(folder: Path, *, silence_seconds: float, was_launched: bool) -
     orders = program.Orders(os.getpid(), handle, memory, signals, stacks, path, 0, ORPHAN_SECONDS, was_launched, True)
     command = [*PYTHON, "-I", program.__file__, json.dumps(dataclasses.asdict(orders))]
     descriptors = (handle, memory, signals, stacks)
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, program.IGNORED_SIGNALS)
     watching = subprocess.Popen(command, pass_fds=descriptors, stdout=subprocess.DEVNULL, start_new_session=True)
+    signal.pthread_sigmask(signal.SIG_SETMASK, before)
     (folder / "watcher.pid").write_text(str(watching.pid))
     expected = 1 + len(program.find_launchers(os.getpid()))
     while watched_processes(watching.pid) < expected:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.distributed import World
+from training.distributed import World, barrier
 from training.optim import set_schedule
 from training.whole_state import WholeState
 
@@ -171,6 +171,16 @@ def _load_cpu_communication() -> None:
             builder.load(verbose=False)
 
 
+def _unlink_shared_memory(world: World) -> None:
+    """Take this rank's communication buffer (66 MB) out of /dev/shm, where DeepSpeed would leave it for good.
+
+    All ranks of the node have opened it by now, and it lives until the last of them has ended, whatever ends them.
+    """
+    barrier(world)
+    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{world.rank}"
+    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{place}").unlink(missing_ok=True)
+
+
 def _remove_once_old(lock: Path) -> None:
     with contextlib.suppress(FileNotFoundError):
         while time.time() - lock.stat().st_mtime < LOADING_SECONDS:
@@ -203,6 +213,8 @@ class Engine:
         self._engine = deepspeed.initialize(
             model=model, optimizer=optimizer, config=compiled, dist_init_required=False
         )[0]
+        if world.device.type == "cpu":
+            _unlink_shared_memory(world)
         self.state = WholeState(model, self._engine.optimizer, world)
         # DeepSpeed makes its float32 master copy from the rounded weights; fp16 would lose d30's smallest ones
         for parameter, value in zip(model.parameters(), initial, strict=False):
@@ -226,12 +238,20 @@ class Engine:
         at_boundary = self._engine.is_gradient_accumulation_boundary()
         norm = self._plain_gradient_norm() if at_boundary and self._has_plain_gradients else None
         if norm is not None and not torch.isfinite(norm):  # with ZeRO DeepSpeed itself passes such a step over
-            for parameter in self.model.parameters():
-                parameter.grad = None
-        self._engine.step()
+            self._pass_over_step()
+        else:
+            self._engine.step()
         if norm is None:
             norm = self._engine.get_global_grad_norm() if at_boundary else 0.0
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
+
+    def _pass_over_step(self) -> None:
+        """Count a step without taking it, and begin the next one without gradients."""
+        for parameter in self.model.parameters():
+            parameter.grad = None
+        self._engine.set_gradient_accumulation_boundary(False)
+        self._engine.step()
+        self._engine.set_gradient_accumulation_boundary(None)
 
     @property
     def _has_plain_gradients(self) -> bool:

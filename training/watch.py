@@ -120,6 +120,7 @@ class _Watch:
             was_launched=was_launched(os.environ),
             speaks=self.world.local_rank == 0,
         )
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, watcher.IGNORED_SIGNALS)  # the child inherits that
         try:
             return subprocess.Popen(
                 [sys.executable, "-I", "-S", watcher.__file__, json.dumps(dataclasses.asdict(orders))],
@@ -129,6 +130,7 @@ class _Watch:
                 start_new_session=True,  # or Ctrl-C would reach it
             )
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(handle)
 
     def _look(self) -> None:

@@ -27,6 +27,8 @@ LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distr
 LAUNCHER_NAMES = ("deepspeed", "deepspeed.pt", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun", "prterun")
 ALL_SIGNALED_SECONDS = 0.3  # a signal to the whole job may reach a launcher a little before its ranks
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+# Launchers signal all processes below them; a watcher ends with its rank. Who starts one blocks these beforehand.
+IGNORED_SIGNALS = (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT)
 
 
 @dataclass(frozen=True)
@@ -286,8 +288,8 @@ class Watcher:
 
 
 def main() -> None:
-    for number in (*STOP_SIGNALS, signal.SIGHUP, signal.SIGQUIT):
-        signal.signal(number, signal.SIG_IGN)  # launchers signal all processes below them; a watcher ends with its rank
+    for number in IGNORED_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     Watcher(Orders(**json.loads(sys.argv[1]))).run()
 
 
