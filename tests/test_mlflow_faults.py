@@ -173,7 +173,8 @@ def check(up: list[float], away: list[float], tracking: list[float], what: str, 
         f"{sum(tracking) / sum(away):.2%} in all"
     )
     figures[f"MLflow, {what}: steps with a failing call beside them"] = (
-        f"{len(attempts)} of {len(away)}, median {statistics.median(attempts) / statistics.median(others):.2f} x others'"
+        f"{len(attempts)} of {len(away)}, median "
+        f"{statistics.median(attempts) / statistics.median(others):.2f} x that of the others"
     )
     figures[f"MLflow, {what}: steps by any cause"] = (
         f"99th percentile {high / median:.2f} x the median before, slowest {max(away) / median:.2f} x; above twice it "
