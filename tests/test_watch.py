@@ -86,6 +86,9 @@ def test_time_in_which_a_rank_was_stopped_does_not_count(tmp_path: Path) -> None
     def suspended() -> None:
         heartbeat = Heartbeat.start(WatchConfig(timeout_seconds=1.5, start_seconds=1.5), WORLD, tmp_path)
         watcher = heartbeat._watch._process.pid
+        for _ in range(20):  # until the watcher is at its work
+            time.sleep(0.1)
+            heartbeat.beat("working")
         alarm = os.fork()
         if alarm == 0:
             time.sleep(4)
