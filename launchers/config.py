@@ -12,7 +12,7 @@ from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.divergence import DivergenceConfig
 from training.engine import PRECISIONS, EngineConfig
-from training.loop import LoopConfig
+from training.loop_config import LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig

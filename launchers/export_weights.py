@@ -19,7 +19,14 @@ from data_pipeline.files import atomic_folder, refuse_occupied  # noqa: E402
 from launchers.assembly import load_models  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import ExportConfig  # noqa: E402
-from launchers.loading import checkpoint_of, load_tokenizer, refuse_several_ranks, run_of, tokenizer_of  # noqa: E402
+from launchers.loading import (  # noqa: E402
+    checkpoint_of,
+    find_whole,
+    load_tokenizer,
+    refuse_several_ranks,
+    run_of,
+    tokenizer_of,
+)
 from launchers.model_cards import (  # noqa: E402
     describe_sizes,
     how_to_use_here,
@@ -102,12 +109,12 @@ def alone(value: Tensor) -> Tensor:
 def write_ours(folder: Path, var: VAR | None, tokenizer: VQVAE, config: ExportConfig) -> None:
     """Byte for byte what training wrote, where it did: the identity of a tokenizer, which codes carry, is its bytes."""
     if var:
-        copy_model(ModelOnDisk.find(config.run, "VAR"), folder)
+        copy_model(find_whole(config.run, "VAR"), folder)
     source = config.tokenizer or (tokenizer_of(config.run) if var else config.run)
     if Path(source).is_file():
         write_model(folder / "tokenizer", tokenizer.state_dict(), describe(tokenizer.config))
     else:
-        copy_model(ModelOnDisk.find(source, "VQVAE"), folder / "tokenizer")
+        copy_model(find_whole(source, "VQVAE"), folder / "tokenizer")
 
 
 def copy_model(model: ModelOnDisk, folder: Path) -> None:

@@ -18,9 +18,9 @@ from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scale
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoint import Checkpoints, flatten
-from training.commit import read_manifest
+from training.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.distributed import World
-from training.model_on_disk import ModelOnDisk, describe, read_weights
+from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, read_weights
 
 Model = TypeVar("Model", VAR, VQVAE)
 # settings of a model that its weights do not depend on, once they are there
@@ -29,9 +29,26 @@ PUBLIC_SCHEDULES = (PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024)
 SCHEDULE_OF_LENGTH = {Scales(patch_nums).num_tokens: patch_nums for patch_nums in PUBLIC_SCHEDULES}
 
 
+def find_whole(path: str, kind: str) -> ModelOnDisk:
+    """The model of a kind, "VAR" or "VQVAE", at a path; if it is that of a checkpoint, it is as it was written.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+        FileNotFoundError, ValueError: see ModelOnDisk.find.
+    """
+    found = ModelOnDisk.find(path, kind)
+    checkpoint = checkpoint_of(found)
+    if checkpoint is not None:
+        names = [f"{found.folder.name}/{name}" for name in (CONFIG, WEIGHTS)]
+        damage = content_damage(checkpoint, read_manifest(checkpoint), names)
+        if damage:
+            raise DamagedCheckpoint(f"{damage}; name another checkpoint of {run_of(checkpoint)}")
+    return found
+
+
 def load_tokenizer(path: str) -> tuple[VQVAE, str]:
     """A trained tokenizer and its sha256, from a run folder, an exported model, or that of its transformer."""
-    found = ModelOnDisk.find(path, "VQVAE")
+    found = find_whole(path, "VQVAE")
     config = build_config(VQVAEConfig, [found.config()], source=str(found.folder))
     with torch.device("meta"):
         model = VQVAE(config)
@@ -40,7 +57,7 @@ def load_tokenizer(path: str) -> tuple[VQVAE, str]:
 
 def load_var(path: str) -> VAR:
     """A trained transformer, from a run folder or an exported model."""
-    found = ModelOnDisk.find(path, "VAR")
+    found = find_whole(path, "VAR")
     config = build_config(VARConfig, [found.config()], source=str(found.folder))
     with torch.device("meta"):
         model = VAR(config)
@@ -137,7 +154,7 @@ def initialize(model: VAR | VQVAE, config: TrainConfig | TokenizerConfig, checkp
     """
     if not config.init_from or checkpoints.latest():
         return
-    found = ModelOnDisk.find(config.init_from, describe(model.config)["kind"])
+    found = find_whole(config.init_from, describe(model.config)["kind"])
     ours = flatten(describe(model.config))
     theirs = flatten(describe(build_config(type(model.config), [found.config()], source=str(found.folder))))
     for name, value in ours.items():

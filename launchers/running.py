@@ -16,8 +16,8 @@ from launchers.command_line import say, say_nothing
 from launchers.config import RunConfig
 from launchers.config_files import to_yaml
 from training.checkpoint import Checkpoints, Retention, TrainState, flatten
-from training.commit import DamagedCheckpoint, candidates, folder_name, read_manifest, structural_damage
-from training.distributed import World
+from training.commit import DAMAGED, DamagedCheckpoint, candidates, folder_name, read_manifest, structural_damage
+from training.distributed import World, barrier
 from training.engine import accumulation_steps
 from training.history import START, STOP, History
 from training.loop import Loop
@@ -59,12 +59,26 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
 
 def refuse_lost_checkpoints(run: Path) -> None:
     """Raise DamagedCheckpoint if a run was saved before and has no checkpoint now: it must not start from zero."""
-    step = History(run).saved_step()
-    if step is not None and not candidates(run / "checkpoints"):
-        raise DamagedCheckpoint(
-            f"{run}/checkpoints: holds no checkpoint, but {History(run).path} says that step {step} was saved; put "
-            "one back, or choose another run folder to start anew"
-        )
+    if candidates(run / "checkpoints"):
+        return
+    history, step = History(run), History(run).saved_step()
+    remains = [path.name for path in (run / "checkpoints").glob(f"{DAMAGED}*")]
+    if step is not None:
+        evidence = f"{history.path} says that step {step} was saved"
+    elif remains:
+        evidence = f"there was one: {remains[0]}"
+    elif RunRecord.exists(run) and history.first_start() is None:
+        evidence = f"{run}/metrics.jsonl is the record of a run"
+    else:
+        return
+    raise DamagedCheckpoint(
+        f"{run}/checkpoints: holds no checkpoint, but {evidence}; put one back, or choose another run folder to start "
+        "anew"
+    )
+
+
+CLOSING_SECONDS = 180.0  # more than an MLflow page is waited for
+UNFINISHED_SECONDS = 10.0  # of that, when something else is in a hurry
 
 
 @dataclass(frozen=True)
@@ -107,11 +121,14 @@ def run_stage(
     speak = say if world.is_rank_zero else say_nothing
     view, status = None, "FAILED"
     try:
-        state = resume_or_start(config, stage, checkpoints, world, speak)
+        state, changes = resume_or_start(config, stage, checkpoints, world, speak)
         record = RunRecord(folder)
         if world.is_rank_zero:
+            forgotten = any(each["step"] > state.step for each, _ in record.read_after())
             record.forget_after(state.step)
             view = MLflowView(folder, config.tracking, flatten(asdict(config))) if config.tracking.mlflow else None
+            if view is not None and forgotten and changes:  # MLflow may have other values of the steps to be taken
+                view.start_over()
         loop = Loop(
             stage,
             config.loop,
@@ -136,16 +153,20 @@ def run_stage(
             History(folder).note(STOP, checkpoint=stopped.checkpoint.name, reason=stopped.reason)
         raise
     finally:
+        if supervision is not None:
+            supervision.heartbeat.beat("closing the run", allow_seconds=CLOSING_SECONDS)
         if view is not None:
-            view.close(status=status)
+            view.close(status=status, patience_seconds=None if status == "FINISHED" else UNFINISHED_SECONDS)
+        if status == "KILLED":
+            barrier(world)  # a launcher kills the others once the first rank has ended with another code than 0
     speak(f"done: step {state.step}, {state.samples_seen} samples seen; record in {record.path}")
     return state
 
 
 def resume_or_start(
     config: RunConfig, stage: Stage, checkpoints: Checkpoints, world: World, speak: Callable[[str], None]
-) -> TrainState:
-    """The state to go on from, with the engines set to it; rank 0 notes the start and keeps the settings."""
+) -> tuple[TrainState, list[str]]:
+    """The state to go on from, the engines set to it, and which settings have changed; rank 0 notes the start."""
     folder = Path(config.run)
     state = checkpoints.resume(stage.engines)
     origin = f" from the weights of {config.init_from}" if config.init_from else ""
@@ -164,7 +185,7 @@ def resume_or_start(
         with atomic_file(folder / "config.yaml") as file:
             file.write(to_yaml(config).encode())
         History(folder).note(START, step=state.step, world_size=world.world_size, changed=changes)
-    return state
+    return state, changes
 
 
 def batches_from(dataset: Dataset, config: RunConfig, world: World, samples_seen: int) -> Iterator[Any]:

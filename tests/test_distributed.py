@@ -90,7 +90,7 @@ def test_a_run_in_parts_equals_an_uninterrupted_one(
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("run", [*STAGES, "bf16_stage3", "adversarial"])
 def test_a_run_in_parts_leaves_the_same_checkpoint(worlds: dict[int, Path], run: str, world_size: int) -> None:
-    """Weights, their average, and the moments, bit for bit. Random states are those of a worker that did other things."""
+    """Weights, their average, and the moments, bit for bit. Random states differ: the worker did other things."""
     whole, parts = (worlds[world_size] / name / "checkpoints" / "step-00000006" for name in (run, f"{run}_parts"))
     names = sorted(str(path.relative_to(whole)) for path in whole.rglob("*.safetensors"))
     assert {"weights/model.safetensors", "ema/model.safetensors"} < set(names)

@@ -15,7 +15,7 @@ from tiny import VAR_CONFIG, Study, train_var, write_models
 from launchers.assembly import open_codes_or_images
 from launchers.config import TrainConfig
 from launchers.config_files import load_config
-from launchers.loading import load_tokenizer, tokenizer_of
+from launchers.loading import load_tokenizer, load_var, tokenizer_of
 from launchers.running import open_checkpoints, samples_of_step
 from models.var import VAR
 from training.commit import DamagedCheckpoint, candidates, read_manifest
@@ -191,3 +191,29 @@ def test_an_unconditional_model_trains_on_data_with_classes(study: Study) -> Non
     config = study.train_config("unconditional", stop_after_steps=1)
     state, model = train_var(replace(config, model=replace(VAR_CONFIG, num_classes=0)))
     assert state.step == 1 and model.class_embedding.weight.shape[0] == 1
+
+
+def test_without_history_what_is_left_of_a_run_is_evidence_enough(study: Study) -> None:
+    config = study.train_config("forgotten", stop_after_steps=1)
+    train_var(config)
+    (Path(config.run) / "history.jsonl").unlink()
+    checkpoint = checkpoint_of(config)
+    aside = checkpoint.with_name(f".damaged-{checkpoint.name}-0")
+    checkpoint.rename(aside)
+    with pytest.raises(DamagedCheckpoint, match="there was one: .damaged-step-00000001-0"):
+        train_var(config)
+    shutil.rmtree(aside)
+    with pytest.raises(DamagedCheckpoint, match="metrics.jsonl is the record of a run"):
+        train_var(config)
+    assert [record["step"] for record in losses(config)] == [1]  # and nothing is lost
+
+
+def test_a_damaged_checkpoint_is_not_sampled_exported_or_built_upon(study: Study) -> None:
+    config = study.train_config("flipped", stop_after_steps=1)
+    train_var(config)
+    file = checkpoint_of(config) / "weights" / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged .sha256.; name another checkpoint of"):
+        load_var(config.run)

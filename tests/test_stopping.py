@@ -164,6 +164,7 @@ def test_a_stop_file_reaches_ranks_that_do_not_look(tmp_path: Path, monkeypatch:
     (tmp_path / "stop").touch()
     wishes: list[int] = []
     monkeypatch.setattr(module, "_Reduction", lambda wish, world: wishes.append(wish) or Granted(max(wishes)))
+    monkeypatch.setattr(module.dist, "new_group", lambda backend: "a group")
     first, second = (Stopping(tmp_path, World(rank=rank, world_size=2)) for rank in range(2))
     for answer in ("", f"{tmp_path / 'stop'} was made"):
         assert (first.agreed(), second.agreed()) == (answer, answer)

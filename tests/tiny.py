@@ -29,7 +29,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoint import TrainState
 from training.distributed import World
 from training.engine import EngineConfig
-from training.loop import LoopConfig
+from training.loop_config import LoopConfig
 from training.model_on_disk import describe, write_model
 from training.tracking import TrackingConfig
 from training.var_loop import VARStage

@@ -42,7 +42,7 @@ class DivergenceConfig:
     on_spike: str = "warn"  # or "roll_back"
     spike_deviations: float = 12.0  # above the usual loss, in its usual deviations; 0: no spikes are looked for
     spike_window: int = 100  # steps that say what is usual
-    max_roll_backs: int = 2  # before the run stops all the same
+    max_roll_backs: int = 2  # to one checkpoint, restarts included, before the run stops all the same
 
     def __post_init__(self) -> None:
         for name, accepted in (("on_bad_step", BAD_STEP_POLICIES), ("on_spike", SPIKE_POLICIES)):
@@ -62,7 +62,6 @@ class DivergenceGuard:
         self.config = config
         self.scales_loss = scales_loss
         self.skips_in_a_row = 0
-        self.roll_backs = 0
         self._losses: deque[float] = deque(maxlen=config.spike_window)
 
     def remember(self, records: Iterable[Record]) -> None:
@@ -83,10 +82,11 @@ class DivergenceGuard:
             return f"the gradient norm is {record['gradient_norm']}"
         return ""
 
-    def judge(self, record: Record, next_sample: int, blame: str) -> str:
+    def judge(self, record: Record, next_sample: int, blame: str, *, can_roll_back: bool = True) -> str:
         """A warning about this step, empty if it is as it should be.
 
-        next_sample: position behind the step. blame: ranks and samples of a step that is not finite.
+        next_sample: position behind the step. blame: ranks and samples of a step that is not finite. can_roll_back:
+        there is a checkpoint; until then a bad step is skipped instead.
 
         Raises:
             TrainingDiverged: the policy is to stop, or patience has ended.
@@ -96,24 +96,18 @@ class DivergenceGuard:
         if not problem:
             spike = self._spike(record)
             self._note(record)
-            if spike and self.config.on_spike == "roll_back":
-                self._roll_back(f"step {step}: {spike}", next_sample)
+            if spike and self.config.on_spike == "roll_back" and can_roll_back:
+                raise RollBack(f"step {step}: {spike}", next_sample)
             return f"step {step}: {spike}" if spike else ""
         said = f"step {step}: {problem} ({blame})"
-        if self.config.on_bad_step == "roll_back":
-            self._roll_back(said, next_sample)
+        if self.config.on_bad_step == "roll_back" and can_roll_back:
+            raise RollBack(said, next_sample)
         self.skips_in_a_row += 1
         if self.config.on_bad_step == "stop":
             raise TrainingDiverged(said)
         if self.skips_in_a_row > self.config.max_skips:
             raise TrainingDiverged(f"{said}, after {self.config.max_skips} such steps in a row")
         return f"{said}; skipped, {self.skips_in_a_row} in a row"
-
-    def _roll_back(self, reason: str, next_sample: int) -> None:
-        if self.roll_backs == self.config.max_roll_backs:
-            raise TrainingDiverged(f"{reason}, after {self.roll_backs} roll backs")
-        self.roll_backs += 1
-        raise RollBack(reason, next_sample)
 
     def _note(self, record: Record) -> None:
         self.skips_in_a_row = 0

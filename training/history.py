@@ -11,7 +11,9 @@ import time
 from pathlib import Path
 from typing import Any, BinaryIO
 
-CHECKPOINT, START, STOP = "checkpoint", "start", "stop"
+from training.seams import reach
+
+CHECKPOINT, START, STOP, ROLL_BACK = "checkpoint", "start", "stop", "roll_back"
 NEWLINE = "\n"
 
 
@@ -22,10 +24,16 @@ class History:
         self.path = folder / "history.jsonl"
 
     def note(self, event: str, **facts: Any) -> None:
-        """Append an event with the time of day, and force it to disk."""
+        """Append an event with the time of day, and force it to disk. A disk that refuses costs one line, no more."""
+        try:
+            self._append(json.dumps({"event": event, "time": time.time()} | facts))
+        except OSError as error:
+            print(f"warning: {self.path}: {error.strerror}; the event '{event}' is not noted", flush=True)
+
+    def _append(self, line: str) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        reach("history.write")
         with self.path.open("a+b") as file:
-            line = json.dumps({"event": event, "time": time.time()} | facts)
             file.write(f"{'' if _ends_in_newline(file) else NEWLINE}{line}\n".encode())
             file.flush()
             os.fsync(file.fileno())

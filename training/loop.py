@@ -7,8 +7,8 @@ that recording every step does not stall a GPU at every step.
 
 from __future__ import annotations
 
-import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from training.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
-from training.distributed import World, gather_objects
+from training.distributed import World, agree_on_error, gather_objects
 from training.divergence import DivergenceConfig, DivergenceGuard, RollBack, TrainingDiverged, is_finite
 from training.flops import FLOPS_PER_PFLOP
-from training.history import CHECKPOINT, History
+from training.history import CHECKPOINT, ROLL_BACK, History
+from training.loop_config import LoopConfig
 from training.mlflow_view import MLflowView
 from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_at
 from training.seams import reach
@@ -29,43 +30,6 @@ from training.step_metrics import TimedIterator, mean_over_ranks, name_some, pro
 from training.stopping import Stopped, Stopping
 from training.tracking import Record, RunRecord, wall_time
 from training.watch import Heartbeat
-
-
-@dataclass(frozen=True)
-class LoopConfig:
-    """Length and rhythm of a run."""
-
-    global_batch: int = 768
-    epochs: float = 200.0
-    log_every: int = 10  # steps between fetches of metrics; every step is recorded all the same
-    validate_every: float = 10.0  # epochs
-    checkpoint_every: int = 1000  # steps
-    keep_checkpoints: int = 2  # the newest so many
-    keep_every: int = 0  # steps: checkpoints of their multiples are never forgotten either; 0: none
-    keep_at: tuple[float, ...] = ()  # shares of the run, in (0, 1], whose checkpoints are saved and never forgotten
-    max_failed_saves: int = 3  # in a row, before the run gives up; the last save of a run must not fail
-    stop_after_steps: int = 0  # 0: run to the end; else leave, with a checkpoint, after this many steps in all
-
-    def __post_init__(self) -> None:
-        for name in (
-            *("global_batch", "epochs", "log_every", "validate_every"),
-            *("checkpoint_every", "keep_checkpoints", "max_failed_saves"),
-        ):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
-        for name in ("stop_after_steps", "keep_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
-        for share in self.keep_at:
-            if not 0 < share <= 1:
-                raise ValueError(f"loop.keep_at has {share}; it holds shares of the run, above 0 and up to 1")
-
-    def total_steps(self, num_samples: int) -> int:
-        return max(1, math.ceil(self.epochs * num_samples / self.global_batch))
-
-    def kept_steps(self, total_steps: int) -> frozenset[int]:
-        """The steps whose checkpoints are never forgotten."""
-        return frozenset(max(1, round(share * total_steps)) for share in self.keep_at)
 
 
 @dataclass
@@ -114,8 +78,10 @@ class Loop:
         last = min(total, self.config.stop_after_steps or total)
         self._first_start = self.history.first_start() or wall_time()
         self._guard = DivergenceGuard(self.divergence, scales_loss=self._scales_loss)
+        self._roll_backs = self._earlier_roll_backs()
+        self._has_checkpoint = state.step > 0
         while True:
-            self._guard.remember(self._recorded_window())
+            self._guard.remember(self._go_on(state, total))
             batches = TimedIterator(make_batches(state.samples_seen), self._beat)
             try:
                 self._take_steps(state, last, total, batches)
@@ -136,7 +102,7 @@ class Loop:
             is_kept = state.step in kept_steps
             is_last = bool(reason) or state.step == last
             saving = state.step % self.config.checkpoint_every == 0 or is_last or is_kept
-            validating = not reason and (self._validation_is_due(state) or state.step == total)
+            validating = not reason and self._validation_is_due(state, total)
             if state.step % self.config.log_every == 0 or saving or validating:
                 self._flush(state, total, batches.take_waited())
             if validating:
@@ -148,9 +114,18 @@ class Loop:
             if validating or saving:
                 self._window_start = time.monotonic()
 
-    def _beat(self, doing: str) -> None:
+    def _go_on(self, state: TrainState, total: int) -> list[Record]:
+        """Step over what was rolled back, and make up for a validation that a stop has left out; the newest records."""
+        state.samples_seen = max([state.samples_seen, *(after for to, after in self._roll_backs if to == state.step)])
+        window = self._recorded_window()
+        validated = any(record["kind"] == "validation" and record["step"] == state.step for record in window)
+        if state.step > 0 and self._validation_is_due(state, total) and not validated:
+            self._validate(state)
+        return window
+
+    def _beat(self, doing: str, *, allow_seconds: float | None = None) -> None:
         if self.heartbeat is not None:
-            self.heartbeat.beat(doing)
+            self.heartbeat.beat(doing, allow_seconds=allow_seconds)
 
     def _take_step(self, state: TrainState, total: int, batches: Iterator[Any]) -> None:
         self._beat(f"step {state.step + 1}")
@@ -188,9 +163,11 @@ class Loop:
         """With fp16's loss scaling an infinite gradient is no accident: the step is skipped and the scale lowered."""
         return any(engine.config.precision == "fp16" for engine in self.stage.engines.values())
 
-    def _validation_is_due(self, state: TrainState) -> bool:
+    def _validation_is_due(self, state: TrainState, total: int) -> bool:
+        """A function of the step alone, so that it is the same after a roll back."""
         every = self.config.validate_every * self.num_samples
-        return state.samples_seen // every > (state.samples_seen - self.config.global_batch) // every
+        position = state.step * self.config.global_batch
+        return state.step == total or position // every > (position - self.config.global_batch) // every
 
     def _flush(self, state: TrainState, total: int, waited: float) -> None:
         """Fetch the metrics of the steps since the last flush in one reduction; judge and record each step."""
@@ -198,7 +175,7 @@ class Loop:
         values = mean_over_ranks([step.metrics for step in pending], self.world)
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
-        state.useful_seconds += seconds
+        state.useful_seconds += seconds * sum(not self._guard.problem_of(value) for value in values) / len(values)
         images = len(pending) * self.config.global_batch
         speed = {
             "images_per_second": images / seconds,
@@ -222,7 +199,7 @@ class Loop:
     def _judge(self, step: _PendingStep, record: Record) -> None:
         blame = self._blame(step) if self._guard.problem_of(record) else ""
         try:
-            warning = self._guard.judge(record, step.next_sample, blame)
+            warning = self._guard.judge(record, step.next_sample, blame, can_roll_back=self._has_checkpoint)
         except TrainingDiverged as error:
             raise TrainingDiverged(f"{error}; {self._way_on()}") from None
         if warning:
@@ -231,12 +208,18 @@ class Loop:
     def _blame(self, step: _PendingStep) -> str:
         """The ranks whose own loss is not finite, and their samples; the same on all ranks. A collective."""
         bad = not bool(torch.isfinite(step.metrics["loss"]).all())
-        names = self.name_samples(step.next_sample - self.config.global_batch) if bad else []
+        names = self._names(step.next_sample - self.config.global_batch) if bad else []
         said = gather_objects((bad, names), self.world)
         blamed = [(rank, names) for rank, (bad, names) in enumerate(said) if bad]
         if not blamed:
             return "the loss of every rank is finite, the gradient is not"
         return "; ".join(f"rank {rank}, {name_some(names)}" for rank, names in blamed)
+
+    def _names(self, first: int) -> list[str]:
+        try:
+            return self.name_samples(first)
+        except (OSError, ValueError) as error:  # the others wait for what this rank has to say
+            return [f"from position {first} on, which cannot be read ({error})"]
 
     def _way_on(self) -> str:
         newest = self.checkpoints.latest() or "none yet"
@@ -244,21 +227,34 @@ class Loop:
 
     def _recorded_window(self) -> list[Record]:
         """The newest records, on all ranks as rank 0 has them."""
-        mine = self.record.read()[-2 * self.divergence.spike_window :] if self.world.is_rank_zero else []
-        return gather_objects(mine, self.world)[0]
+        records = (record for record, _ in self.record.read_after()) if self.world.is_rank_zero else []
+        return gather_objects(list(deque(records, maxlen=2 * self.divergence.spike_window)), self.world)[0]
+
+    def _earlier_roll_backs(self) -> list[tuple[int, int]]:
+        """The roll backs before this start, on all ranks as rank 0 knows them: step returned to, first sample after."""
+        events = self.history.events(ROLL_BACK) if self.world.is_rank_zero else []
+        return gather_objects([(event["to"], event["next_sample"]) for event in events], self.world)[0]
 
     def _roll_back(self, state: TrainState, event: RollBack) -> TrainState:
         """Return to the newest checkpoint, with the data behind the step that went wrong."""
         self._pending.clear()
+        self._beat("rolling back", allow_seconds=self.heartbeat and self.heartbeat.config.start_seconds)
         restored = self.checkpoints.resume(self.stage.engines)
-        if restored is None:
-            raise TrainingDiverged(f"{event}, and there is no checkpoint to return to")
+        earlier = sum(to == restored.step for to, _ in self._roll_backs)
+        if earlier == self.divergence.max_roll_backs:
+            raise TrainingDiverged(f"{event}, after {earlier} roll backs to step {restored.step}; {self._way_on()}")
+        self._roll_backs.append((restored.step, event.next_sample))
         skipped = event.next_sample - restored.samples_seen
         self.say(f"rolled back to step {restored.step}, stepping over {skipped} samples: {event}")
-        restored.samples_seen = event.next_sample
+        problem = None
         if self.world.is_rank_zero:
-            self.history.note("roll_back", step=state.step, to=restored.step, samples=skipped, reason=str(event))
-            self.record.forget_after(restored.step)
+            facts = {"step": state.step, "to": restored.step, "next_sample": event.next_sample, "samples": skipped}
+            self.history.note(ROLL_BACK, **facts, reason=str(event))
+            try:
+                self.record.forget_after(restored.step)
+            except OSError as error:
+                problem = error
+        agree_on_error(problem, self.world)
         if self.view is not None:
             self.view.start_over()
         return restored
@@ -275,6 +271,7 @@ class Loop:
             self.say(f"warning: {failure}; training goes on")
             return
         self._failed_saves = 0
+        self._has_checkpoint = True
         if self.world.is_rank_zero:
             self.history.note(CHECKPOINT, step=state.step)
         self.say(f"saved {path}")
@@ -285,7 +282,7 @@ class Loop:
 
     def _validate(self, state: TrainState) -> None:
         self._beat(f"validation at step {state.step}")
-        measured = self.stage.validate()
+        measured = self.stage.validate(self._beat)
         for name, value in measured.items():
             if not is_finite(value):
                 raise TrainingDiverged(f"validation {name} of step {state.step} is {value}; {self._way_on()}")

@@ -66,9 +66,9 @@ class ViewState:
 
 
 def read_state(folder: Path) -> dict[str, Any] | None:
-    """What mlflow.json of a run folder holds; None where there is none, or a damaged one, which is as good."""
+    """What mlflow.json of a run folder holds; None where there is none, or none that can be read."""
     try:
         state = json.loads((folder / STATE).read_text())
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+    except (OSError, ValueError):
         return None
     return state if isinstance(state, dict) else None

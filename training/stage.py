@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,8 +47,8 @@ class Stage(Protocol):
     def window_metrics(self) -> dict[str, Any]:
         """Metrics over the steps since the last call, already the same on all ranks. A collective."""
 
-    def validate(self) -> dict[str, Any]:
-        """Metrics over the whole validation set, already the same on all ranks. A collective."""
+    def validate(self, beat: Callable[[str], None]) -> dict[str, Any]:
+        """Metrics over the whole validation set, the same on all ranks; `beat` at every batch. A collective."""
 
     def headline(self, record: Record) -> str:
         """The part of the progress line that only this stage knows."""

@@ -18,7 +18,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from training import seams
 from training.distributed import World
@@ -50,7 +49,9 @@ class Stopping:
     _signal_time: float = 0.0
     _next_look: float = 0.0
     _sees_file: bool = False
+    _group: dist.ProcessGroup | None = None
     _underway: _Reduction | None = None
+    _is_finished: bool = False
     _earlier: dict[int, Any] = field(default_factory=dict)
 
     def install(self) -> None:
@@ -66,6 +67,8 @@ class Stopping:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         """The first signal is noted; one that comes later than an echo of it ends the process on the spot."""
+        if self._is_finished:  # a launcher ends what it takes for stragglers
+            return
         name = signal.Signals(number).name
         now = time.monotonic()
         if not self._signal:
@@ -88,11 +91,14 @@ class Stopping:
         """
         if self.world.world_size == 1:
             return self._reason(self._wish())
-        earlier, self._underway = self._underway, _Reduction(self._wish(), self.world)
+        if self._group is None:
+            self._group = dist.new_group(backend="gloo")  # on GPUs too: it stalls none, and cannot cross NCCL's order
+        earlier, self._underway = self._underway, _Reduction(self._wish(), self._group)
         return self._reason(earlier.result() if earlier else 0)
 
     def finished(self) -> None:
-        """Remove the stop file: the run has ended, and may be started again."""
+        """The run has ended and all is saved: take no more requests, remove the stop file."""
+        self._is_finished = True
         if self.world.is_rank_zero:
             try:
                 (self.run / STOP_FILE).unlink(missing_ok=True)
@@ -119,31 +125,13 @@ class Stopping:
 
 
 class _Reduction:
-    """The largest of all ranks' numbers, on its way. Neither its start nor its end a step later stalls a GPU."""
+    """The largest of all ranks' numbers, on its way."""
 
-    def __init__(self, number: int, world: World) -> None:
-        self._event: torch.cuda.Event | None = None
-        if world.device.type == "cuda":
-            self._start_on_gpu(number, world.device)
-        else:
-            self._number = torch.tensor([number])
-            self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, async_op=True)
-
-    def _start_on_gpu(self, number: int, device: torch.device) -> None:
-        """Outside the stream of the computation: reading the result there would wait for all that was queued since."""
-        self._source = torch.tensor([number], pin_memory=True)
-        self._number = torch.empty_like(self._source, pin_memory=True)
-        with torch.cuda.stream(torch.cuda.Stream(device)):
-            self._reduced: Tensor = self._source.to(device, non_blocking=True)
-            dist.all_reduce(self._reduced, op=dist.ReduceOp.MAX, async_op=True).wait()  # the stream waits, we do not
-            self._number.copy_(self._reduced, non_blocking=True)
-            self._event = torch.cuda.Event()
-            self._event.record()
+    def __init__(self, number: int, group: dist.ProcessGroup) -> None:
+        self._number = torch.tensor([number])
+        self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
     def result(self) -> int:
         """Wait for all ranks, if they have not been here yet."""
-        if self._event is not None:
-            self._event.synchronize()
-        else:
-            self._work.wait()
+        self._work.wait()
         return int(self._number)

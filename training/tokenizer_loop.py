@@ -27,6 +27,7 @@ from training.losses import (
 )
 from training.seams import reach
 from training.stage import Batch, StepContext
+from training.step_metrics import TimedIterator
 from training.tracking import Record
 
 
@@ -200,13 +201,13 @@ class TokenizerStage:
         return codebook_use(hits)
 
     @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
+    def validate(self, beat: Callable[[str], None] = lambda doing: None) -> dict[str, Any]:
         """Squared error, PSNR and codebook use over the validation set, every image once."""
         engine = self.engines["model"]
         engine.train(False)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # squared error, PSNR, images
         hits = self._no_hits()
-        for batch in self.validation():
+        for batch in TimedIterator(iter(self.validation()), beat):
             batch = batch.to(self.world.device)
             reconstruction = engine(batch.data)
             error = (reconstruction.images.clamp(-1, 1) - batch.data).square().mean((1, 2, 3)).double()  # (B,)

@@ -22,6 +22,7 @@ from training.flops import training_flops
 from training.losses import average_over_tokens, token_scores
 from training.seams import reach
 from training.stage import Batch, StepContext
+from training.step_metrics import TimedIterator
 from training.tracking import Record
 
 
@@ -96,11 +97,11 @@ class VARStage:
         return {}
 
     @torch.no_grad()
-    def validate(self) -> dict[str, Any]:
+    def validate(self, beat: Callable[[str], None] = lambda doing: None) -> dict[str, Any]:
         """Loss and error over the validation set, every image once, with its true label."""
         sums = torch.zeros(2, self.scales.num_scales, dtype=torch.float64, device=self.world.device)
         count = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        for batch in self.validation():
+        for batch in TimedIterator(iter(self.validation()), beat):
             batch = batch.to(self.world.device)
             scores = self._scores(batch, self._labels(batch), None)
             weights = batch.weights.double()

@@ -1,0 +1,43 @@
+"""Length and rhythm of a run: how many steps, and when to log, validate and save."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class LoopConfig:
+    """Length and rhythm of a run."""
+
+    global_batch: int = 768
+    epochs: float = 200.0
+    log_every: int = 10  # steps between fetches of metrics; every step is recorded all the same
+    validate_every: float = 10.0  # epochs
+    checkpoint_every: int = 1000  # steps
+    keep_checkpoints: int = 2  # the newest so many
+    keep_every: int = 0  # steps: checkpoints of their multiples are never forgotten either; 0: none
+    keep_at: tuple[float, ...] = ()  # shares of the run, in (0, 1], whose checkpoints are saved and never forgotten
+    max_failed_saves: int = 3  # in a row, before the run gives up; the last save of a run must not fail
+    stop_after_steps: int = 0  # 0: run to the end; else leave, with a checkpoint, after this many steps in all
+
+    def __post_init__(self) -> None:
+        for name in (
+            *("global_batch", "epochs", "log_every", "validate_every"),
+            *("checkpoint_every", "keep_checkpoints", "max_failed_saves"),
+        ):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be positive")
+        for name in ("stop_after_steps", "keep_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"loop.{name} is {getattr(self, name)}; it must be 0 (off) or positive")
+        for share in self.keep_at:
+            if not 0 < share <= 1:
+                raise ValueError(f"loop.keep_at has {share}; it holds shares of the run, above 0 and up to 1")
+
+    def total_steps(self, num_samples: int) -> int:
+        return max(1, math.ceil(self.epochs * num_samples / self.global_batch))
+
+    def kept_steps(self, total_steps: int) -> frozenset[int]:
+        """The steps whose checkpoints are never forgotten."""
+        return frozenset(max(1, round(share * total_steps)) for share in self.keep_at)
