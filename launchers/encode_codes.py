@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 
-from data_pipeline.codes import write_codes  # noqa: E402
+from data_pipeline.encoding import write_codes  # noqa: E402
 from data_pipeline.index import Index, is_complete  # noqa: E402
 from launchers.assembly import image_transform, load_tokenizer  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402

@@ -10,8 +10,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.images import encoding, is_packed, pack_images  # noqa: E402
 from data_pipeline.index import Index  # noqa: E402
+from data_pipeline.packing import encoding, is_packed, pack_images  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import PackConfig  # noqa: E402
 

@@ -13,7 +13,8 @@ import webdataset
 from PIL import Image
 from torch import Tensor
 
-from data_pipeline.codes import CodeFormat, write_codes
+from data_pipeline.codes import CodeFormat
+from data_pipeline.encoding import write_codes
 from data_pipeline.images import ImageTransform, image_of, label_of
 from data_pipeline.index import Index
 from data_pipeline.loader import CodeDataset

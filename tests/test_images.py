@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from tiny import PACK_OPTIONS
 
-from data_pipeline.images import ImageTransform, decode_image, image_of, is_packed, label_of, pack_images
+from data_pipeline.images import ImageTransform, decode_image, image_of, label_of
 from data_pipeline.index import Index
+from data_pipeline.packing import is_packed, pack_images
 from data_pipeline.shards import ShardReader
 
 

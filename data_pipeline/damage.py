@@ -1,0 +1,22 @@
+"""The one error for data that is not what its writer wrote, and what is known of a bad sample."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class DamagedData(ValueError):
+    """A shard, a member, an image, a code record or an index that is damaged; the message names it and what to do.
+
+    Whoever repeats the command gets the same error: the data must be mended first.
+    """
+
+
+@dataclass(frozen=True)
+class BadSample:
+    """A sample that could not be used: where it is, why, and the number of the one that was shown in its place."""
+
+    shard: str
+    sample: int  # number in the data set
+    reason: str
+    substitute: int
