@@ -62,6 +62,11 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def bytes_sha256(content: bytes) -> str:
+    """sha256 of bytes, as 64 hex digits."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def _sync(path: Path) -> None:
     # For a folder: without this the new names in it may be lost in a power failure.
     descriptor = os.open(path, os.O_RDONLY)

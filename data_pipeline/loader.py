@@ -12,19 +12,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
-from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.codes import CodeFormat
-from data_pipeline.images import ImageTransform, image_of, label_of
+from data_pipeline.damage import BadSample
 from data_pipeline.index import Index
-from data_pipeline.plan import Plan, Stream, hash_uniform
+from data_pipeline.plan import WINDOW_SAMPLES, Plan
 from data_pipeline.read_ahead import ReadAhead
-from data_pipeline.shards import Sample, ShardReader
+from data_pipeline.reader import ShardReader
 
 
 @dataclass(frozen=True)
@@ -38,6 +36,7 @@ class Batch:
     labels: Tensor
     positions: Tensor
     weights: Tensor
+    bad: tuple[BadSample, ...] = ()  # of the samples of this batch, those that others stand in for
 
     def to(self, device: torch.device | str) -> Batch:
         names = ("data", "labels", "positions", "weights")
@@ -47,134 +46,24 @@ class Batch:
 class Dataset(Protocol):
     """What the loader needs: sizes, and samples by number and epoch."""
 
-    folder: Path
+    folder: str
     index: Index
     num_classes: int
     reader: ShardReader
+    max_bad: int
 
     def __len__(self) -> int: ...
 
     @property
     def shard_sizes(self) -> tuple[int, ...]: ...
 
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]: ...
+    def read_or_substitute(
+        self, ids: np.ndarray, epochs: np.ndarray
+    ) -> tuple[Tensor, Tensor, tuple[BadSample, ...]]: ...
 
     def label(self, sample_id: int) -> int: ...
 
-
-class _PackedDataset:
-    """What images and codes share: an index, its shards, and labels that must be classes."""
-
-    def __init__(self, folder: Path, index: Index) -> None:
-        self.folder = Path(folder)
-        self.index = index
-        self.reader = ShardReader(folder, index)
-        self.num_classes = len(index.meta["classes"])
-
-    def __len__(self) -> int:
-        return self.index.num_samples
-
-    @property
-    def shard_sizes(self) -> tuple[int, ...]:
-        return tuple(shard.samples for shard in self.index.shards)
-
-    def _checked_labels(self, labels: Sequence[int] | np.ndarray, ids: np.ndarray) -> Tensor:
-        labels = np.asarray(labels, dtype=np.int64)
-        for sample_id in ids[labels >= self.num_classes]:
-            raise ValueError(
-                f"{self.reader.path_of(sample_id)}: sample {sample_id} has a label that is not one of the"
-                f" {self.num_classes} classes in the index; pack this data again"
-            )
-        return torch.from_numpy(labels)
-
-
-class ImageDataset(_PackedDataset):
-    """Images of a packed folder: a fresh random view in every epoch, or always the centre view."""
-
-    def __init__(self, folder: Path, transform: ImageTransform, *, seed: int, random_views: bool) -> None:
-        """Raises FileNotFoundError or ValueError if the folder is not a complete set of image shards."""
-        super().__init__(folder, Index.read(folder, kind="images"))
-        self.transform = transform
-        self.seed = seed
-        self.random_views = random_views
-
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64."""
-        uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
-        views, labels = zip(*(self._view_and_label(sample_id, row) for sample_id, row in zip(ids, uniforms)))
-        return torch.stack(views), self._checked_labels(labels, ids)
-
-    def label(self, sample_id: int) -> int:
-        """The class of a sample, without decoding its image."""
-        sample = self.reader.read(sample_id)
-        try:
-            return label_of(sample)
-        except ValueError as error:
-            raise ValueError(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
-
-    def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Tensor, int]:
-        sample = self.reader.read(sample_id)
-        try:
-            image, label = image_of(sample), label_of(sample)
-        except ValueError as error:
-            raise ValueError(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
-        view = self.transform.random_view(image, uniforms) if self.random_views else self.transform.center_view(image)
-        return view, label
-
-
-class CodeDataset(_PackedDataset):
-    """Codes of a packed folder. Of K stored views, K epochs show each sample each view once, in an order of its own."""
-
-    def __init__(
-        self, folder: Path, *, patch_nums: Sequence[int], vocab_size: int, tokenizer_sha256: str | None
-    ) -> None:
-        """Raises FileNotFoundError or ValueError if the folder is incomplete or its codes were made for something else.
-
-        tokenizer_sha256 None: any tokenizer will do, for measurements that never decode.
-        """
-        super().__init__(folder, Index.read(folder, kind="codes"))
-        wanted = {"patch_nums": list(patch_nums), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
-        for name, want in wanted.items():
-            got = self.index.meta[name]
-            if want is not None and got != want:
-                raise ValueError(
-                    f"{folder}: codes made with {name} {got}, this run uses {want};"
-                    " re-run launchers/encode_codes.py or change the config"
-                )
-        self.vocab_size = vocab_size
-        self.format = CodeFormat(self.index.meta["num_tokens"], self.index.meta["views"], self.index.meta["bits"])
-
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> codes (B, L) int64, labels (B,) int64."""
-        records = [self._record(sample_id) for sample_id in ids]
-        labels, codes = self.format.unpack_views(records, self._views(ids, epochs))
-        if codes.max() >= self.vocab_size:
-            worst = ids[codes.max(axis=1).argmax()]
-            raise ValueError(
-                f"{self.reader.path_of(worst)}: sample {worst} has code {codes.max()}, vocab_size is {self.vocab_size};"
-                " re-run launchers/encode_codes.py"
-            )
-        return torch.from_numpy(np.ascontiguousarray(codes)), self._checked_labels(labels, ids)
-
-    def label(self, sample_id: int) -> int:
-        """The class of a sample."""
-        return self.format.unpack_view(self._record(sample_id), 0)[0]
-
-    def _record(self, sample_id: int) -> bytes:
-        sample: Sample = self.reader.read(sample_id)
-        record = sample.members.get(self.format.suffix)
-        if record is None or len(record) != self.format.record_bytes:
-            raise ValueError(
-                f"{self.reader.path_of(sample_id)}: sample {sample.key} has no {self.format.suffix} member of"
-                f" {self.format.record_bytes} bytes; re-run launchers/encode_codes.py"
-            )
-        return record
-
-    def _views(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The view each sample shows in its epoch: a permutation of the K views for each sample and K epochs."""
-        cycles, turns = np.divmod(epochs, self.format.views)
-        order = np.argsort(hash_uniform(0, Stream.VIEW, ids, cycles, self.format.views), axis=1)  # (B, K)
-        return order[np.arange(len(ids)), turns]
+    def note_bad(self, bad: tuple[BadSample, ...]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -191,8 +80,28 @@ class _Request:
 
 
 def _read_batch(dataset: Dataset, request: _Request) -> Batch:
-    data, labels = dataset.read(request.ids, request.epochs)
-    return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights))
+    data, labels, bad = dataset.read_or_substitute(request.ids, request.epochs)
+    return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights), bad)
+
+
+class _Noted(Iterator[Batch]):
+    """Passes batches through and lets the dataset of this process know which samples were bad.
+
+    They are noted when a batch is taken, not when a worker reads it ahead: a run counts what it has been shown.
+    """
+
+    def __init__(self, batches: Iterator[Batch], dataset: Dataset) -> None:
+        self._batches = batches
+        self._dataset = dataset
+
+    def __next__(self) -> Batch:
+        batch = next(self._batches)
+        self._dataset.note_bad(batch.bad)
+        return batch
+
+    def close(self) -> None:
+        if hasattr(self._batches, "close"):
+            self._batches.close()
 
 
 def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
@@ -211,31 +120,49 @@ def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
 
 
 def train_batches(
-    dataset: Dataset, *, batch_size: int, rank: int, world_size: int, samples_seen: int, seed: int, workers: int = 0
+    dataset: Dataset,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    samples_seen: int,
+    seed: int,
+    workers: int = 0,
+    window: int = WINDOW_SAMPLES,
 ) -> Iterator[Batch]:
     """The endless batches of one rank, from stream position `samples_seen` on.
 
-    workers: how many processes read ahead; 0 reads in this process, which for codes is enough.
+    workers: how many processes read ahead; 0 reads in this process, which for codes is enough. window: samples that are
+    shuffled together.
     """
     _check_share(batch_size, rank, world_size)
     if samples_seen < 0 or workers < 0:
         raise ValueError(f"samples_seen is {samples_seen} and workers {workers}, expected 0 or more")
-    plan = Plan(dataset.shard_sizes, seed)
+    plan = Plan(dataset.shard_sizes, seed, window)
     first = samples_seen + rank * batch_size
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
     read = partial(_read_batch, dataset)
-    return map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
+    batches = map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
+    return _Noted(batches, dataset) if dataset.max_bad else batches
 
 
 def names_of_step(
-    dataset: Dataset, *, first: int, global_batch: int, batch_size: int, rank: int, world_size: int, seed: int
+    dataset: Dataset,
+    *,
+    first: int,
+    global_batch: int,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    seed: int,
+    window: int = WINDOW_SAMPLES,
 ) -> list[str]:
     """What the samples are called that one rank gets in the step that starts at stream position `first`: shard:key."""
     _check_share(batch_size, rank, world_size)
-    plan = Plan(dataset.shard_sizes, seed)
+    plan = Plan(dataset.shard_sizes, seed, window)
     starts = range(first + rank * batch_size, first + global_batch, batch_size * world_size)
     ids = np.concatenate([plan.samples(start, start + batch_size)[0] for start in starts])
-    return [f"{dataset.reader.path_of(number).name}:{dataset.reader.read(number).key}" for number in ids]
+    return [f"{dataset.reader.shard_of(number).name}:{dataset.reader.read(number).key}" for number in ids]
 
 
 def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
@@ -247,7 +174,8 @@ def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_si
     if len(dataset) < 1:
         raise ValueError("the validation data is empty, expected at least one sample; pack the data again")
     requests = _validation_requests(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    return map(partial(_read_batch, dataset), requests)
+    batches = map(partial(_read_batch, dataset), requests)
+    return _Noted(batches, dataset) if dataset.max_bad else batches
 
 
 def _check_share(batch_size: int, rank: int, world_size: int) -> None:

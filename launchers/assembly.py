@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from data_pipeline.datasets import CodeDataset, ImageDataset
 from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
-from data_pipeline.loader import CodeDataset, ImageDataset, train_batches, validation_batches
-from launchers.config import TrainConfig, ViewConfig
+from data_pipeline.loader import train_batches, validation_batches
+from data_pipeline.storage import Storage
+from launchers.config import TrainConfig
+from launchers.data_config import DataConfig, ViewConfig
 from launchers.loading import (
     is_weights_file,
     load_tokenizer,
@@ -82,10 +84,16 @@ def image_transform(tokenizer: VQVAEConfig, views: ViewConfig) -> ImageTransform
 
 
 def open_images(
-    folder: str, tokenizer: VQVAEConfig, views: ViewConfig, *, seed: int, random_views: bool
+    folder: str, tokenizer: VQVAEConfig, data: DataConfig, *, seed: int, random_views: bool
 ) -> ImageDataset:
-    """Image shards as the tokenizer wants them."""
-    return ImageDataset(Path(folder), image_transform(tokenizer, views), seed=seed, random_views=random_views)
+    """Image shards, here or remote, as the tokenizer wants them."""
+    return ImageDataset(
+        Storage(folder, data.cache),
+        image_transform(tokenizer, data.views),
+        seed=seed,
+        random_views=random_views,
+        max_bad=data.max_bad,
+    )
 
 
 def open_codes_or_images(
@@ -96,18 +104,20 @@ def open_codes_or_images(
     Raises:
         ValueError: made for something else, or with another number of classes than a conditional transformer has.
     """
-    if Index.read(Path(folder)).kind == "images":
-        dataset: Dataset = open_images(
-            folder, tokenizer, config.data.views, seed=config.seed, random_views=random_views
-        )
+    storage = Storage(folder, config.data.cache)
+    if Index.read(storage).kind == "images":
+        dataset: Dataset = open_images(folder, tokenizer, config.data, seed=config.seed, random_views=random_views)
     else:
-        vocab_size = tokenizer.quantizer.vocab_size
         dataset = CodeDataset(
-            Path(folder), patch_nums=tokenizer.patch_nums, vocab_size=vocab_size, tokenizer_sha256=sha256
+            storage,
+            patch_nums=tokenizer.patch_nums,
+            vocab_size=tokenizer.quantizer.vocab_size,
+            tokenizer_sha256=sha256,
+            max_bad=config.data.max_bad,
         )
     if config.model.is_conditional and dataset.num_classes != config.model.num_classes:
         raise ValueError(
-            f"{folder}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "
+            f"{storage}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "
             "make them equal"
         )
     return dataset

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from dataclasses import dataclass, field
 
+from launchers.data_config import DataConfig, ViewConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.divergence import DivergenceConfig
@@ -41,27 +42,6 @@ def refuse_unknown(accepted: Collection[str], **settings: str) -> None:
 def refuse_no_png(out: str) -> None:
     if not out.endswith(".png"):
         raise ValueError(f"out is {out!r}; it must be the name of a .png file")
-
-
-@dataclass(frozen=True)
-class ViewConfig:
-    """How a picture becomes a training view: short side to image_size * resize_ratio, then a crop."""
-
-    resize_ratio: float = 1.125
-    flip: bool = False
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """Folders of packed shards, each with an index.json."""
-
-    train: str = "data/imagenet256/codes/train"
-    validation: str = "data/imagenet256/codes/val"
-    workers: int = 2
-    views: ViewConfig = field(default_factory=ViewConfig)  # for image shards; code shards hold finished views
-
-    def __post_init__(self) -> None:
-        refuse_below_zero(**{"data.workers": self.workers})
 
 
 @dataclass(frozen=True, kw_only=True)

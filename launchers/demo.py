@@ -155,7 +155,7 @@ def judge(config: DemoConfig) -> dict[str, object]:
     real = {}
     for split in ("train", "val"):
         folder = f"{config.data}/images/{split}"
-        images = open_images(folder, tokenizer.config, settings.data.views, seed=0, random_views=False)
+        images = open_images(folder, tokenizer.config, settings.data, seed=0, random_views=False)
         real[split] = images.read(np.arange(len(images)), np.zeros(len(images), np.int64))
     held_out, held_out_labels = real["val"]
     reconstructed = tokenizer.decode(tokenizer.encode(held_out))

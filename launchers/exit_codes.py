@@ -4,7 +4,7 @@ code  meaning                                                          worth try
 0     done
 1     an error of the program itself; its traceback is shown
 64    the command line, a config, or a file it names is wrong          no
-65    data or a checkpoint is damaged                                  no
+65    data or a checkpoint is damaged, or too many samples are         no
 69    a service that is needed, such as a tracking server, is absent   yes
 70    training diverged                                                with other settings
 71    a process that reads data failed                                 yes
@@ -25,8 +25,10 @@ from types import MappingProxyType
 
 import torch.distributed as dist
 
+from data_pipeline.damage import DamagedData
 from data_pipeline.read_ahead import WorkerFailed
 from launchers.config_files import one_line
+from training.bad_samples import TooManyBadSamples
 from training.checkpoint import CheckpointsFailing
 from training.commit import DamagedCheckpoint
 from training.divergence import TrainingDiverged
@@ -42,6 +44,8 @@ CODES: MappingProxyType[type[BaseException], int] = MappingProxyType(  # the fir
     {
         Stopped: 75,
         DamagedCheckpoint: 65,
+        DamagedData: 65,
+        TooManyBadSamples: 65,
         TrackerUnavailable: 69,
         TrainingDiverged: 70,
         WorkerFailed: 71,

@@ -22,6 +22,7 @@ from data_pipeline.files import atomic_file  # noqa: E402
 from launchers.assembly import open_images  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import DependencyConfig  # noqa: E402
+from launchers.data_config import DataConfig  # noqa: E402
 from launchers.figures import AttentionMap, draw_attention  # noqa: E402
 from launchers.loading import load_tokenizer, refuse_several_ranks  # noqa: E402
 from launchers.pictures import to_uint8  # noqa: E402
@@ -34,7 +35,8 @@ def launch(command: Command[DependencyConfig]) -> None:
     config = command.config
     refuse_several_ranks("plot_dependencies.py")
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    dataset = open_images(config.images, tokenizer.config, config.views, seed=config.seed, random_views=False)
+    data = DataConfig(views=config.views)
+    dataset = open_images(config.images, tokenizer.config, data, seed=config.seed, random_views=False)
     ids = choose(len(dataset), config)
     if command.dry_run:
         say(f"would draw the attention of images {ids.tolist()} of {config.images} to {config.out}")

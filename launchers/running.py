@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -15,6 +15,7 @@ from launchers.assembly import Dataset
 from launchers.command_line import say, say_nothing
 from launchers.config import RunConfig
 from launchers.config_files import to_yaml
+from training.bad_samples import BadSamples, NoBadSamples
 from training.checkpoint import Checkpoints, Retention, TrainState, flatten
 from training.commit import DAMAGED, DamagedCheckpoint, candidates, folder_name, read_manifest, structural_damage
 from training.distributed import World, barrier
@@ -43,12 +44,14 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
     init_from = config.init_from or recorded  # a run need not name its first weights again: they may be gone
     if init_from:
         identity["init_from"] = init_from
+    order_of_data = {"seed": config.seed, "loop.global_batch": config.loop.global_batch}
+    order_of_data["data.window"] = config.data.window
     checkpoints = Checkpoints(
         folder,
         retention=Retention(last=config.loop.keep_checkpoints, every=config.loop.keep_every),
         world=world,
         model_config=config.model,
-        identity={"seed": config.seed, "loop.global_batch": config.loop.global_batch, **identity},
+        identity=order_of_data | identity,
         config=asdict(config),
         say=say if world.is_rank_zero else say_nothing,
     )
@@ -107,6 +110,7 @@ def run_stage(
     config: RunConfig,
     stage: Stage,
     dataset: Dataset,
+    validation: Dataset,
     checkpoints: Checkpoints,
     world: World,
     supervision: Supervision | None = None,
@@ -144,6 +148,7 @@ def run_stage(
             stopping=supervision and supervision.stopping,
             heartbeat=supervision and supervision.heartbeat,
             name_samples=partial(samples_of_step, dataset, config, world),
+            bad_samples=share_bad_samples(config, (dataset, validation), world),
         )
         state = loop.run(state, partial(batches_from, dataset, config, world))
         status = "FINISHED"
@@ -188,6 +193,17 @@ def resume_or_start(
     return state, changes
 
 
+def share_bad_samples(config: RunConfig, datasets: Sequence[Dataset], world: World) -> BadSamples | NoBadSamples:
+    """What the loop tells all ranks of the bad samples that this rank has met. A collective."""
+    if not config.data.max_bad:
+        return NoBadSamples()
+
+    def take() -> list[dict[str, Any]]:
+        return [asdict(bad) for dataset in datasets for bad in dataset.take_bad()]
+
+    return BadSamples(Path(config.run), config.data.max_bad, world, take)
+
+
 def batches_from(dataset: Dataset, config: RunConfig, world: World, samples_seen: int) -> Iterator[Any]:
     """This rank's training batches from a position in the stream of samples on."""
     return train_batches(
@@ -198,6 +214,7 @@ def batches_from(dataset: Dataset, config: RunConfig, world: World, samples_seen
         samples_seen=samples_seen,
         seed=config.seed,
         workers=config.data.workers,
+        window=config.data.window,
     )
 
 
@@ -211,4 +228,5 @@ def samples_of_step(dataset: Dataset, config: RunConfig, world: World, first: in
         rank=world.rank,
         world_size=world.world_size,
         seed=config.seed,
+        window=config.data.window,
     )

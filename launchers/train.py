@@ -61,7 +61,7 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, checkpoints, world, supervision)
+    run_stage(config, stage, dataset, validation, checkpoints, world, supervision)
     leave_world()
 
 

@@ -49,9 +49,9 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
 
 
 def train(config: TokenizerConfig, supervision: Supervision) -> None:
-    views = config.data.views
-    dataset = open_images(config.data.train, config.model, views, seed=config.seed, random_views=True)
-    validation = open_images(config.data.validation, config.model, views, seed=config.seed, random_views=False)
+    data = config.data
+    dataset = open_images(data.train, config.model, data, seed=config.seed, random_views=True)
+    validation = open_images(data.validation, config.model, data, seed=config.seed, random_views=False)
     adversary = str(config.discriminator) if config.loss.adversarial_weight else "none"
     checkpoints = open_checkpoints(
         config, World.from_environment(), data=dataset.index.fingerprint, discriminator=adversary
@@ -71,7 +71,7 @@ def train(config: TokenizerConfig, supervision: Supervision) -> None:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    run_stage(config, stage, dataset, checkpoints, world, supervision)
+    run_stage(config, stage, dataset, validation, checkpoints, world, supervision)
     leave_world()
 
 
@@ -97,7 +97,7 @@ def dry_run(config: TokenizerConfig, world_size: int) -> None:
     say(f"tokens per image    {config.model.scales.num_tokens}, scales {config.model.patch_nums}")
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
     try:
-        images = open_images(config.data.train, config.model, config.data.views, seed=0, random_views=True)
+        images = open_images(config.data.train, config.model, config.data, seed=0, random_views=True)
         say(f"data                {describe_one_batch(images, config.engine.micro_batch)}")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")

@@ -14,7 +14,7 @@ import torch
 from tiny import VAR_CONFIG, PlainEngine
 from torch import Tensor, nn
 
-from data_pipeline.loader import CodeDataset
+from data_pipeline.datasets import CodeDataset
 from launchers import train as train_launcher
 from training.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
 from training.distributed import World, join_world, leave_world

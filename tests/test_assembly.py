@@ -35,9 +35,7 @@ def test_data_of_another_number_of_classes_is_refused(study: Study, kind: str) -
 
 def test_validation_shows_every_sample_once_over_all_ranks_at_every_call(study: Study) -> None:
     config = study.train_config(kind="images")
-    dataset = open_images(
-        config.data.validation, VQVAE_CONFIG, config.data.views, seed=0, random_views=False
-    )
+    dataset = open_images(config.data.validation, VQVAE_CONFIG, config.data, seed=0, random_views=False)
     sources = [validation_source(dataset, config.engine, World(rank=rank, world_size=3)) for rank in range(3)]
     for _ in range(2):
         passes = [list(source()) for source in sources]

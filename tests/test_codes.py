@@ -14,12 +14,14 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.codes import CodeFormat
+from data_pipeline.datasets import CodeDataset
 from data_pipeline.encoding import write_codes
-from data_pipeline.images import ImageTransform, image_of, label_of
+from data_pipeline.images import ImageTransform, image_of
 from data_pipeline.index import Index
-from data_pipeline.loader import CodeDataset
+from data_pipeline.labels import label_of
 from data_pipeline.plan import Stream, hash_uniform
-from data_pipeline.shards import Sample, ShardReader, write_shards
+from data_pipeline.reader import ShardReader
+from data_pipeline.shards import Sample, write_shards
 
 PATCH_NUMS = (1, 2, 3)  # 14 tokens
 VOCAB_SIZE = 256

@@ -16,6 +16,7 @@ from launchers import compare_sizes
 from launchers.assembly import Models, load_models, open_images
 from launchers.compare_sizes import default_classes, draw_images, find_snapshot, force_scales
 from launchers.config import CompareSizesConfig
+from launchers.data_config import DataConfig
 from models.var import VAR, VARConfig
 from training.model_on_disk import describe, write_model
 
@@ -100,7 +101,7 @@ def test_forced_scales_are_those_of_a_real_image_of_the_class(run: Path, study: 
     known = force_scales(models, figure_config(run, data=str(study.folder / kind / "val")))
     assert known is not None and known.mask.tolist() == [[True] + 4 * [False]] * 2
     shards = str(study.folder / "images" / "val")
-    dataset = open_images(shards, models.tokenizer.config, ONE_TO_ONE, seed=0, random_views=False)
+    dataset = open_images(shards, models.tokenizer.config, DataConfig(views=ONE_TO_ONE), seed=0, random_views=False)
     images, labels = dataset.read(np.arange(6), np.zeros(6, np.int64))
     first = [labels.tolist().index(label) for label in (2, 0)]
     assert torch.equal(known.codes, models.tokenizer.encode(images[first]))

@@ -13,10 +13,11 @@ import torch
 from PIL import Image
 from tiny import PACK_OPTIONS
 
-from data_pipeline.images import ImageTransform, decode_image, image_of, label_of
+from data_pipeline.images import ImageTransform, decode_image, image_of
 from data_pipeline.index import Index
+from data_pipeline.labels import label_of
 from data_pipeline.packing import is_packed, pack_images
-from data_pipeline.shards import ShardReader
+from data_pipeline.reader import ShardReader
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:

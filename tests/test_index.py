@@ -13,6 +13,12 @@ from data_pipeline.index import Index, ShardEntry, is_complete, refuse_complete
 from data_pipeline.shards import Sample, write_shards
 
 
+def entry(**changes: object) -> dict:
+    """A shard as the index has it."""
+    hashes = {"sha256": "0" * 64, "members_sha256": "0" * 64}
+    return {"name": "shard-000000.tar", "samples": 1, "bytes": 1024, **hashes, **changes}
+
+
 def pack(folder: Path) -> Index:
     samples = [Sample(f"{i:09d}", {"cls": b"1", "png": bytes(i)}) for i in range(7)]
     return write_shards(samples, folder, kind="images", meta={"classes": ["cat", "dog"]}, samples_per_shard=3)
@@ -30,7 +36,9 @@ def test_a_folder_is_complete_once_it_has_its_index(tmp_path: Path) -> None:
         refuse_complete(tmp_path)
 
 
-@pytest.mark.parametrize("field, value", [("samples", 9), ("bytes", 9), ("sha256", "0" * 64)])
+@pytest.mark.parametrize(
+    "field, value", [("samples", 2), ("bytes", 99999), ("sha256", "0" * 64), ("members_sha256", "0" * 64)]
+)
 def test_every_field_of_every_shard_is_in_the_fingerprint(tmp_path: Path, field: str, value: int | str) -> None:
     index = pack(tmp_path)
     for number in range(3):
@@ -48,7 +56,7 @@ def test_order_of_shards_and_meta_are_in_the_fingerprint_and_order_of_meta_is_no
 
 
 def test_a_shard_is_listed_once() -> None:
-    shard = ShardEntry("shard-000000.tar", 1, 1, "0" * 64)
+    shard = ShardEntry("shard-000000.tar", 1, 1024, "0" * 64, "0" * 64)
     with pytest.raises(ValueError, match="listed twice"):
         Index("images", (shard, shard), {"classes": ["cat"]})
 
@@ -69,12 +77,22 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"version": 2}, "version is 2"),
+        ({"version": 1}, "version is 1"),
         ({"kind": "movies"}, "kind is 'movies'"),
         ({"shards": [{"name": "x"}]}, "missing"),
-        ({"shards": [{"name": "../shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "0" * 64}]}, "shard name"),
-        ({"shards": [{"name": "shard-000000.tar", "samples": -1, "bytes": 1, "sha256": "0" * 64}]}, "samples is -1"),
-        ({"shards": [{"name": "shard-000000.tar", "samples": 1, "bytes": 1, "sha256": "?"}]}, "sha256 is"),
+        ({"shards": [entry(name="../shard-000000.tar")]}, "shard name"),
+        ({"shards": [entry(samples=-1)]}, "samples is -1"),
+        ({"shards": [entry(samples=10**12)]}, "cannot be in 1024 bytes"),
+        ({"shards": [entry(bytes=10**30)]}, "bytes is"),
+        ({"shards": [entry(sha256="?")]}, "sha256 is"),
+        ({"shards": [entry(sha256=None)]}, "sha256 is"),
+        ({"shards": [entry(location="../other/shard.tar")]}, "location is"),
+        ({"shards": [entry(location="/data/../etc/passwd")]}, "location is"),
+        ({"shards": [entry(location="pipe:cat x")]}, "pipe"),
+        ({"shards": [entry(), entry()]}, "listed twice"),
+        ({"shards": [entry(extra=1)]}, "extra"),
+        ({"meta": {"classes": 10**9}}, "classes is not a list"),
+        ({"kind": "codes"}, "lacks patch_nums"),
         ({"shards": 3}, "int"),
         ({"meta": {}}, "lacks classes"),
     ],
@@ -83,7 +101,7 @@ def test_a_malformed_index_is_one_clear_error(tmp_path: Path, change: dict, reas
     pack(tmp_path)
     path = tmp_path / "index.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
-    with pytest.raises(ValueError, match=f"index.json: malformed index, .*{reason}.*pack this data again") as caught:
+    with pytest.raises(ValueError, match=f"index.json: malformed index, .*{reason}.*index_shards.py") as caught:
         Index.read(tmp_path)
     assert "\n" not in str(caught.value)
 

@@ -12,15 +12,9 @@ import torch
 from PIL import Image
 from tiny import VIEWS, open_codes, pack_codes
 
+from data_pipeline.datasets import CodeDataset, ImageDataset
 from data_pipeline.images import ImageTransform
-from data_pipeline.loader import (
-    Batch,
-    CodeDataset,
-    ImageDataset,
-    first_of_classes,
-    train_batches,
-    validation_batches,
-)
+from data_pipeline.loader import Batch, first_of_classes, train_batches, validation_batches
 from data_pipeline.shards import Sample, write_shards
 
 GLOBAL_BATCH = 8

@@ -15,6 +15,7 @@ from tiny import ONE_TO_ONE, Study, command
 from launchers import plot_dependencies
 from launchers.assembly import open_images
 from launchers.config import DependencyConfig
+from launchers.data_config import DataConfig
 from launchers.loading import load_tokenizer
 from training.dependency import bidirectionality
 
@@ -31,7 +32,7 @@ def test_the_figure_and_its_numbers_are_written(study: Study, tmp_path: Path) ->
         assert min(figure.size) > 500
     report = json.loads((tmp_path / "new" / "9.json").read_text())
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    images = open_images(config.images, tokenizer.config, config.views, seed=0, random_views=False)
+    images = open_images(config.images, tokenizer.config, DataConfig(views=config.views), seed=0, random_views=False)
     shown, _ = images.read(np.array(report["samples"]), np.zeros(3, np.int64))
     # 1e-5: convolutions of one image and of three sum in another order
     assert report["bidirectionality"] == pytest.approx(bidirectionality(tokenizer.token_dependency(shown)), rel=1e-5)

@@ -16,7 +16,8 @@ import torch
 from tiny import open_codes, pack_codes
 
 from data_pipeline import read_ahead
-from data_pipeline.loader import CodeDataset, train_batches
+from data_pipeline.datasets import CodeDataset
+from data_pipeline.loader import train_batches
 from data_pipeline.read_ahead import ReadAhead, WorkerFailed
 
 
@@ -86,7 +87,7 @@ def test_workers_outlive_a_signal_to_the_job_and_stop_when_closed(codes: CodeDat
 def test_a_program_that_holds_its_batches_to_the_end_still_ends(tmp_path: Path, ending: str) -> None:
     pack_codes(tmp_path / "codes")
     program = (
-        "from pathlib import Path; from data_pipeline.loader import *\n"
+        "from pathlib import Path; from data_pipeline.datasets import *; from data_pipeline.loader import *\n"
         f"folder = Path({str(tmp_path / 'codes')!r})\n"
         "data = CodeDataset(folder, patch_nums=(1, 2), vocab_size=64, tokenizer_sha256=None)\n"
         "batches = train_batches(data, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0, workers=2)\n"

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 from tiny import PACK_OPTIONS
 
-from data_pipeline.images import image_of, label_of
+from data_pipeline.images import image_of
+from data_pipeline.labels import label_of
 from data_pipeline.packing import is_packed, pack_images
-from data_pipeline.shards import MAX_MEMBER_BYTES, ShardReader
+from data_pipeline.reader import ShardReader
+from data_pipeline.shards import MAX_MEMBER_BYTES
 from data_pipeline.sources import ImageFile, ImageSource, open_source, split_by_class
 
 

@@ -13,12 +13,13 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data_pipeline.codes import CodeFormat
-from data_pipeline.loader import CodeDataset
+from data_pipeline.datasets import CodeDataset
 from data_pipeline.shards import Sample, write_shards
 from launchers import encode_codes, pack_images
 from launchers.assembly import open_codes_or_images, validation_source
 from launchers.command_line import Command
-from launchers.config import DataConfig, EncodeConfig, PackConfig, TrainConfig, ViewConfig
+from launchers.config import EncodeConfig, PackConfig, TrainConfig
+from launchers.data_config import DataConfig, ViewConfig
 from launchers.loading import initialize, load_tokenizer
 from launchers.running import open_checkpoints, run_stage
 from models.autoencoder import AutoencoderConfig
@@ -239,4 +240,4 @@ def train_var(config: TrainConfig) -> tuple[TrainState, VAR]:
         world=world,
         validation=validation_source(validation, config.engine, world),
     )
-    return run_stage(config, stage, dataset, checkpoints, world), model
+    return run_stage(config, stage, dataset, validation, checkpoints, world), model

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.bad_samples import BadSamples, NoBadSamples
 from training.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
 from training.distributed import World, agree_on_error, gather_objects
 from training.divergence import DivergenceConfig, DivergenceGuard, RollBack, TrainingDiverged, is_finite
@@ -26,7 +27,7 @@ from training.mlflow_view import MLflowView
 from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_at
 from training.seams import reach
 from training.stage import Stage, StepContext
-from training.step_metrics import TimedIterator, mean_over_ranks, name_some, progress_line
+from training.step_metrics import TimedIterator, mean_over_ranks, name_some, progress_line, speed_of
 from training.stopping import Stopped, Stopping
 from training.tracking import Record, RunRecord, wall_time
 from training.watch import Heartbeat
@@ -63,6 +64,7 @@ class Loop:
     stopping: Stopping | None = None
     heartbeat: Heartbeat | None = None
     name_samples: Callable[[int], list[str]] = lambda first: []
+    bad_samples: BadSamples | NoBadSamples = NoBadSamples()
     _pending: list[_PendingStep] = field(default_factory=list)
     _failed_saves: int = 0
 
@@ -176,16 +178,11 @@ class Loop:
         now = time.monotonic()
         seconds, self._window_start = now - self._window_start, now
         state.useful_seconds += seconds * sum(not self._guard.problem_of(value) for value in values) / len(values)
-        images = len(pending) * self.config.global_batch
-        speed = {
-            "images_per_second": images / seconds,
-            "tokens_per_second": images * self.stage.tokens_per_image / seconds,
-            "data_wait_share": waited / seconds,
-            "goodput": state.useful_seconds / max(wall_time() - self._first_start, state.useful_seconds),
-            "time": wall_time(),
-        }
+        speed = speed_of(len(pending) * self.config.global_batch, self.stage.tokens_per_image, seconds, waited)
+        goodput = state.useful_seconds / max(wall_time() - self._first_start, state.useful_seconds)
+        speed |= {"goodput": goodput, "time": wall_time()}
         records = [step.position | value | speed for step, value in zip(pending, values, strict=True)]
-        records[-1] |= self.stage.window_metrics()
+        records[-1] |= self.stage.window_metrics() | self.bad_samples.share(self.say)
         sound: list[Record] = []
         try:
             for step, record in zip(pending, records, strict=True):
@@ -195,6 +192,7 @@ class Loop:
             self._publish(sound)
             for record in sound:
                 self.say(progress_line(record, total, self.config.global_batch, self.stage.headline(record)))
+        self.bad_samples.refuse_too_many()
 
     def _judge(self, step: _PendingStep, record: Record) -> None:
         blame = self._blame(step) if self._guard.problem_of(record) else ""
@@ -282,13 +280,14 @@ class Loop:
 
     def _validate(self, state: TrainState) -> None:
         self._beat(f"validation at step {state.step}")
-        measured = self.stage.validate(self._beat)
+        measured = self.stage.validate(self._beat) | self.bad_samples.share(self.say)
         for name, value in measured.items():
             if not is_finite(value):
                 raise TrainingDiverged(f"validation {name} of step {state.step} is {value}; {self._way_on()}")
         record = self._position(state, "validation") | measured | {"time": wall_time()}
         self._publish([record])
         self.say(f"validation at step {state.step} | {self.stage.headline(record)}")
+        self.bad_samples.refuse_too_many()
 
     def _publish(self, records: list[Record]) -> None:
         if self.world.is_rank_zero and records:

@@ -61,6 +61,15 @@ def _unflatten(row: list[float], names: list[str], sizes: list[int], like: dict[
     return values
 
 
+def speed_of(images: int, tokens_per_image: int, seconds: float, waited: float) -> dict[str, float]:
+    """The rates of a window of steps that took `seconds`, of which this rank waited `waited` for data."""
+    return {
+        "images_per_second": images / seconds,
+        "tokens_per_second": images * tokens_per_image / seconds,
+        "data_wait_share": waited / seconds,
+    }
+
+
 def progress_line(record: dict[str, Any], total: int, global_batch: int, headline: str) -> str:
     """A training record in one line for people; `headline` is what only its stage knows."""
     step = record["step"]

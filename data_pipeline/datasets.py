@@ -1,0 +1,227 @@
+"""Packed images and packed codes as what a loader reads: tensors by sample number and epoch.
+
+A sample that does not match the index, cannot be decoded, or holds what cannot be, is an error that names it. A dataset
+may instead be allowed a number of bad samples: then the next good one of the same shard stands in, the same whichever
+rank or worker reads it, and whoever takes the batch is told. Legend: B batch, L codes of one image, S image size.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.codes import CodeFormat
+from data_pipeline.damage import BadSample, DamagedData
+from data_pipeline.images import ImageTransform, image_of
+from data_pipeline.index import Index
+from data_pipeline.labels import JSON_KEY, label_of
+from data_pipeline.plan import Stream, hash_uniform
+from data_pipeline.reader import ShardReader
+from data_pipeline.storage import Storage
+
+STRICT = "strict"
+QUARANTINE = re.compile(r"quarantine:([1-9][0-9]{0,8})")
+MAX_TRIES = 100  # substitutes tried for one bad sample; where as many neighbours are bad, the shard is
+
+
+def bad_sample_limit(policy: str) -> int:
+    """How many bad samples "strict" (none) or "quarantine:MAX" allows. Raises ValueError for anything else."""
+    match = QUARANTINE.fullmatch(policy)
+    if policy != STRICT and match is None:
+        raise ValueError(f"bad_samples is {policy!r}; accepted: {STRICT}, or quarantine:MAX with MAX from 1")
+    return int(match[1]) if match else 0
+
+
+class PackedDataset:
+    """What images and codes share: an index, its shards, labels that must be classes, and what to do with a bad one."""
+
+    def __init__(self, storage: Storage, index: Index, max_bad: int) -> None:
+        """max_bad: 0 if a bad sample is an error, else the number of bad samples that the caller will bear."""
+        self.storage = storage
+        self.folder = str(storage)
+        self.index = index
+        self.reader = ShardReader(storage, index)
+        self.num_classes = len(index.meta["classes"])
+        self.max_bad = max_bad
+        self._bad: list[BadSample] = []
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    @property
+    def shard_sizes(self) -> tuple[int, ...]:
+        return tuple(shard.samples for shard in self.index.shards)
+
+    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """ids, epochs: (B,) -> data and labels, (B, ...). Raises DamagedData for a sample that is not as it was."""
+        raise NotImplementedError
+
+    def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[BadSample, ...]]:
+        """As `read`, and which samples were replaced, if bad ones are allowed."""
+        try:
+            return (*self.read(ids, epochs), ())
+        except DamagedData:
+            if not self.max_bad:
+                raise
+        bad: list[BadSample] = []
+        rows = [self._row(int(sample_id), epoch, bad) for sample_id, epoch in zip(ids, epochs)]
+        data, labels = zip(*rows)
+        return torch.cat(data), torch.cat(labels), tuple(bad)
+
+    def note_bad(self, bad: tuple[BadSample, ...]) -> None:
+        """Remember which samples of a batch were replaced, until somebody takes note."""
+        self._bad.extend(bad)
+
+    def take_bad(self) -> list[BadSample]:
+        """What was remembered since the last call."""
+        bad, self._bad = self._bad, []
+        return bad
+
+    def _row(self, sample_id: int, epoch: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
+        epochs = np.array([epoch])
+        try:
+            return self.read(np.array([sample_id]), epochs)
+        except DamagedData as error:
+            reason = str(error)
+        shard = self.reader.neighbours(sample_id)
+        for tried in range(1, min(len(shard), MAX_TRIES + 1)):
+            other = shard[(sample_id - shard.start + tried) % len(shard)]
+            try:
+                row = self.read(np.array([other]), epochs)
+            except DamagedData:
+                continue
+            bad.append(BadSample(self.reader.path_of(sample_id), sample_id, reason, other))
+            return row
+        raise DamagedData(f"{reason}; nor is there a good sample to put in its place; copy or pack this shard again")
+
+    def _checked_labels(self, labels: Sequence[int] | np.ndarray, ids: np.ndarray) -> Tensor:
+        labels = np.asarray(labels, dtype=np.int64)
+        for sample_id in ids[labels >= self.num_classes]:
+            raise DamagedData(
+                f"{self.reader.path_of(sample_id)}: sample {sample_id} has a label that is not one of the"
+                f" {self.num_classes} classes in the index; pack this data again"
+            )
+        return torch.from_numpy(labels)
+
+
+class ImageDataset(PackedDataset):
+    """Images of a packed folder: a fresh random view in every epoch, or always the centre view."""
+
+    def __init__(
+        self,
+        folder: str | Path | Storage,
+        transform: ImageTransform,
+        *,
+        seed: int,
+        random_views: bool,
+        max_bad: int = 0,
+    ) -> None:
+        """Raises FileNotFoundError or ValueError if the folder is not a complete set of image shards."""
+        storage = folder if isinstance(folder, Storage) else Storage(folder)
+        super().__init__(storage, Index.read(storage, kind="images"), max_bad)
+        self.transform = transform
+        self.seed = seed
+        self.random_views = random_views
+        self.json_label = self.index.meta.get("json_label", JSON_KEY)
+
+    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64."""
+        uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
+        views, labels = zip(*(self._view_and_label(sample_id, row) for sample_id, row in zip(ids, uniforms)))
+        return torch.stack(views), self._checked_labels(labels, ids)
+
+    def label(self, sample_id: int) -> int:
+        """The class of a sample, without decoding its image."""
+        sample = self.reader.read(sample_id)
+        try:
+            return label_of(sample, self.json_label)
+        except ValueError as error:
+            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
+
+    def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Tensor, int]:
+        sample = self.reader.read(sample_id)
+        try:
+            image, label = image_of(sample), label_of(sample, self.json_label)
+        except ValueError as error:
+            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
+        view = self.transform.random_view(image, uniforms) if self.random_views else self.transform.center_view(image)
+        return view, label
+
+
+class CodeDataset(PackedDataset):
+    """Codes of a packed folder. Of K stored views, K epochs show each sample each view once, in an order of its own."""
+
+    def __init__(
+        self,
+        folder: str | Path | Storage,
+        *,
+        patch_nums: Sequence[int],
+        vocab_size: int,
+        tokenizer_sha256: str | None,
+        max_bad: int = 0,
+    ) -> None:
+        """Raises FileNotFoundError or ValueError if the folder is incomplete or its codes were made for something else.
+
+        tokenizer_sha256 None: any tokenizer will do, for measurements that never decode.
+        """
+        storage = folder if isinstance(folder, Storage) else Storage(folder)
+        super().__init__(storage, Index.read(storage, kind="codes"), max_bad)
+        wanted = {"patch_nums": list(patch_nums), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
+        for name, want in wanted.items():
+            got = self.index.meta[name]
+            if want is not None and got != want:
+                raise ValueError(
+                    f"{storage}: codes made with {name} {got}, this run uses {want};"
+                    " re-run launchers/encode_codes.py or change the config"
+                )
+        self.vocab_size = vocab_size
+        self.format = CodeFormat(self.index.meta["num_tokens"], self.index.meta["views"], self.index.meta["bits"])
+
+    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """ids, epochs: (B,) -> codes (B, L) int64, labels (B,) int64."""
+        records = [self._record(sample_id) for sample_id in ids]
+        try:
+            labels, codes = self.format.unpack_views(records, self._views(ids, epochs))
+        except ValueError:
+            self._name_malformed(records, ids)
+            raise
+        if codes.max() >= self.vocab_size:
+            worst = ids[codes.max(axis=1).argmax()]
+            raise DamagedData(
+                f"{self.reader.path_of(worst)}: sample {worst} has code {codes.max()}, vocab_size is {self.vocab_size};"
+                " re-run launchers/encode_codes.py"
+            )
+        return torch.from_numpy(np.ascontiguousarray(codes)), self._checked_labels(labels, ids)
+
+    def label(self, sample_id: int) -> int:
+        """The class of a sample."""
+        return self.format.unpack_view(self._record(sample_id), 0)[0]
+
+    def _record(self, sample_id: int) -> bytes:
+        sample = self.reader.read(sample_id)
+        record = sample.members.get(self.format.suffix)
+        if record is None or len(record) != self.format.record_bytes:
+            raise DamagedData(
+                f"{self.reader.path_of(sample_id)}: sample {sample.key} has no {self.format.suffix} member of"
+                f" {self.format.record_bytes} bytes; re-run launchers/encode_codes.py"
+            )
+        return record
+
+    def _name_malformed(self, records: list[bytes], ids: np.ndarray) -> None:
+        """Raise DamagedData for the first record that cannot be unpacked."""
+        for record, sample_id in zip(records, ids):
+            try:
+                self.format.unpack_view(record, 0)
+            except ValueError as error:
+                raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample_id}: {error}") from error
+
+    def _views(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
+        """The view each sample shows in its epoch: a permutation of the K views for each sample and K epochs."""
+        cycles, turns = np.divmod(epochs, self.format.views)
+        order = np.argsort(hash_uniform(0, Stream.VIEW, ids, cycles, self.format.views), axis=1)  # (B, K)
+        return order[np.arange(len(ids)), turns]

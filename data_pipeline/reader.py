@@ -1,0 +1,167 @@
+"""Reading samples from shards by number, with every byte checked against the index.
+
+Shards are read by position, with `pread`, so that the order of samples is free. The table of members says where each
+lies; nothing that a damaged tar claims is believed.
+"""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from data_pipeline.damage import DamagedData
+from data_pipeline.files import bytes_sha256, file_sha256
+from data_pipeline.index import Index, ShardEntry
+from data_pipeline.members import MAX_MEMBER_BYTES, ROW, SUFFIXES, Sample
+from data_pipeline.storage import Storage, regular_size
+from data_pipeline.tar import BLOCK_BYTES, member_name
+
+MAX_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files per process
+AGAIN = "copy or pack it again"
+
+
+class ShardReader:
+    """Random access to the samples of a packed folder, numbered from 0 through all shards.
+
+    Shards are opened at their first use, in each process for itself, so a reader may be sent to worker processes by
+    fork or spawn. Not for several threads at once. Everything that does not match the index is an error that names
+    shard and member; nothing is skipped.
+    """
+
+    def __init__(self, folder: str | Path | Storage, index: Index, *, check: bool = True) -> None:
+        """check: compare what is read with its checksum; off only to measure what that costs.
+
+        Raises FileNotFoundError for a missing shard, DamagedData for one of the wrong size.
+        """
+        self.storage = folder if isinstance(folder, Storage) else Storage(folder)
+        self.index = index
+        self.check = check
+        self._first_ids = [0, *accumulate(shard.samples for shard in index.shards)]
+        self._descriptors: dict[int, int] = {}  # shard number -> open file
+        self._tables: dict[int, tuple[np.ndarray, list[int]]] = {}  # shard number -> rows, first row of each sample
+        self.storage.check_sizes(index.shards)
+
+    def __len__(self) -> int:
+        return self.index.num_samples
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_descriptors": {}}
+
+    def __del__(self) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the open files. Reading opens them again."""
+        for descriptor in self.__dict__.pop("_descriptors", {}).values():
+            os.close(descriptor)
+        self._descriptors = {}
+
+    def read(self, sample_id: int) -> Sample:
+        """The sample with this number. Raises DamagedData, naming shard and member, if its bytes changed."""
+        number, sample = self.locate(sample_id)
+        table, first = self._table(number)
+        rows = table[first[sample] : first[sample + 1]].tolist()
+        start, (_, _, _, last_content, last_size, _) = rows[0][2], rows[-1]
+        blob = self._read_bytes(number, start, last_content + last_size - start)
+        members: dict[str, bytes] = {}
+        for _, suffix, begin, content, size, checksum in rows:
+            stop = content + size - start
+            if self.check and xxh3_64_intdigest(memoryview(blob)[begin - start : stop]) != checksum:
+                what = f"member {SUFFIXES[suffix]} of sample {sample} at byte {begin} does not match its checksum"
+                raise self._damaged(number, what)
+            members[SUFFIXES[suffix]] = blob[content - start : stop]
+        return Sample(member_name(blob[: rows[0][3] - start]).split(".")[0], members)
+
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """The number of the shard that holds a sample, and the sample's number in it."""
+        assert 0 <= sample_id < len(self), f"sample {sample_id} of {len(self)}"
+        number = bisect_right(self._first_ids, sample_id) - 1
+        return number, int(sample_id) - self._first_ids[number]
+
+    def neighbours(self, sample_id: int) -> range:
+        """The numbers of all samples in the shard of this one."""
+        number, _ = self.locate(sample_id)
+        return range(self._first_ids[number], self._first_ids[number + 1])
+
+    def shard_of(self, sample_id: int) -> ShardEntry:
+        return self.index.shards[self.locate(sample_id)[0]]
+
+    def path_of(self, sample_id: int) -> str:
+        """The shard that holds this sample, for error messages."""
+        return self.storage.place_of_shard(self.shard_of(sample_id))
+
+    def verify(self) -> None:
+        """Read every shard and compare its sha256 with the index. Raises DamagedData naming the first that differs."""
+        for number, shard in enumerate(self.index.shards):
+            self._table(number)
+            found = file_sha256(self.storage.fetch(shard))
+            if found != shard.sha256:
+                place = self.storage.place_of_shard(shard)
+                raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
+
+    def _damaged(self, number: int, what: str) -> DamagedData:
+        place = self.storage.place_of_shard(self.index.shards[number])
+        return DamagedData(f"{place}: damaged shard, {what}; {AGAIN}")
+
+    def _table(self, number: int) -> tuple[np.ndarray, list[int]]:
+        if number not in self._tables:
+            self._tables[number] = load_members(self.storage, self.index.shards[number])
+        return self._tables[number]
+
+    def _read_bytes(self, number: int, position: int, size: int) -> bytes:
+        descriptor = self._descriptor(number)
+        try:
+            content = os.pread(descriptor, size, position)
+        except OSError as error:
+            place = self.storage.place_of_shard(self.index.shards[number])
+            raise OSError(error.errno, f"{error.strerror} at byte {position}", place) from error
+        if len(content) != size:
+            raise self._damaged(number, f"it ends at byte {position + len(content)} inside a sample")
+        return content
+
+    def _descriptor(self, number: int) -> int:
+        if number not in self._descriptors:
+            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+                os.close(self._descriptors.pop(next(iter(self._descriptors))))
+            path = self.storage.fetch(self.index.shards[number])
+            regular_size(path)  # opening a pipe would wait for a writer
+            self._descriptors[number] = os.open(path, os.O_RDONLY)
+        return self._descriptors[number]
+
+
+def load_members(storage: Storage, shard: ShardEntry) -> tuple[np.ndarray, list[int]]:
+    """The table of a shard, and the first row of each sample, then the number of rows.
+
+    Raises FileNotFoundError if it is not there, DamagedData if it is not the one that the index seals.
+    """
+    place = storage.place_of(shard.members_name)
+    content = storage.read_small(shard.members_name, max_bytes=shard.samples * len(SUFFIXES) * ROW.itemsize)
+    if bytes_sha256(content) != shard.members_sha256:
+        raise DamagedData(f"{place}: damaged, its sha256 is not the one in the index; {AGAIN}")
+    if len(content) % ROW.itemsize:
+        raise DamagedData(f"{place}: {len(content)} bytes, expected a multiple of {ROW.itemsize}; {AGAIN}")
+    table = np.frombuffer(content, dtype=ROW)
+    if fault := _table_fault(table, shard):
+        raise DamagedData(f"{place}: {fault}; {AGAIN}")
+    return table, np.searchsorted(table["sample"], np.arange(shard.samples + 1)).tolist()
+
+
+def _table_fault(table: np.ndarray, shard: ShardEntry) -> str:
+    """What makes a table one that no writer makes, though it has the sha256 that the index states; empty: nothing."""
+    starts, contents, sizes = (table[name].astype(np.int64) for name in ("start", "content", "size"))
+    ends = contents + sizes
+    numbers = table["sample"].astype(np.int64)
+    if not np.array_equal(np.unique(numbers), np.arange(shard.samples)) or (np.diff(numbers) < 0).any():
+        return f"does not list the samples 0 to {shard.samples - 1} in order"
+    if (table["suffix"] >= len(SUFFIXES)).any() or (sizes > MAX_MEMBER_BYTES).any():
+        return "lists a member of an unknown kind or size"
+    is_far = (contents - starts < BLOCK_BYTES) | (contents - starts > 2**20) | (starts < 0) | (ends > shard.bytes)
+    if is_far.any() or (starts[1:] < ends[:-1]).any():
+        return "lists members that overlap or lie outside of the shard"
+    return ""
