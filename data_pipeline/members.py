@@ -13,11 +13,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from data_pipeline.tar import Read, TarFault, TarMember, walk_tar
+from data_pipeline.tar import Read, TarFault, TarMember, member_name, walk_tar
 
 SUFFIXES = ("cls", "json", "jpg", "jpeg", "png", "webp", "vq12", "vq16")  # all that is ever read; in the file by number
 MAX_MEMBER_BYTES = 64 * 2**20
@@ -34,8 +35,7 @@ ROW = np.dtype(
 )
 
 
-@dataclass(frozen=True)
-class Sample:
+class Sample(NamedTuple):
     """One sample: a key without dots, and its members by suffix without dot ("cls", "png", "vq12")."""
 
     key: str
@@ -94,6 +94,19 @@ class Scan:
         place = (member.start, member.content, member.size)
         self._rows.append((self.num_samples - 1, SUFFIXES.index(suffix), *place, xxh3_64_intdigest(data)))
         return data[member.content - member.start :]
+
+
+def cut_sample(blob: bytes, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:
+    """One sample from its bytes and its rows of the table. Raises TarFault naming a member that was changed."""
+    start, whole = rows[0][2], memoryview(blob)
+    members: dict[str, bytes] = {}
+    for sample, suffix, begin, content, size, checksum in rows:
+        stop = content + size - start
+        if check and xxh3_64_intdigest(whole[begin - start : stop]) != checksum:
+            raise TarFault(f"member {SUFFIXES[suffix]} of sample {sample} at byte {begin} does not match its checksum")
+        members[SUFFIXES[suffix]] = blob[content - start : stop]
+    name = member_name(blob[: rows[0][3] - start])
+    return Sample(name[: name.find(".", name.rfind("/") + 1)], members)
 
 
 def split_name(name: str) -> tuple[str, str]:

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.files import bytes_sha256, file_sha256
 from data_pipeline.index import Index, ShardEntry
-from data_pipeline.members import MAX_MEMBER_BYTES, ROW, SUFFIXES, Sample
+from data_pipeline.members import MAX_MEMBER_BYTES, ROW, SUFFIXES, Sample, cut_sample
 from data_pipeline.storage import Storage, regular_size
-from data_pipeline.tar import BLOCK_BYTES, member_name
+from data_pipeline.tar import BLOCK_BYTES, TarFault
 
 MAX_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files per process
 AGAIN = "copy or pack it again"
@@ -48,7 +47,7 @@ class ShardReader:
         self.storage.check_sizes(index.shards)
 
     def __len__(self) -> int:
-        return self.index.num_samples
+        return self._first_ids[-1]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_descriptors": {}}
@@ -69,18 +68,14 @@ class ShardReader:
         rows = table[first[sample] : first[sample + 1]].tolist()
         start, (_, _, _, last_content, last_size, _) = rows[0][2], rows[-1]
         blob = self._read_bytes(number, start, last_content + last_size - start)
-        members: dict[str, bytes] = {}
-        for _, suffix, begin, content, size, checksum in rows:
-            stop = content + size - start
-            if self.check and xxh3_64_intdigest(memoryview(blob)[begin - start : stop]) != checksum:
-                what = f"member {SUFFIXES[suffix]} of sample {sample} at byte {begin} does not match its checksum"
-                raise self._damaged(number, what)
-            members[SUFFIXES[suffix]] = blob[content - start : stop]
-        return Sample(member_name(blob[: rows[0][3] - start]).split(".")[0], members)
+        try:
+            return cut_sample(blob, rows, check=self.check)
+        except TarFault as fault:
+            raise self._damaged(number, str(fault)) from fault
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """The number of the shard that holds a sample, and the sample's number in it."""
-        assert 0 <= sample_id < len(self), f"sample {sample_id} of {len(self)}"
+        assert 0 <= sample_id < self._first_ids[-1], f"sample {sample_id} of {len(self)}"
         number = bisect_right(self._first_ids, sample_id) - 1
         return number, int(sample_id) - self._first_ids[number]
 

@@ -109,7 +109,7 @@ def _header(read: Read, position: int, total: int) -> bytes:
 
 def _parse_header(header: bytes, position: int) -> tarfile.TarInfo:
     try:
-        info = tarfile.TarInfo.frombuf(header, "utf-8", "strict")
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")  # a long name is cut anywhere here
     except (tarfile.HeaderError, ValueError) as error:
         raise TarFault(f"no tar header at byte {position} ({error})") from error
     if info.size < 0:

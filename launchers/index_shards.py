@@ -1,0 +1,54 @@
+"""An index for WebDataset tars that lie somewhere already: they are read once, and stay as they are.
+
+`python launchers/index_shards.py --shards '/data/imagenet/train-{0000..1281}.tar' --out data/imagenet/train`
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_pipeline.index import Index, is_complete  # noqa: E402
+from data_pipeline.indexing import expand_shards, index_shards  # noqa: E402
+from data_pipeline.remote import ShardCache, without_query  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.data_config import IndexConfig  # noqa: E402
+
+
+def launch(command: Command[IndexConfig]) -> None:
+    config = command.config
+    out = Path(config.out)
+    locations = expand_shards(config.shards)
+    if command.dry_run:
+        say(f"would index {len(locations)} tars, {without_query(locations[0])} first, into {out}")
+        return
+    if is_complete(out) and [shard.location for shard in Index.read(out).shards] == locations:
+        say(f"{out} is the index of these {len(locations)} tars already; nothing to do")
+        return
+    index, work = index_shards(
+        config.shards,
+        out,
+        num_classes=config.classes,
+        json_label=config.json_label,
+        decode=config.decode,
+        cache=ShardCache(config.cache),
+        report=say,
+    )
+    for row in work.skipped[:5]:
+        say(f"left out: {row['shard']}: sample {row['key']}: {row['reason']}")
+    ignored = ", ".join(f"{count} {kind}" for kind, count in sorted(work.ignored.items()))
+    say(
+        f"indexed {index.num_samples} samples of {len(index.meta['classes'])} classes in {len(index.shards)} tars into"
+        f" {out}; {len(work.skipped)} samples left out{' (skipped.jsonl)' if work.skipped else ''};"
+        f" members not read: {ignored or 'none'}"
+    )
+
+
+def main() -> None:
+    run_launcher(IndexConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

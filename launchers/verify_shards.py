@@ -1,0 +1,70 @@
+"""Check every byte of packed data against its index, and name every fault.
+
+`python launchers/verify_shards.py data/imagenet256/codes`
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from data_pipeline.damage import DamagedData  # noqa: E402
+from data_pipeline.index import Index  # noqa: E402
+from data_pipeline.storage import Storage  # noqa: E402
+from data_pipeline.verification import folders_of, verify_shards  # noqa: E402
+from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.data_config import VerifyConfig  # noqa: E402
+
+PROGRESS_SECONDS = 5.0
+
+
+def launch(command: Command[VerifyConfig]) -> None:
+    config = command.config
+    folders = folders_of(config.folder)
+    if command.dry_run:
+        say(f"would read all of {', '.join(folders)}")
+        return
+    faults = sum(verify_folder(folder, config) for folder in folders)
+    if faults:
+        raise DamagedData(f"{config.folder}: {faults} faults, named above; copy or pack these shards again")
+
+
+def verify_folder(folder: str, config: VerifyConfig) -> int:
+    """Check one folder, with progress; how many faults were found and said."""
+    storage = Storage(folder, config.cache)
+    index = Index.read(storage)
+    total = sum(shard.bytes for shard in index.shards)
+    num_bytes = num_faults = 0
+    start = said = time.monotonic()
+    reports = verify_shards(storage, index, decode=config.decode, threads=min(8, os.cpu_count() or 1))
+    for number, report in enumerate(reports, 1):
+        num_bytes += report.bytes
+        num_faults += len(report.faults)
+        for fault in report.faults:
+            say(f"fault: {fault}")
+        if time.monotonic() - said > PROGRESS_SECONDS:
+            said = time.monotonic()
+            rate = num_bytes / (said - start)
+            say(
+                f"{storage}: {number} of {len(index.shards)} shards, {rate / 1e6:.0f} MB/s, {num_faults} faults, "
+                f"{(total - num_bytes) / rate:.0f} s left"
+            )
+    seconds = max(time.monotonic() - start, 1e-9)
+    depth = "every sample decoded" if config.decode else "every byte read"
+    say(
+        f"{storage}: {index.num_samples} samples in {len(index.shards)} shards, {num_bytes / 1e6:.1f} MB, {depth},"
+        f" {num_bytes / seconds / 1e6:.0f} MB/s: {num_faults or 'no'} faults"
+    )
+    return num_faults
+
+
+def main() -> None:
+    run_launcher(VerifyConfig, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()
