@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-faults test-slurm lint install clean
+.PHONY: demo test test-slow test-faults test-slurm fuzz lint install clean
 
 demo: install
 	$(BIN)/python launchers/demo.py
@@ -23,6 +23,14 @@ test-faults: install
 # as root, with apt-get install --no-install-recommends slurm-wlm munge
 test-slurm: install
 	$(BIN)/python -m pytest -m slurm
+
+# FUZZ_SECONDS for each format that may come from elsewhere; what it finds goes to build/fuzz
+FUZZ_SECONDS ?= 60
+fuzz: install
+	$(BIN)/pip install -q -c constraints.txt -e .[fuzz]
+	for target in $(notdir $(wildcard tests/fuzz/corpus/*)); do \
+	  $(BIN)/python tests/fuzz/fuzz.py $$target $(FUZZ_SECONDS) || exit 1; \
+	done
 
 lint: install
 	$(BIN)/flake8

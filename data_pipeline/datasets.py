@@ -26,6 +26,7 @@ from data_pipeline.storage import Storage
 
 STRICT = "strict"
 QUARANTINE = re.compile(r"quarantine:([1-9][0-9]{0,8})")
+REMEDY = "pack this data again, or let data.bad_samples be quarantine:MAX"
 MAX_TRIES = 100  # substitutes tried for one bad sample; where as many neighbours are bad, the shard is
 
 
@@ -41,7 +42,12 @@ class PackedDataset:
     """What images and codes share: an index, its shards, labels that must be classes, and what to do with a bad one."""
 
     def __init__(self, storage: Storage, index: Index, max_bad: int) -> None:
-        """max_bad: 0 if a bad sample is an error, else the number of bad samples that the caller will bear."""
+        """max_bad: 0 if a bad sample is an error, else the number of bad samples that the caller will bear.
+
+        Raises ValueError if there are no samples, and what ShardReader does.
+        """
+        if not index.num_samples:
+            raise ValueError(f"{storage}: its {len(index.shards)} shards hold no samples; pack this data again")
         self.storage = storage
         self.folder = str(storage)
         self.index = index
@@ -72,6 +78,10 @@ class PackedDataset:
         rows = [self._row(int(sample_id), epoch, bad) for sample_id, epoch in zip(ids, epochs)]
         data, labels = zip(*rows)
         return torch.cat(data), torch.cat(labels), tuple(bad)
+
+    def try_one(self) -> None:
+        """Read the first sample, so that what suits no sample shows before anything starts. Raises DamagedData."""
+        self.read_or_substitute(np.zeros(1, np.int64), np.zeros(1, np.int64))
 
     def note_bad(self, bad: tuple[BadSample, ...]) -> None:
         """Remember which samples of a batch were replaced, until somebody takes note."""
@@ -141,14 +151,14 @@ class ImageDataset(PackedDataset):
         try:
             return label_of(sample, self.json_label)
         except ValueError as error:
-            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
+            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
 
     def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Tensor, int]:
         sample = self.reader.read(sample_id)
         try:
             image, label = image_of(sample), label_of(sample, self.json_label)
         except ValueError as error:
-            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
+            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
         view = self.transform.random_view(image, uniforms) if self.random_views else self.transform.center_view(image)
         return view, label
 

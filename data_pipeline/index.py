@@ -129,20 +129,29 @@ class Index:
         if not storage.is_remote:
             _refuse_missing(Path(storage.location))
         place, content = storage.place_of(INDEX_NAME), storage.read_small(INDEX_NAME, max_bytes=MAX_INDEX_BYTES)
-        try:
-            index = _parse_index(parse_json(content))
-        except KeyError as error:
-            raise DamagedData(f"{place}: malformed index, {error} is missing; {PACK_AGAIN}") from error
-        except (ValueError, TypeError, AttributeError) as error:
-            raise DamagedData(f"{place}: malformed index, {error}; {PACK_AGAIN}") from error
+        index = cls.parse(content, place)
         if kind is not None and index.kind != kind:
             raise ValueError(f"{place}: holds {index.kind}, expected {kind}; correct the path in the config")
         return index
 
+    @classmethod
+    def parse(cls, content: bytes, place: str) -> Index:
+        """An index from the bytes of its file, which errors call `place`. Raises DamagedData if it is malformed."""
+        try:
+            return _parse_index(parse_json(content))
+        except KeyError as error:
+            raise DamagedData(f"{place}: malformed index, {error} is missing; {PACK_AGAIN}") from error
+        except (ValueError, TypeError, AttributeError) as error:
+            raise DamagedData(f"{place}: malformed index, {error}; {PACK_AGAIN}") from error
+
+    def to_bytes(self) -> bytes:
+        """The bytes of its file, JSON."""
+        return json.dumps(self._content(), indent=1).encode() + b"\n"
+
     def write(self, folder: Path) -> None:
         """Write `folder`/index.json in one step: a reader sees the whole index or none."""
         with atomic_file(Path(folder) / INDEX_NAME) as file:
-            file.write(json.dumps(self._content(), indent=1).encode() + b"\n")
+            file.write(self.to_bytes())
 
     def _content(self) -> dict[str, Any]:
         shards = [shard.to_json() for shard in self.shards]

@@ -8,6 +8,7 @@ is left out of the table, and listed with the reason; a tar that is damaged is a
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ import numpy as np
 from braceexpand import UnbalancedBracesError, braceexpand
 
 from data_pipeline.damage import DamagedData
-from data_pipeline.files import atomic_file, file_sha256
+from data_pipeline.files import atomic_file, atomic_folder, file_sha256
 from data_pipeline.images import FORMATS, decode_image
 from data_pipeline.index import Index, ShardEntry, refuse_complete, shard_name
 from data_pipeline.labels import label_of
@@ -33,6 +34,7 @@ from data_pipeline.tar import TarFault
 MAX_SHARDS = 100_000
 MAX_LIST_BYTES = 64 * 2**20
 NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+CHOICES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")
 
 
@@ -56,13 +58,18 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 def _expand(patterns: Sequence[str]) -> Iterator[str]:
     for pattern in patterns:
-        for first, last in NUMBERS.findall(pattern):  # before anything counts that far
-            if abs(int(last[:20]) - int(first[:20])) >= MAX_SHARDS:
-                raise ValueError(f"shards has {{{first[:20]}..{last[:20]}}}, more than {MAX_SHARDS} tars; correct it")
+        if _count(pattern) > MAX_SHARDS:  # before anything counts that far
+            raise ValueError(f"shards has {pattern[:100]!r}, more than {MAX_SHARDS} tars; index them in parts")
         try:
             yield from (place for one in braceexpand(pattern) for place in _places(one))
         except UnbalancedBracesError:
             raise ValueError(f"shards is {pattern[:200]!r}, whose braces do not match; write {{000..127}}") from None
+
+
+def _count(pattern: str) -> int:
+    """How many places a pattern stands for, of braces within braces only the innermost."""
+    ranges = [abs(int(last[:20]) - int(first[:20])) + 1 for first, last in NUMBERS.findall(pattern)]
+    return math.prod([*ranges, *(choices.count(",") + 1 for choices in CHOICES.findall(pattern))])
 
 
 def _places(one: str) -> list[str]:
@@ -101,7 +108,7 @@ class Indexing:
     def add(self, location: str) -> ShardEntry:
         """Read a whole tar and write its table. Raises DamagedData if it is not a sound tar."""
         name = shard_name(len(self.entries))
-        path, size, sha256 = self._whole(location)
+        path = self._whole(location)
         bad: dict[int, str] = {}
         numbers = iter(range(2**32))
 
@@ -119,7 +126,8 @@ class Indexing:
             raise DamagedData(f"{place}: {what}; copy it again, or leave it out") from None
         self.ignored += scan.ignored
         table_sha256 = write_members(_without(scan, bad), self.out / name)
-        entry = ShardEntry(name, scan.num_samples - len(bad), size, sha256, table_sha256, location)
+        good = scan.num_samples - len(bad)
+        entry = ShardEntry(name, good, scan.total, file_sha256(path), table_sha256, location)
         self.entries.append(entry)
         return entry
 
@@ -142,12 +150,12 @@ class Indexing:
         index.write(self.out)
         return index
 
-    def _whole(self, location: str) -> tuple[Path, int, str]:
-        """A local file with all of a tar, its size and sha256."""
+    def _whole(self, location: str) -> Path:
+        """A local file with all of a tar."""
         if is_url(location):
-            return self.cache.fetch_new(location)
-        path = Path(location)
-        return path, regular_size(path), file_sha256(path)
+            return self.cache.fetch_new(location)[0]
+        regular_size(Path(location))
+        return Path(location)
 
     def _fault(self, sample: Sample) -> str:
         """Why a sample cannot be used; empty: it can."""
@@ -193,9 +201,9 @@ def index_shards(
     """
     refuse_complete(out)
     locations = expand_shards(patterns)
-    out.mkdir(parents=True, exist_ok=True)
-    work = Indexing(out, cache, json_label, num_classes, decode)
-    for number, location in enumerate(locations, 1):
-        entry = work.add(location)
-        report(f"{number} of {len(locations)}: {without_query(location)}: {entry.samples} samples")
-    return work.finish(patterns), work
+    with atomic_folder(out) as folder:
+        work = Indexing(folder, cache, json_label, num_classes, decode)
+        for number, location in enumerate(locations, 1):
+            entry = work.add(location)
+            report(f"{number} of {len(locations)}: {without_query(location)}: {entry.samples} samples")
+        return work.finish(patterns), work

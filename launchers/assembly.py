@@ -87,13 +87,11 @@ def open_images(
     folder: str, tokenizer: VQVAEConfig, data: DataConfig, *, seed: int, random_views: bool
 ) -> ImageDataset:
     """Image shards, here or remote, as the tokenizer wants them."""
-    return ImageDataset(
-        Storage(folder, data.cache),
-        image_transform(tokenizer, data.views),
-        seed=seed,
-        random_views=random_views,
-        max_bad=data.max_bad,
-    )
+    transform = image_transform(tokenizer, data.views)
+    storage = Storage(folder, data.cache)
+    dataset = ImageDataset(storage, transform, seed=seed, random_views=random_views, max_bad=data.max_bad)
+    dataset.try_one()
+    return dataset
 
 
 def open_codes_or_images(
@@ -115,6 +113,7 @@ def open_codes_or_images(
             tokenizer_sha256=sha256,
             max_bad=config.data.max_bad,
         )
+        dataset.try_one()
     if config.model.is_conditional and dataset.num_classes != config.model.num_classes:
         raise ValueError(
             f"{storage}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "

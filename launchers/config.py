@@ -24,6 +24,7 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
+BENCHMARKS = ("data",)
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -269,3 +270,18 @@ class SyncConfig:
     run: str = field(metadata={"is_bare": True})
     uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
     experiment: str = ""  # empty: likewise
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkConfig:
+    """launchers/benchmark.py: what is measured, and on what. `what` may be given without its name."""
+
+    what: str = field(metadata={"is_bare": True})  # data: reading shards, with and without checks
+    folder: str = ""  # packed data to read; empty: made for the purpose
+    repeats: int = 7
+    out: str = ""  # a .json file for the figures; empty: none
+
+    def __post_init__(self) -> None:
+        refuse_unknown(BENCHMARKS, what=self.what)
+        if self.repeats < 1:
+            raise ValueError(f"repeats is {self.repeats}; it must be 1 or more")

@@ -1,0 +1,31 @@
+"""launchers/verify_shards.py: sound data are said to be, and every fault is a line before the error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from malformed_shards import SHARDS, copy_codes
+from tiny import Study, command
+
+from data_pipeline.damage import DamagedData
+from launchers import verify_shards
+from launchers.data_config import VerifyConfig
+
+
+@pytest.mark.parametrize("decode", [False, True])
+def test_sound_data_are_said_to_be(study: Study, capsys: pytest.CaptureFixture[str], decode: bool) -> None:
+    verify_shards.launch(command(VerifyConfig(folder=str(study.folder / "images"), decode=decode)))
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 2 and all("no faults" in line for line in said)
+
+
+def test_faults_are_said_with_progress(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(verify_shards, "PROGRESS_SECONDS", -1.0)
+    SHARDS["a bit of a header flipped"][0](copy_codes(study.folder / "codes/train", tmp_path))
+    with pytest.raises(DamagedData, match="1 faults, named above"):
+        verify_shards.launch(command(VerifyConfig(folder=str(tmp_path / "data"))))
+    said = capsys.readouterr().out
+    assert "fault: " in said and "MB/s, 1 faults, " in said and "s left" in said
