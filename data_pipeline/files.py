@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,8 @@ from typing import BinaryIO
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """Open a file to be written that appears under `path` only when complete and on disk, or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    unique = f"{os.getpid()}-{secrets.token_hex(4)}"  # other machines have processes of the same number
+    temporary = path.with_name(f".{path.name}.tmp-{unique}")
     try:
         with open(temporary, "wb") as file:
             yield file
@@ -59,7 +61,12 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 def file_sha256(path: Path) -> str:
     """sha256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        return open_file_sha256(file)
+
+
+def open_file_sha256(file: BinaryIO) -> str:
+    """sha256 of an open file from where it stands to its end."""
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bytes_sha256(content: bytes) -> str:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import io
 import os
 import struct
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from typing import TypeVar
@@ -19,11 +21,30 @@ from typing import TypeVar
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
 from torch import Tensor
 
+from data_pipeline.image_headers import StoredImage, read_header
 from data_pipeline.shards import Sample
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member suffix
+IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")  # the last is only in tars of other people
+# Named one by one: Image.open would guess among dozens of formats, and hand a JPEG to the reader of another
+DECODERS = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
+MAX_DECODING_BYTES = 240 * 2**20  # at the peak of decoding one image, the copy of its file included
+MAX_PIXELS = 64_000_000  # of a decoded image, whatever it takes
+SCALABLE_PIXELS = 200 * 2**20  # of a JPEG that is decoded at a half, a quarter or an eighth of its size
+TURNS = {  # EXIF's orientation -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -69,11 +90,16 @@ class ImageTransform:
 
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Scale so that the shorter side has `short_side` pixels, keeping the proportions."""
+    """Scale so that the shorter side has `short_side` pixels, keeping the proportions.
+
+    Raises ValueError for a stripe that would become larger than any image that is decoded.
+    """
     shorter = min(image.size)
     if shorter == short_side:
         return image
     width, height = (int(short_side * side / shorter) for side in image.size)
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"{image.width} x {image.height} pixels: too narrow, it would become {width} x {height}")
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -82,52 +108,97 @@ def _to_tensor(image: Image.Image) -> Tensor:
     return pixels.permute(2, 0, 1).to(torch.float32).div_(255).mul_(2).sub_(1).contiguous()
 
 
-def decode_image(data: bytes, *, max_pixels: int = 64_000_000) -> Image.Image:
-    """Decode a JPEG, PNG or WEBP into RGB, upright by its EXIF orientation.
+def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode a JPEG, PNG or WEBP into RGB, upright by its EXIF orientation; colours under transparency are kept.
 
-    The size in the header is checked before any pixel is decoded. Raises ValueError for anything else, or anything bad.
+    Sizes are read from the header before a pixel is decoded, and decoding takes at most MAX_DECODING_BYTES. A camera's
+    JPEG that would take more, of up to SCALABLE_PIXELS, comes at a half, a quarter or an eighth of its size.
+    Raises ValueError with a reason for anything else, or anything bad.
     """
+    file = read_header(data)
+    return _decode(file, _scale(file, max_pixels))
+
+
+def _scale(file: StoredImage, max_pixels: int) -> int:
+    """By how much the image must be scaled down; ValueError if it cannot be by enough."""
+    size = f"{file.width} x {file.height} pixels"
+    if file.is_scalable and file.num_pixels() > SCALABLE_PIXELS:
+        raise ValueError(f"{size}, at most {SCALABLE_PIXELS} are accepted; scale it down")
+    for scale in (1, 2, 4, 8) if file.is_scalable else (1,):
+        if file.num_pixels(scale) <= max_pixels and file.memory(scale) <= MAX_DECODING_BYTES:
+            return scale
+    if file.num_pixels() > max_pixels:
+        raise ValueError(f"{size}, at most {max_pixels} are accepted; scale it down")
+    needed, accepted = file.memory() >> 20, MAX_DECODING_BYTES >> 20
+    raise ValueError(f"{size} take {needed} MiB to decode, at most {accepted} are accepted; scale it down")
+
+
+def _decode(file: StoredImage, scale: int) -> Image.Image:
     try:
-        with Image.open(io.BytesIO(data), formats=tuple(FORMATS)) as image:
-            num_pixels = image.width * image.height
-            if num_pixels > max_pixels:
-                raise ValueError(f"{image.width} x {image.height} pixels, at most {max_pixels} are accepted")
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except Image.UnidentifiedImageError as error:
-        raise ValueError("not a JPEG, PNG or WEBP image") from error
+        image = DECODERS[file.format](io.BytesIO(file.pixels))
+        if image.size != (file.width, file.height):
+            raise ValueError(f"its headers disagree whether it has {file.width} x {file.height} pixels")
+        if scale > 1:
+            image.draft(None, (max(1, file.width // scale), max(1, file.height // scale)))
+            if image.width * image.height > file.num_pixels(scale):
+                raise ValueError(f"{file.width} x {file.height} pixels cannot be scaled down while decoding")
+        image.load()
+        if file.format == "WEBP":
+            image = image.copy()  # the decoder holds two pictures, as long as its own is there
+        if file.orientation != 1:
+            image = image.transpose(TURNS[file.orientation])
+        if image.mode.startswith("I"):  # 16-bit grey: keep the high byte; Pillow's own conversion would clip to white
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image if image.mode == "RGB" else image.convert("RGB")
     except _decoding_errors() as error:
-        raise ValueError(str(error) or type(error).__name__) from error
+        raise ValueError(f"damaged {file.format}: {error or type(error).__name__}") from error
 
 
 def _decoding_errors() -> tuple[type[Exception], ...]:
-    # Pillow promises no complete list; these are what its JPEG, PNG, WEBP and EXIF readers raise on damaged input.
+    # Pillow promises no complete list; these are what its JPEG, PNG and WEBP readers raise on damaged input.
     lookups = (IndexError, KeyError, TypeError, OverflowError, EOFError)
-    return (OSError, ValueError, SyntaxError, struct.error, zlib.error, Image.DecompressionBombError, *lookups)
+    return (OSError, ValueError, SyntaxError, struct.error, zlib.error, *lookups)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I"):  # 16-bit grey: keep the high byte; Pillow's own conversion would clip to white
-        return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
-    if "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
+class DecodingBudget:
+    """Lets several threads of a process decode at once, as long as all their images together stay within the memory.
+
+    num_bytes: for all that are being decoded or in use; one image alone may always take MAX_DECODING_BYTES.
+    """
+
+    def __init__(self, num_bytes: int = MAX_DECODING_BYTES) -> None:
+        self._left = max(num_bytes, MAX_DECODING_BYTES)
+        self._changed = threading.Condition()
+        self._turn = threading.Lock()  # who waits for a large image is not overtaken for ever by small ones
+
+    @contextmanager
+    def decoded(self, data: bytes) -> Iterator[Image.Image]:
+        """An image as `decode_image` gives it; its memory is free for others when the block ends."""
+        file = read_header(data)
+        scale = _scale(file, MAX_PIXELS)
+        needed = file.memory(scale)
+        with self._turn, self._changed:
+            self._changed.wait_for(lambda: self._left >= needed)
+            self._left -= needed
+        try:
+            yield _decode(file, scale)
+        finally:
+            with self._changed:
+                self._left += needed
+                self._changed.notify_all()
+
+
+def encoded_image(sample: Sample) -> bytes:
+    """The file of an image sample. Raises ValueError if there is none."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in sample.members:
+            return sample.members[suffix]
+    raise ValueError(f"no image among the members {sorted(sample.members)}, expected one of {list(IMAGE_SUFFIXES)}")
 
 
 def image_of(sample: Sample) -> Image.Image:
     """The decoded image of an image sample. Raises ValueError if there is none, or it is damaged."""
-    for suffix in FORMATS.values():
-        if suffix in sample.members:
-            return decode_image(sample.members[suffix])
-    raise ValueError(f"no image among the members {sorted(sample.members)}, expected one of {list(FORMATS.values())}")
-
-
-def label_of(sample: Sample) -> int:
-    """The class of an image sample. Raises ValueError if its cls member is not a number."""
-    text = sample.members.get("cls", b"")
-    if not text.isdigit() or len(text) > 9:
-        raise ValueError(f"member cls is {text[:20]!r}, expected a class number")
-    return int(text)
+    return decode_image(encoded_image(sample))
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, at_once: int) -> Iterator[Result]:

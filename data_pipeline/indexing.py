@@ -22,7 +22,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.files import atomic_file, atomic_folder, file_sha256
-from data_pipeline.images import FORMATS, decode_image
+from data_pipeline.images import IMAGE_SUFFIXES, decode_image
 from data_pipeline.index import Index, ShardEntry, refuse_complete, shard_name
 from data_pipeline.labels import label_of
 from data_pipeline.members import Sample, Scan, scan_file
@@ -35,7 +35,6 @@ MAX_SHARDS = 100_000
 MAX_LIST_BYTES = 64 * 2**20
 NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
 CHOICES = re.compile(r"\{([^{}]*,[^{}]*)\}")
-IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:

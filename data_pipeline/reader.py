@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.damage import DamagedData
-from data_pipeline.files import bytes_sha256, file_sha256
+from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
 from data_pipeline.members import MAX_MEMBER_BYTES, ROW, SUFFIXES, Sample, cut_sample
-from data_pipeline.storage import Storage, regular_size
+from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
 MAX_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files per process
@@ -95,7 +95,8 @@ class ShardReader:
         """Read every shard and compare its sha256 with the index. Raises DamagedData naming the first that differs."""
         for number, shard in enumerate(self.index.shards):
             self._table(number)
-            found = file_sha256(self.storage.fetch(shard))
+            with os.fdopen(self.storage.open(shard), "rb") as file:
+                found = open_file_sha256(file)
             if found != shard.sha256:
                 place = self.storage.place_of_shard(shard)
                 raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
@@ -124,9 +125,7 @@ class ShardReader:
         if number not in self._descriptors:
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            path = self.storage.fetch(self.index.shards[number])
-            regular_size(path)  # opening a pipe would wait for a writer
-            self._descriptors[number] = os.open(path, os.O_RDONLY)
+            self._descriptors[number] = self.storage.open(self.index.shards[number])
         return self._descriptors[number]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,8 +15,6 @@ from data_pipeline.remote import CacheConfig, ShardCache, check_location, is_url
 
 if TYPE_CHECKING:
     from data_pipeline.index import ShardEntry
-
-SIZES_AT_ONCE = 16  # requests for the sizes of remote shards
 
 
 class Storage:
@@ -57,12 +54,13 @@ class Storage:
     def is_remote_shard(self, shard: ShardEntry) -> bool:
         return is_url(self._shard(shard))
 
-    def fetch(self, shard: ShardEntry) -> Path:
-        """A local file with the content of a shard; of a remote one, after it was fetched and verified."""
+    def open(self, shard: ShardEntry) -> int:
+        """A descriptor of a local file with the content of a shard; of a remote one, fetched and verified."""
         location = self._shard(shard)
         if is_url(location):
-            return self.cache.fetch(location, size=shard.bytes, sha256=shard.sha256)
-        return Path(location)
+            return self.cache.open(location, size=shard.bytes, sha256=shard.sha256)
+        regular_size(Path(location))  # opening a pipe would wait for a writer
+        return os.open(location, os.O_RDONLY)
 
     def check_sizes(self, shards: tuple[ShardEntry, ...]) -> None:
         """Compare the size of every shard with the index.
@@ -70,16 +68,13 @@ class Storage:
         Raises FileNotFoundError for a missing shard, DamagedData for one of another size.
         """
         remote = [shard for shard in shards if self.is_remote_shard(shard)]
-        with ThreadPoolExecutor(SIZES_AT_ONCE) as pool:
-            sizes = dict(zip((shard.name for shard in remote), pool.map(self._remote_size, remote)))
+        found = self.cache.sizes_of([self._shard(shard) for shard in remote])
+        sizes = dict(zip((shard.name for shard in remote), found, strict=True))
         for shard in shards:
             size = sizes[shard.name] if shard.name in sizes else regular_size(Path(self._shard(shard)))
             if size != shard.bytes:
                 place = self.place_of_shard(shard)
                 raise DamagedData(f"{place}: {size} bytes, the index says {shard.bytes}; copy or pack it again")
-
-    def _remote_size(self, shard: ShardEntry) -> int:
-        return self.cache.size_of(self._shard(shard))
 
     def _shard(self, shard: ShardEntry) -> str:
         return shard.location or self._join(shard.name)

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.codes import CodeFormat
-from data_pipeline.files import file_sha256
+from data_pipeline.files import open_file_sha256
 from data_pipeline.images import image_of
 from data_pipeline.index import INDEX_NAME, Index, ShardEntry
 from data_pipeline.labels import JSON_KEY, label_of
 from data_pipeline.members import Sample, cut_sample
 from data_pipeline.reader import load_members
-from data_pipeline.storage import Storage, regular_size
+from data_pipeline.storage import Storage
 from data_pipeline.tar import TarFault
 
 MAX_FAULTS = 100  # named in one shard; where there are more, it has to be copied again anyway
@@ -62,42 +62,40 @@ def _verify_shard(storage: Storage, index: Index, shard: ShardEntry, *, decode: 
 
 def _faults(storage: Storage, index: Index, shard: ShardEntry, *, decode: bool) -> Iterator[str]:
     place = storage.place_of_shard(shard)
-    path = storage.fetch(shard)
-    size = regular_size(path)
-    if size != shard.bytes:
-        yield f"{place}: {size} bytes, the index says {shard.bytes}"
-    table, first = load_members(storage, shard)
-    is_whole = size == shard.bytes and file_sha256(path) == shard.sha256
-    named = 0
-    if decode or not is_whole:
-        for fault in _sample_faults(path, table, first, index, decode=decode):
-            named += 1
-            if named > MAX_FAULTS:
-                yield f"{place}: and more"
-                break
-            yield f"{place}: {fault}"
+    with os.fdopen(storage.open(shard), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        if size != shard.bytes:
+            yield f"{place}: {size} bytes, the index says {shard.bytes}"
+        table, first = load_members(storage, shard)
+        is_whole = size == shard.bytes and open_file_sha256(file) == shard.sha256
+        named = 0
+        if decode or not is_whole:
+            for fault in _sample_faults(file.fileno(), table, first, index, decode=decode):
+                named += 1
+                if named > MAX_FAULTS:
+                    yield f"{place}: and more"
+                    break
+                yield f"{place}: {fault}"
     if size == shard.bytes and not is_whole and not named:
         yield f"{place}: changed where no sample is (sha256); its samples are sound"
 
 
-def _sample_faults(path: Path, table: np.ndarray, first: list[int], index: Index, *, decode: bool) -> Iterator[str]:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        for start, stop in zip(first, first[1:]):
-            rows = table[start:stop].tolist()
-            begin, end = rows[0][2], rows[-1][3] + rows[-1][4]
-            blob = os.pread(descriptor, end - begin, begin)
-            try:
-                if len(blob) != end - begin:
-                    raise TarFault(f"sample {rows[0][0]} at byte {begin} is behind the end of the file")
-                sample = cut_sample(blob, rows)
-            except TarFault as fault:
-                yield str(fault)
-                continue
-            if decode and (reason := _decoding_fault(sample, index)):
-                yield f"sample {sample.key}: {reason}"
-    finally:
-        os.close(descriptor)
+def _sample_faults(
+    descriptor: int, table: np.ndarray, first: list[int], index: Index, *, decode: bool
+) -> Iterator[str]:
+    for start, stop in zip(first, first[1:]):
+        rows = table[start:stop].tolist()
+        begin, end = rows[0][2], rows[-1][3] + rows[-1][4]
+        blob = os.pread(descriptor, end - begin, begin)
+        try:
+            if len(blob) != end - begin:
+                raise TarFault(f"sample {rows[0][0]} at byte {begin} is behind the end of the file")
+            sample = cut_sample(blob, rows)
+        except TarFault as fault:
+            yield str(fault)
+            continue
+        if decode and (reason := _decoding_fault(sample, index)):
+            yield f"sample {sample.key}: {reason}"
 
 
 def _decoding_fault(sample: Sample, index: Index) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -37,6 +39,7 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
         DamagedCheckpoint: the run once had a checkpoint, and now there is none.
     """
     accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world.world_size)
+    refuse_no_folder(Path(config.run))
     folder = Path(config.run) / "checkpoints"
     refuse_lost_checkpoints(Path(config.run))
     newest = next((path for path in candidates(folder) if not structural_damage(path)), None)
@@ -58,6 +61,18 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
     if newest:
         checkpoints.refuse_misfit(newest)
     return checkpoints
+
+
+def refuse_no_folder(run: Path) -> None:
+    """Raise ValueError or OSError if a run folder neither is there nor can be made, before anything is set up."""
+    nearest = next(place for place in (run.absolute(), *run.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"run is {run}, but {nearest} is a file; choose another run folder")
+    try:
+        os.rmdir(tempfile.mkdtemp(dir=nearest, prefix=".probe-"))
+    except OSError as error:
+        what = f"{error.strerror}: no run folder can be made here; choose another"
+        raise OSError(error.errno, what, str(run)) from error
 
 
 def refuse_lost_checkpoints(run: Path) -> None:

@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 from malformed_shards import INDEXES, SHARDS, TARS, copy_codes
 from project import single_error
+from shard_mutations import make_images
+from test_indexing import write_theirs
 from tiny import Study
 
 import launchers.config_files as config_files
@@ -73,3 +75,39 @@ def test_a_malformed_tar_of_somebody_else(tmp_path: Path, name: str) -> None:
     damage(tmp_path)
     line, _ = fail("index_shards", "--shards", "theirs.tar", "--out", "out", code=code, folder=tmp_path)
     assert reason in line and "theirs.tar" in line
+
+
+TRAIN = ("train", "--config", "d2.yaml")
+# variables, command line, exit code, what the line says
+ENVIRONMENTS: dict[str, tuple[dict[str, str], tuple[str, ...], int, str]] = {
+    "a rank in words": ({"RANK": "first"}, TRAIN, 64, "RANK=first"),
+    "a rank without a world": ({"RANK": "0"}, TRAIN, 64, "launchers set all three to numbers"),
+    "a world of none": ({"RANK": "0", "WORLD_SIZE": "0", "LOCAL_RANK": "0"}, TRAIN, 64, "WORLD_SIZE"),
+    "a rank beyond the world": ({"RANK": "3", "WORLD_SIZE": "2", "LOCAL_RANK": "0"}, TRAIN, 64, "RANK"),
+    "a node of none": (
+        {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "0"}, TRAIN, 64, "LOCAL_WORLD_SIZE=0"
+    ),
+    "a run folder that is a file": ({}, (*TRAIN, "run=d2.yaml"), 64, "d2.yaml"),
+    "a run folder in a file": ({}, (*TRAIN, "run=d2.yaml/run"), 64, "d2.yaml"),
+    "a run folder where none can be made": ({}, (*TRAIN, "run=/proc/run"), 64, "/proc/run"),
+    "output in a file": ({}, ("index_shards", "--shards", "a.tar", "--out", "d2.yaml/out"), 64, "d2.yaml"),
+    "output that is a file": ({}, ("index_shards", "--shards", "a.tar", "--out", "d2.yaml"), 64, "is a file"),
+    "output where none can be made": ({}, ("index_shards", "--shards", "a.tar", "--out", "/proc/out"), 64, "/proc/"),
+    "a config that is a folder": ({}, ("train", "--config", "."), 64, "config"),
+    "a config that is a device": ({}, ("train", "--config", "/dev/zero"), 64, "/dev/zero"),
+    "data that is a file": ({}, ("verify_shards", "d2.yaml"), 64, "d2.yaml"),
+    "an s3 address without a bucket": ({}, ("verify_shards", "s3://"), 64, "s3://"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_an_impossible_environment(
+    study: Study, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    variables, command, code, reason = ENVIRONMENTS[name]
+    for variable, value in variables.items():
+        monkeypatch.setenv(variable, value)
+    (tmp_path / "d2.yaml").write_text(config_files.to_yaml(study.train_config("malformed")))
+    write_theirs(tmp_path / "a.tar", make_images(2))
+    line, _ = fail(*command, code=code, folder=tmp_path)
+    assert reason in line

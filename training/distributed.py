@@ -53,12 +53,16 @@ def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
         said = ", ".join(f"{name}={value}" for name, value in place.items())
         raise ValueError(f"{said}: launchers set all three to numbers; unset RANK, or start with deepspeed or srun")
     rank, world_size, local_rank = map(int, place.values())
+    if not rank < world_size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size}: ranks count from 0; unset both, or correct them")
     if slurm.is_srun_task(environment) and world_size < int(environment["SLURM_STEP_NUM_TASKS"]):
         raise ValueError(  # each task would be a run of its own, and all would write to one folder
             f"RANK={rank} and WORLD_SIZE={world_size} are set, but srun started {environment['SLURM_STEP_NUM_TASKS']} "
             "tasks; unset RANK to let srun count, or start one task a node with a launcher in it"
         )
-    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or world_size
+    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or str(world_size)
+    if not local_world_size.isdecimal() or int(local_world_size) < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE={local_world_size}: it is the number of ranks on this node; unset it")
     return slurm.Place(rank, world_size, local_rank, int(local_world_size))
 
 
