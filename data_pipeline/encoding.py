@@ -1,85 +1,114 @@
 """From image shards to code shards. The tokenizer is a function from outside; no model is known here.
 
+Each image shard becomes one code shard, with the same keys in the same order, whoever makes it: any number of processes
+work on a folder at once, and may be killed and started again.
 Legend: B batch, K views, L codes of one image (num_tokens), S image size in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from itertools import islice
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 
+from data_pipeline.claims import Claims, Entry, shard_of
 from data_pipeline.codes import CodeFormat
-from data_pipeline.images import ImageTransform, image_of, label_of, map_in_threads
-from data_pipeline.index import Index, ShardEntry, refuse_complete
+from data_pipeline.damage import DamagedData
+from data_pipeline.images import DecodingBudget, ImageTransform, encoded_image, map_in_threads
+from data_pipeline.index import Index, is_complete
+from data_pipeline.labels import JSON_KEY, label_of
 from data_pipeline.plan import Stream, hash_uniform
-from data_pipeline.shards import Sample, ShardReader, write_shard
+from data_pipeline.progress import Progress
+from data_pipeline.reader import ShardReader
+from data_pipeline.shards import KEY, Sample, write_shard
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that determines the codes of a set of images.
+
+    One view is the centre crop; more are random crops that depend on (seed, sample, view) alone.
+    device: what computes, such as "cpu"; all workers must have the same, since devices round differently.
+    """
+
+    transform: ImageTransform
+    views: int
+    seed: int
+    patch_nums: tuple[int, ...]
+    vocab_size: int
+    tokenizer_sha256: str
+    batch_size: int
+    device: str = "cpu"
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ValueError(f"batch_size is {self.batch_size}, expected at least 1")
+
+    @property
+    def format(self) -> CodeFormat:
+        return CodeFormat.for_vocab(sum(side * side for side in self.patch_nums), self.vocab_size, self.views)
+
+    def meta(self, source: Index) -> dict[str, Any]:
+        """What the index of the codes says of them."""
+        return {
+            "patch_nums": list(self.patch_nums),
+            "vocab_size": self.vocab_size,
+            "num_tokens": self.format.num_tokens,
+            "bits": self.format.bits,
+            "views": self.views,
+            "view": "centre crop" if self.views == 1 else "random crops",
+            "image_size": self.transform.image_size,
+            "resize_ratio": self.transform.resize_ratio,
+            "flip": self.transform.flip and self.views > 1,
+            "seed": self.seed,
+            "tokenizer_sha256": self.tokenizer_sha256,
+            "classes": source.meta["classes"],
+            "images_fingerprint": source.fingerprint,
+        }
+
+    def plan(self, source: Index) -> dict[str, Any]:
+        """What all workers must agree on, so that they make the same bytes."""
+        versions = f"torch {torch.__version__}, Pillow {PIL.__version__}"
+        return {**self.meta(source), "batch": self.batch_size, "device": self.device, "versions": versions}
 
 
 def write_codes(
-    images: Path,
+    images: str | Path,
     out: Path,
+    recipe: Recipe,
     *,
     encode: Callable[[Tensor], Tensor],
-    transform: ImageTransform,
-    views: int,
-    seed: int,
-    patch_nums: Sequence[int],
-    vocab_size: int,
-    tokenizer_sha256: str,
-    batch_size: int,
     report: Callable[[str], None] = print,
 ) -> Index:
-    """Encode a packed image split: one code shard for each image shard, with the same keys in the same order.
+    """Encode a packed image split, together with whoever else does; the index, when all is done.
 
-    encode: (B, 3, S, S) float32 in [-1, 1], on the CPU, B <= batch_size -> (B, L) codes on any device.
-    One view is the centre crop; more are random crops that depend on (seed, sample, view) alone.
-    Raises ValueError if `out` is already packed, an image is damaged, or the codes do not fit patch_nums or vocab_size.
+    encode: (B, 3, S, S) float32 in [-1, 1], on the CPU, B <= recipe.batch_size -> (B, L) codes on any device.
+    Raises ValueError if `out` holds codes made otherwise, finished or not, or the codes do not fit patch_nums or
+    vocab_size; DamagedData if an image is damaged.
     """
-    refuse_complete(out)
-    if batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    source = Index.read(images, kind="images")
-    num_tokens = sum(side * side for side in patch_nums)
-    code_format = CodeFormat.for_vocab(num_tokens, vocab_size, views)
-    meta = {
-        "patch_nums": list(patch_nums),
-        "vocab_size": vocab_size,
-        "num_tokens": num_tokens,
-        "bits": code_format.bits,
-        "views": views,
-        "view": "centre crop" if views == 1 else "random crops",
-        "image_size": transform.image_size,
-        "resize_ratio": transform.resize_ratio,
-        "flip": transform.flip and views > 1,
-        "seed": seed,
-        "tokenizer_sha256": tokenizer_sha256,
-        "classes": source.meta["classes"],
-        "images_fingerprint": source.fingerprint,
-    }
-    reader = ShardReader(images, source)
-    encoder = _Encoder(reader, encode, transform, code_format, vocab_size, seed, batch_size)
-    index = Index("codes", _write_code_shards(encoder, Path(out), report), meta)
-    index.write(out)
-    return index
+    return Encoding(images, out, recipe, encode=encode, report=report).finish()
 
 
-def _write_code_shards(encoder: _Encoder, out: Path, report: Callable[[str], None]) -> tuple[ShardEntry, ...]:
-    out.mkdir(parents=True, exist_ok=True)
-    source = encoder.reader.index
-    shards: list[ShardEntry] = []
-    num_done = 0
-    for shard in source.shards:
-        ids = range(num_done, num_done + shard.samples)
-        shards.append(write_shard(encoder.samples(ids), out / shard.name))
-        num_done += shard.samples
-        report(f"{out.name}: {num_done} of {source.num_samples} images encoded")
-    return tuple(shards)
+def is_encoded(out: Path, wanted: dict[str, Any]) -> bool:
+    """Whether `out` is complete, with these values in its index's meta.
+
+    Raises ValueError if it is complete, but made otherwise; the first difference is named.
+    """
+    if not is_complete(out):
+        return False
+    found = Index.read(out, kind="codes").meta
+    for name, value in wanted.items():
+        if found.get(name) != value:
+            was, now = str(found.get(name))[:160], str(value)[:160]
+            raise ValueError(f"{out}: holds codes with {name} {was}, now it is {now}; delete it first")
+    return True
 
 
 @dataclass(frozen=True)
@@ -97,40 +126,110 @@ class _Encoder:
 
     reader: ShardReader
     encode: Callable[[Tensor], Tensor]
-    transform: ImageTransform
-    format: CodeFormat
-    vocab_size: int
-    seed: int
-    batch_size: int
+    recipe: Recipe
+    budget: DecodingBudget = field(default_factory=DecodingBudget)
 
     def samples(self, ids: range) -> Iterator[Sample]:
-        num_images = max(1, self.batch_size // self.format.views)
+        code_format = self.recipe.format
+        num_images = max(1, self.recipe.batch_size // self.recipe.views)
         stored = ((sample_id, self.reader.read(sample_id)) for sample_id in ids)
         images = map_in_threads(self._views, stored, at_once=num_images)
         while chunk := list(islice(images, num_images)):
             codes = self._codes(torch.cat([image.crops for image in chunk]))
-            for image, rows in zip(chunk, codes.reshape(len(chunk), self.format.views, -1)):
-                yield Sample(image.key, {self.format.suffix: self.format.pack(image.label, rows)})
+            for image, rows in zip(chunk, codes.reshape(len(chunk), self.recipe.views, -1)):
+                yield Sample(image.key, {code_format.suffix: code_format.pack(image.label, rows)})
 
     def _views(self, stored: tuple[int, Sample]) -> _Views:
         sample_id, sample = stored
         try:
-            image, label = image_of(sample), label_of(sample)
+            label = label_of(sample, self.reader.index.meta.get("json_label", JSON_KEY))
+            crops = self._crops(sample_id, encoded_image(sample))
         except ValueError as error:
-            raise ValueError(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}") from error
-        if self.format.views == 1:
-            return _Views(sample.key, label, self.transform.center_view(image)[None])
-        numbers = np.arange(self.format.views)
-        uniforms = hash_uniform(self.seed, Stream.CROP, np.full_like(numbers, sample_id), numbers, 3)
-        return _Views(sample.key, label, torch.stack([self.transform.random_view(image, row) for row in uniforms]))
+            place = self.reader.path_of(sample_id)
+            raise DamagedData(f"{place}: sample {sample.key}: {error}; pack these images again") from error
+        # Other people's keys may have slashes and be longer than ours.
+        return _Views(sample.key if KEY.fullmatch(sample.key) else f"_{sample_id:09d}", label, crops)
+
+    def _crops(self, sample_id: int, data: bytes) -> Tensor:
+        """-> (K, 3, S, S)"""
+        transform, views = self.recipe.transform, self.recipe.views
+        with self.budget.decoded(data) as image:
+            if views == 1:
+                return transform.center_view(image)[None]
+            numbers = np.arange(views)
+            uniforms = hash_uniform(self.recipe.seed, Stream.CROP, np.full_like(numbers, sample_id), numbers, 3)
+            return torch.stack([transform.random_view(image, row) for row in uniforms])
 
     @torch.inference_mode()
     def _codes(self, crops: Tensor) -> np.ndarray:
         """(N, 3, S, S) -> (N, L) int64. Raises ValueError if these are not codes of this vocabulary."""
-        codes = torch.cat([self.encode(part).cpu() for part in crops.split(self.batch_size)]).numpy()
-        expected = (len(crops), self.format.num_tokens)
+        codes = torch.cat([self.encode(part).cpu() for part in crops.split(self.recipe.batch_size)]).numpy()
+        expected, vocab_size = (len(crops), self.recipe.format.num_tokens), self.recipe.vocab_size
         if codes.shape != expected:
             raise ValueError(f"the tokenizer gave codes of shape {codes.shape}, expected {expected}; see patch_nums")
-        if codes.min() < 0 or codes.max() >= self.vocab_size:
-            raise ValueError(f"the tokenizer gave codes {codes.min()} .. {codes.max()}, vocab_size {self.vocab_size}")
+        if codes.min() < 0 or codes.max() >= vocab_size:
+            raise ValueError(f"the tokenizer gave codes {codes.min()} .. {codes.max()}, vocab_size {vocab_size}")
         return codes
+
+
+class Encoding:
+    """The encoding of one folder by this process, beside others. `write_codes` in two steps."""
+
+    def __init__(
+        self,
+        images: str | Path,
+        out: Path,
+        recipe: Recipe,
+        *,
+        encode: Callable[[Tensor], Tensor],
+        report: Callable[[str], None] = print,
+    ) -> None:
+        """The arguments of `write_codes`. Raises its ValueError if `out` holds, or is to hold, other codes."""
+        source = Index.read(images, kind="images")
+        first_ids = accumulate((shard.samples for shard in source.shards), initial=0)
+        self._ids = {
+            shard.name.removesuffix(".tar"): range(first, first + shard.samples)
+            for shard, first in zip(source.shards, first_ids)
+        }
+        self._out = Path(out)
+        self._meta = recipe.meta(source)
+        self._report = report
+        self._encoder = _Encoder(ShardReader(images, source), encode, recipe)
+        self._claims = Claims(
+            self._out, list(self._ids), plan=recipe.plan(source), is_finished=lambda: is_complete(out), report=report
+        )
+        if not is_encoded(self._out, self._meta):
+            self._claims.open()
+        sizes = {name: len(ids) for name, ids in self._ids.items()}
+        self._progress = Progress(self._claims, sizes, report=report)
+
+    def work(self) -> None:
+        """Encode what nobody works on. Raises what `write_codes` raises."""
+        if not is_complete(self._out):
+            self._claims.work(self._make)
+
+    def finish(self) -> Index:
+        """Encode, and take over what others drop, until all is done. Raises what `write_codes` raises."""
+        self._claims.finish(self._make, self._merge)
+        self._report(f"{self._out}: {self._progress.summary()}")
+        is_encoded(self._out, self._meta)  # by others, perhaps, who did not wait for us
+        return Index.read(self._out, kind="codes")
+
+    def _make(self, name: str) -> Entry:
+        if not self._ids[name]:
+            return {"shard": None}
+        self._progress.begin_shard()
+        shard = write_shard(self._counted(self._encoder.samples(self._ids[name])), self._out / f"{name}.tar")
+        return {"shard": shard.to_json()}
+
+    def _counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
+        for sample in samples:
+            self._progress.add(1, sum(map(len, sample.members.values())))
+            yield sample
+
+    def _merge(self) -> None:
+        found = [shard_of(self._claims.entry(name)) for name in self._ids]
+        index = Index("codes", tuple(shard for shard in found if shard is not None), self._meta)
+        expected = self._encoder.reader.index.num_samples
+        assert index.num_samples == expected, f"{index.num_samples} codes of {expected} images"
+        index.write(self._out)

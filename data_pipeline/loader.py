@@ -21,8 +21,10 @@ from torch import Tensor
 from data_pipeline.damage import BadSample
 from data_pipeline.index import Index
 from data_pipeline.plan import WINDOW_SAMPLES, Plan
+from data_pipeline.prefetch import Prefetcher, bytes_at_once
 from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.reader import ShardReader
+from data_pipeline.storage import Storage
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class Dataset(Protocol):
     """What the loader needs: sizes, and samples by number and epoch."""
 
     folder: str
+    storage: Storage
     index: Index
     num_classes: int
     reader: ShardReader
@@ -104,6 +107,48 @@ class _Noted(Iterator[Batch]):
             self._batches.close()
 
 
+class _Ahead(Iterator[Batch]):
+    """Batches, while a thread fetches the remote shards that the next ones will need."""
+
+    def __init__(self, dataset: Dataset, plan: Plan, samples_seen: int) -> None:
+        """Raises ValueError if the cache cannot hold the shards that are needed at once."""
+        self._storage, self._shards = dataset.storage, dataset.index.shards
+        ahead = self._storage.cache.config.ahead
+        remote = [shard for shard in self._shards if self._storage.is_remote_shard(shard)]
+        room = bytes_at_once(remote, window=plan.window, ahead=ahead)
+        self._storage.cache.check_room(room, window=plan.window)
+        own_plan = Plan(plan.shard_sizes, plan.seed, plan.window)  # a plan is not for two threads
+        self._prefetcher = Prefetcher(self._fetch, own_plan.shards_from(samples_seen), ahead=ahead)
+        self._batches: Iterator[Batch] = iter(())
+
+    def told_of(self, requests: Iterator[_Request], *, reach: int) -> Iterator[_Request]:
+        """The requests as they are made; all ranks together are then `reach` positions beyond the first of each."""
+        for request in requests:
+            self._prefetcher.reached(int(request.positions[0]) + reach)
+            yield request
+
+    def start(self, batches: Iterator[Batch]) -> _Ahead:
+        self._batches = batches
+        self._prefetcher.start()
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._batches)
+
+    def close(self) -> None:
+        self._prefetcher.close()
+        if hasattr(self._batches, "close"):
+            self._batches.close()
+
+    def _fetch(self, number: int) -> None:
+        if self._storage.is_remote_shard(self._shards[number]):
+            self._storage.fetch_early(self._shards[number])
+
+
+def _has_remote_shards(dataset: Dataset) -> bool:
+    return any(map(dataset.storage.is_remote_shard, dataset.index.shards))
+
+
 def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
     """The number of the first sample of each class, in the order asked for. Raises ValueError if one has no sample."""
     first: dict[int, int] = {}
@@ -142,7 +187,12 @@ def train_batches(
     first = samples_seen + rank * batch_size
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
     read = partial(_read_batch, dataset)
+    ahead = _Ahead(dataset, plan, samples_seen) if _has_remote_shards(dataset) else None
+    if ahead:
+        requests = ahead.told_of(requests, reach=batch_size * (world_size - rank))
     batches = map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
+    if ahead:
+        batches = ahead.start(batches)  # after the workers, so that no thread is in its middle when they are forked
     return _Noted(batches, dataset) if dataset.max_bad else batches
 
 

@@ -8,8 +8,9 @@ it belongs to, never the state of a generator, so it does not depend on ranks, w
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from enum import IntEnum
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,6 +26,7 @@ class Stream(IntEnum):
     VIEW = 4
     SPLIT = 5
     PACKING = 6
+    SHEET = 7
 
 
 def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
@@ -52,6 +54,13 @@ def hash_uniform(seed: int, stream: Stream, ids: np.ndarray, epochs: np.ndarray,
 def permutation(length: int, *keys: int) -> np.ndarray:
     """A permutation of 0 .. length - 1 that depends on the keys alone. -> (length,) int64."""
     return np.argsort(hash_keys(*keys, np.arange(length)), kind="stable")
+
+
+class Need(NamedTuple):
+    """A shard, and the stream position of the first sample that needs it."""
+
+    position: int
+    shard: int
 
 
 class Plan:
@@ -83,6 +92,21 @@ class Plan:
             ids[position - start : position - start + len(part)] = part
             position += len(part)
         return ids, np.arange(start, stop) // self.num_samples
+
+    def shards_from(self, position: int) -> Iterator[Need]:
+        """The shards that each window needs, in the order of need, from a stream position on without end.
+
+        A shard comes once for every window that it has samples in.
+        """
+        ends = np.cumsum(self.shard_sizes)
+        while True:
+            epoch, within_epoch = divmod(position, self.num_samples)
+            number, within_window = divmod(within_epoch, self.window)
+            ids = self._window_ids(epoch, number)[within_window:]
+            shards, first = np.unique(np.searchsorted(ends, ids, side="right"), return_index=True)
+            for index in np.argsort(first):
+                yield Need(position + int(first[index]), int(shards[index]))
+            position += len(ids)
 
     def _window_ids(self, epoch: int, number: int) -> np.ndarray:
         key = (epoch, number)

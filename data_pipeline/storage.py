@@ -62,6 +62,10 @@ class Storage:
         regular_size(Path(location))  # opening a pipe would wait for a writer
         return os.open(location, os.O_RDONLY)
 
+    def fetch_early(self, shard: ShardEntry) -> None:
+        """Fetch a remote shard for later, unless another process is fetching it."""
+        self.cache.fetch_unless_claimed(self._shard(shard), size=shard.bytes, sha256=shard.sha256)
+
     def check_sizes(self, shards: tuple[ShardEntry, ...]) -> None:
         """Compare the size of every shard with the index.
 

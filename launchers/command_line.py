@@ -15,11 +15,14 @@ import traceback
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
 from launchers.config_files import describe_schema, load_config, nearest, one_line, setting_type, to_yaml
 from launchers.exit_codes import EXIT_ERROR, describe, exit_code, lost_its_peers
 from training.distributed import World, end_process
+from training.foreign_weights import forbid_unpickling
+from training.redaction import redact, redacted_output
 from training.stopping import Stopped
 
 Config = TypeVar("Config")
@@ -51,7 +54,16 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
     """Parse sys.argv, launch, and turn what can go wrong into one line and the exit code of `launchers.exit_codes`.
 
     Errors of the program itself keep their traceback; NEXTSCALE_TRACEBACK=1 in the environment shows it for all.
+    Passwords and tokens are hidden in whatever is printed, and no library may unpickle what it loads with torch.
     """
+    forbid_unpickling()
+    with redacted_output():
+        code = _launched(schema, launch, description)
+    if code:
+        sys.exit(code)
+
+
+def _launched(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> int:
     try:
         command = parse(schema, sys.argv[1:], description)
         only_says = command is None or command.dry_run
@@ -61,11 +73,15 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error)
         if code == EXIT_ERROR and _place()[1] == 1:
+            sys.excepthook = _print_redacted  # Python shows the traceback once nobody has caught it
             raise
     if _place()[1] > 1:
         end_process(code)  # at once: its peers may be gone, and the process group would wait for them
-    if code:
-        sys.exit(code)
+    return code
+
+
+def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    print(redact("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr, flush=True)
 
 
 def _report(error: BaseException) -> int:

@@ -1,13 +1,16 @@
 """From YAML files and overrides to a frozen config, and back.
 
 Precedence: the defaults in the dataclasses, then the file on top of the files it `extends:`, then the `a.b=c`
-overrides. OmegaConf reads and merges; unknown keys and wrong types are errors that name the nearest known key.
+overrides. OmegaConf merges; unknown keys and wrong types are errors that name the nearest known key. A setting that
+holds a password or a token is refused: settings go into checkpoints, records and MLflow.
 """
 
 from __future__ import annotations
 
 import difflib
 import inspect
+import math
+import os
 import re
 import typing
 from collections.abc import Sequence
@@ -15,10 +18,14 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from launchers.yaml_files import MAX_DEPTH, parse_yaml, read_yaml
 from training.checkpoint import flatten
+from training.redaction import REMEDY, redact, secret_in
 
 Config = TypeVar("Config")
-MAX_CONFIG_BYTES = 2**20
+MAX_EXTENDED = 16  # files, one on top of the other
+MAX_SHOWN = 80  # characters of a wrong value
+PLAIN_NAME = re.compile(r"[a-z0-9_.]{1,80}")
 
 
 def load_config(schema: type[Config], file: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -28,19 +35,29 @@ def load_config(schema: type[Config], file: str | None, overrides: Sequence[str]
         FileNotFoundError: the file or one that it extends does not exist.
         ValueError: unknown key, wrong type, missing setting, or a value that a dataclass refuses.
     """
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
     layers = _read_layers(Path(file)) if file else []
-    for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"'{override}' is not a setting; write it as a.b=c")
-    try:
-        layers.append(OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides))))
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise ValueError(f"{' '.join(overrides)}: not valid YAML after '=': {one_line(error)}") from None
+    layers += [_override(text) for text in overrides]
     return build_config(schema, layers, source=file or "command line")
+
+
+def _override(text: str) -> dict[str, Any]:
+    """The setting that `a.b=c` gives, nested as in a file; c is YAML."""
+    name, equals, value = text.partition("=")
+    parts = name.split(".")
+    if what := secret_in(text):  # whatever it is meant for: it must not be shown in the complaint about that
+        setting = f"setting '{name}'" if PLAIN_NAME.fullmatch(name) else "a setting on the command line"
+        raise ValueError(f"{setting} holds {what}, which records and MLflow would show; {REMEDY}")
+    if not equals or not all(parts) or len(parts) > MAX_DEPTH:
+        raise ValueError(f"'{_shortened(text)}' is not a setting; write it as a.b=c")
+    layer = parse_yaml(value, f"{_shortened(name)}=")
+    for part in reversed(parts):
+        layer = {part: layer}
+    return layer
+
+
+def _shortened(text: str) -> str:
+    text = redact(text[:2000])  # before it is cut: the half of a secret has no form
+    return text if len(text) <= MAX_SHOWN else f"{text[:MAX_SHOWN]}..."
 
 
 def build_config(schema: type[Config], layers: Sequence[dict[str, Any]], *, source: str) -> Config:
@@ -57,6 +74,15 @@ def build_config(schema: type[Config], layers: Sequence[dict[str, Any]], *, sour
         raise ValueError(f"{source}: {wrong}") from None
 
 
+def _refuse_unfit(name: str, value: Any) -> None:
+    """Raise ValueError for what no setting may be, whatever its type allows."""
+    for item in value if isinstance(value, tuple) else (value,):
+        if isinstance(item, float) and not math.isfinite(item):
+            raise ValueError(f"setting '{name}' is {item}; it must be a finite number")
+        if isinstance(item, str) and (what := secret_in(item)):
+            raise ValueError(f"setting '{name}' holds {what}, which records and MLflow would show; {REMEDY}")
+
+
 def _wrong_value(schema: type, layers: Sequence[dict[str, Any]]) -> str | None:
     """Name the first setting whose value cannot be converted, and what is expected; OmegaConf does not always say."""
     from omegaconf import OmegaConf
@@ -69,7 +95,7 @@ def _wrong_value(schema: type, layers: Sequence[dict[str, Any]]) -> str | None:
         try:
             OmegaConf.merge(OmegaConf.structured(schema), alone)
         except OmegaConfBaseException:
-            return f"'{key}' is {value!r}, expected {_type_name(setting_type(schema, key))}; see --help"
+            return f"'{key}' is {_shortened(repr(value))}, expected {_type_name(setting_type(schema, key))}; see --help"
     return None
 
 
@@ -95,26 +121,18 @@ def _type_name(kind: Any) -> str:
 
 def _read_layers(path: Path, below: tuple[Path, ...] = ()) -> list[dict[str, Any]]:
     """The file and what it extends, the base first."""
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
-
-    if path.resolve() in below:
+    place = Path(os.path.realpath(path))
+    if place in below:
         raise ValueError(f"{path}: extends itself through {' -> '.join(p.name for p in below)}; break the circle")
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such config file; the ones that come with the project are in configs/")
-    if path.stat().st_size > MAX_CONFIG_BYTES:
-        raise ValueError(f"{path}: {path.stat().st_size} bytes; a config has at most {MAX_CONFIG_BYTES}")
-    try:
-        layer = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:  # OSError: a lone number
-        raise ValueError(f"{path}: not valid YAML: {one_line(error)}") from None
+    if len(below) == MAX_EXTENDED:
+        raise ValueError(f"{below[0]}: extends more than {MAX_EXTENDED} files, one on top of the other; join some")
+    layer = read_yaml(path)
     if not isinstance(layer, dict):
         raise ValueError(f"{path}: holds a {type(layer).__name__}, a config is a mapping of settings")
     base = layer.pop("extends", None)
     if base is not None and not isinstance(base, str):
-        raise ValueError(f"{path}: extends is {base!r}; it must be the name of one file")
-    return ([] if base is None else _read_layers(path.parent / base, (*below, path.resolve()))) + [layer]
+        raise ValueError(f"{path}: extends is {_shortened(repr(base))}; it must be the name of one file")
+    return ([] if base is None else _read_layers(path.parent / base, (*below, place))) + [layer]
 
 
 def _refuse_unknown_keys(schema: type, layer: dict[str, Any], source: str, prefix: str = "") -> None:
@@ -145,6 +163,7 @@ def _build(schema: type, node: Any, prefix: str = "") -> Any:
             value = _build(kind, value, f"{prefix}{name}.")
         elif OmegaConf.is_sequence(value):
             value = tuple(value)
+        _refuse_unfit(f"{prefix}{name}", value)
         values[name] = value
     return schema(**values)
 
@@ -199,6 +218,8 @@ def _plain(value: Any) -> Any:
 
 
 def one_line(error: Exception) -> str:
+    """What an error says, in one line of characters that can be shown."""
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    said = " ".join(str(error).split())
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in said)

@@ -1,68 +1,61 @@
 """Image shards to code shards, with a trained tokenizer: stage 2 then never sees an image.
 
 `python launchers/encode_codes.py tokenizer=runs/tokenizer images=data/imagenet256/images out=data/imagenet256/codes`
+Every process that is started so, by hand, `srun`, `torchrun` or `deepspeed`, now or later, on any machine that sees the
+folders, takes the next shard that nobody works on. Killed ones are simply started again.
 """
 
 from __future__ import annotations
 
+import os
 import sys
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
 
-from data_pipeline.encoding import write_codes  # noqa: E402
-from data_pipeline.index import Index, is_complete  # noqa: E402
+from data_pipeline.claims import forget_finished_work  # noqa: E402
+from data_pipeline.encoding import Encoding, Recipe, is_encoded  # noqa: E402
+from data_pipeline.index import Index  # noqa: E402
 from launchers.assembly import image_transform, load_tokenizer  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
 from launchers.config import EncodeConfig  # noqa: E402
 from models.vqvae import VQVAE  # noqa: E402
 from training.distributed import World  # noqa: E402
 
 
 def launch(command: Command[EncodeConfig]) -> None:
-    config = command.config
-    if World.from_environment().world_size > 1:
-        raise ValueError("encode_codes.py runs on one process so far; start it with `python launchers/encode_codes.py`")
+    config, world = command.config, World.from_environment()
+    report = say if world.is_rank_zero else say_nothing  # of workers that one launcher has started
+    if world.device.type == "cpu":  # the processes of one node share its cores
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), _num_cores() // world.local_world_size)))
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    tokenizer.to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer.to(world.device)
+    under_way: dict[str, Encoding] = {}
     for split, views in (("train", config.views), ("val", 1)):
-        images, out = Path(config.images) / split, Path(config.out) / split
-        if is_encoded(images, out, config, sha256=sha256, views=views):
-            say(f"{out} holds these images in codes of this tokenizer already; nothing to do")
+        images, out = f"{config.images}/{split}", Path(config.out) / split
+        recipe = recipe_of(config, tokenizer, world.device, sha256=sha256, views=views)
+        source = Index.read(images, kind="images")
+        if is_encoded(out, recipe.meta(source)):
+            forget_finished_work(out)
+            report(f"{out} holds these images in codes of this tokenizer already; nothing to do")
         elif command.dry_run:
-            say(f"would encode {Index.read(images).num_samples} images x {views} views into {out}")
+            say(f"would encode {source.num_samples} images x {views} views into {out}")
         else:
-            encode_split(images, out, tokenizer, config, sha256=sha256, views=views)
+            encode = partial(encode_on, world.device, tokenizer)
+            under_way[split] = Encoding(images, out, recipe, encode=encode, report=report)
+    for encoding in under_way.values():  # first what is left to take of both splits, then what others may drop
+        encoding.work()
+    for split, encoding in under_way.items():
+        report(f"{config.out}/{split}: complete, {encoding.finish().num_samples} images")
 
 
-def is_encoded(images: Path, out: Path, config: EncodeConfig, *, sha256: str, views: int) -> bool:
-    """Whether `out` is complete and what this command would write.
-
-    Raises:
-        ValueError: it is complete, but made with other settings; they are named.
-    """
-    if not is_complete(out):
-        return False
-    found = Index.read(out, kind="codes").meta
-    wanted = {"tokenizer_sha256": sha256, "views": views, "images_fingerprint": Index.read(images).fingerprint}
-    wanted |= {"seed": config.seed, "resize_ratio": config.view.resize_ratio}
-    wanted |= {"flip": config.view.flip and views > 1}
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            raise ValueError(f"{out}: holds codes with {name} {found.get(name)}, now it is {value}; delete it first")
-    return True
-
-
-def encode_split(
-    images: Path, out: Path, tokenizer: VQVAE, config: EncodeConfig, *, sha256: str, views: int
-) -> None:
-    device = tokenizer.quantizer.codebook.device
-    index = write_codes(
-        images,
-        out,
-        encode=lambda batch: tokenizer.encode(batch.to(device)),
+def recipe_of(config: EncodeConfig, tokenizer: VQVAE, device: torch.device, *, sha256: str, views: int) -> Recipe:
+    capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
+    return Recipe(
         transform=image_transform(tokenizer.config, config.view),
         views=views,
         seed=config.seed,
@@ -70,9 +63,16 @@ def encode_split(
         vocab_size=tokenizer.config.quantizer.vocab_size,
         tokenizer_sha256=sha256,
         batch_size=config.batch,
-        report=say,
+        device=f"{device.type} {capability}".strip(),
     )
-    say(f"encoded {index.num_samples} images x {views} views into {out}")
+
+
+def encode_on(device: torch.device, tokenizer: VQVAE, images: Tensor) -> Tensor:
+    return tokenizer.encode(images.to(device))
+
+
+def _num_cores() -> int:
+    return len(os.sched_getaffinity(0))
 
 
 def main() -> None:

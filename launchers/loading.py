@@ -20,7 +20,8 @@ from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoint import Checkpoints, flatten
 from training.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.distributed import World
-from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, read_weights
+from training.foreign_weights import read_weights
+from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 
 Model = TypeVar("Model", VAR, VQVAE)
 # settings of a model that its weights do not depend on, once they are there

@@ -1,6 +1,9 @@
 """A folder of images, or the word `digits`, to image shards.
 
 `python launchers/pack_images.py source=/data/imagenet out=data/imagenet256/images resize_short_side=288`
+
+The same command, started again or several times at once, here or on any machine that sees both folders, goes on with
+the shards that nobody works on. It leaves report.json and contact_sheet.png beside the shards.
 """
 
 from __future__ import annotations
@@ -10,21 +13,32 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from data_pipeline.index import Index  # noqa: E402
-from data_pipeline.packing import encoding, is_packed, pack_images  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from data_pipeline.claims import forget_finished_work  # noqa: E402
+from data_pipeline.pack_report import report_lines  # noqa: E402
+from data_pipeline.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise  # noqa: E402
+from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
 from launchers.config import PackConfig  # noqa: E402
+from launchers.contact_sheet import SHEET_NAME, write_contact_sheet  # noqa: E402
+from training.distributed import World  # noqa: E402
 
 
 def launch(command: Command[PackConfig]) -> None:
-    config = command.config
+    config, out = command.config, Path(command.config.out)
     if command.dry_run:
         say(f"would pack {config.source} into {config.out}/train and {config.out}/val")
         return
-    out = Path(config.out)
-    if is_packed(out) and was_packed_so(out, config):
+    if is_packed(out):
+        refuse_packed_otherwise(out, options_of(config))
+        forget_finished_work(out)
         say(f"{config.source} is packed in {out} already; nothing to do")
-        return
+    else:
+        pack(config, out)
+    if not (out / SHEET_NAME).exists():  # as after a kill between the last shard and here
+        write_contact_sheet(out, seed=config.seed)
+
+
+def pack(config: PackConfig, out: Path) -> None:
+    speaks = World.from_environment().is_rank_zero  # of workers that one launcher has started
     report = pack_images(
         config.source,
         out,
@@ -32,16 +46,23 @@ def launch(command: Command[PackConfig]) -> None:
         seed=config.seed,
         val_fraction=config.val_fraction,
         resize_short_side=config.resize_short_side,
-        report=say,
+        report=say if speaks else say_nothing,
     )
-    say(f"packed {report.train.num_samples} training and {report.val.num_samples} validation images into {config.out}")
+    if speaks:
+        for line in report_lines(report.counts):
+            say(line)
+        say(f"packed into {out}; see {REPORT_NAME} and {SHEET_NAME} there")
 
 
-def was_packed_so(out: Path, config: PackConfig) -> bool:
-    """Whether `out` holds this source, packed with this seed and size; if not, pack_images refuses to overwrite it."""
-    found = Index.read(out / "train").meta
-    wanted = {"source": config.source, "seed": config.seed, "encoding": encoding(config.resize_short_side)}
-    return all(found.get(name) == value for name, value in wanted.items())
+def options_of(config: PackConfig) -> dict[str, object]:
+    """What the indexes of a packed folder must say for there to be nothing to do."""
+    return {
+        "source": config.source,
+        "seed": config.seed,
+        "encoding": encoding(config.resize_short_side),
+        "val_fraction": config.val_fraction,
+        "samples_per_shard": config.samples_per_shard,
+    }
 
 
 def main() -> None:

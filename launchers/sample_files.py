@@ -26,6 +26,7 @@ from PIL import Image
 from data_pipeline.files import atomic_file
 from launchers.pictures import save_grid
 from launchers.sample_plan import SamplePlan
+from training.strict_json import read_json
 
 RECORD, GRID, NPZ, PARTS = "samples.json", "samples.png", "samples.npz", "parts"
 SHUFFLE_SEED = 0  # of the order in samples.npz
@@ -201,9 +202,14 @@ def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
 
 def _read_record(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        recorded = read_json(path)
+    except FileNotFoundError:
+        return {}
     except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error}); remove {path.parent} and sample again") from None
+        raise ValueError(f"{path} {error}; remove {path.parent} and sample again") from None
+    if not isinstance(recorded, dict):
+        raise ValueError(f"{path} holds a {type(recorded).__name__}; remove {path.parent} and sample again")
+    return recorded
 
 
 def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:

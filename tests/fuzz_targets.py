@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from data_pipeline.codes import CodeFormat
 from data_pipeline.damage import DamagedData
@@ -22,6 +24,10 @@ from data_pipeline.index import Index
 from data_pipeline.labels import label_of
 from data_pipeline.members import Scan, cut_sample
 from data_pipeline.tar import TarFault, bytes_reader
+from launchers.config import PackConfig
+from launchers.config_files import build_config
+from launchers.yaml_files import parse_yaml, read_yaml
+from training.commit import MANIFEST, read_manifest, sealed, structural_damage
 
 MAX_PIXELS = 4_000_000  # the fuzzer is after mistakes, not after large pictures
 FORMATS = [CodeFormat(tokens, views, bits) for tokens in (5, 14) for views in (1, 3) for bits in (12, 16)]
@@ -59,7 +65,7 @@ def image(content: bytes) -> None:
 
 
 def code_record(content: bytes) -> None:
-    """A record is refused, or unpacked into label and codes that pack into the same bytes. The first byte: its format."""
+    """A record is refused, or unpacked into what packs into the same bytes. The first byte tells its format."""
     if not content:
         return
     layout, record = FORMATS[content[0] % len(FORMATS)], content[1:]
@@ -82,6 +88,44 @@ def index(content: bytes) -> None:
     assert again == found and again.fingerprint == found.fingerprint
 
 
+def config(content: bytes) -> None:
+    """YAML is refused, or holds plain values that PyYAML's safe reader sees too."""
+
+    def read(path: Path) -> None:
+        try:
+            values = read_yaml(path)
+        except ValueError as error:
+            assert "\n" not in str(error) and path.name in str(error)
+            return
+        assert parse_yaml(yaml.safe_dump(values, allow_unicode=True), "again") == values
+        with contextlib.suppress(ValueError):
+            build_config(PackConfig, [values if isinstance(values, dict) else {}], source="again")
+
+    with_file("config.yaml", content, read)
+
+
+def manifest(content: bytes) -> None:
+    """A manifest of a checkpoint is refused, or fits its seal and names only what lies in its folder."""
+
+    def read(path: Path) -> None:
+        try:
+            assert "\n" not in structural_damage(path.parent)
+            found = read_manifest(path.parent)
+        except ValueError as error:
+            assert "\n" not in str(error)
+            return
+        assert sealed(found) == content
+        for name in found["files"]:
+            assert (path.parent / name).resolve().is_relative_to(path.parent.resolve())
+
+    with_file(MANIFEST, content, read)
+    with contextlib.suppress(ValueError, RecursionError):
+        if isinstance(values := json.loads(content), dict):  # the same with a seal that fits
+            values.pop("seal", None)
+            content = sealed(values)
+            with_file(MANIFEST, content, read)
+
+
 def with_file(name: str, content: bytes, read: Callable[[Path], object]) -> None:
     """Call `read` with a file of that name and content, in a folder in memory where there is one."""
     memory = "/dev/shm" if Path("/dev/shm").is_dir() else None
@@ -96,4 +140,6 @@ TARGETS: dict[str, Callable[[bytes], None]] = {
     "image": image,
     "code_record": code_record,
     "index": index,
+    "config": config,
+    "manifest": manifest,
 }

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import random
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
+from malformed_checkpoints import CHECKPOINTS
+from peak_memory import BOUND, peak_memory
 
 from training import seams
 from training.commit import (
@@ -23,6 +26,12 @@ from training.commit import (
     structural_damage,
     write_file,
 )
+from training.strict_json import MAX_BYTES
+
+
+def manifest_of(step: int, files: dict[str, Any]) -> dict[str, Any]:
+    facts = {"format": 2, "step": step, "samples_seen": 8 * step, "useful_seconds": 1.5, "world_size": 1}
+    return {**facts, "model": {}, "identity": {}, "config": {}, "engines": {"model": {}}, "files": files}
 
 
 def write(root: Path, step: int, content: bytes = b"0123456789" * 20) -> Path:
@@ -30,7 +39,7 @@ def write(root: Path, step: int, content: bytes = b"0123456789" * 20) -> Path:
     temporary, final = root / f".tmp-{step}", root / folder_name(step)
     make_room(root, temporary)
     files = {name: write_file(temporary / name, content, "share") for name in ("a.bin", "b/c.bin")}
-    publish(temporary, final, {"format": 2, "step": step, "files": files})
+    publish(temporary, final, manifest_of(step, files))
     return final
 
 
@@ -82,7 +91,7 @@ def test_a_file_that_another_rank_wrote_elsewhere_is_noticed_before_the_commit(t
     make_room(tmp_path, temporary)
     files = {"state/share.bin": {"bytes": 3, "sha256": "0" * 64}}
     with pytest.raises(ValueError, match="not seen by rank 0; the run folder must be on shared storage"):
-        publish(temporary, tmp_path / folder_name(1), {"format": 2, "step": 1, "files": files})
+        publish(temporary, tmp_path / folder_name(1), manifest_of(1, files))
     assert candidates(tmp_path) == []
 
 
@@ -108,13 +117,36 @@ def test_old_ones_are_forgotten_but_the_kept_the_round_and_the_newest(tmp_path: 
     assert [int(path.name[-1]) for path in candidates(tmp_path)] == [7, 6, 5, 3, 1]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff", b'{"format": 2, "seal": ""}'])
-def test_a_manifest_that_is_none_is_damage(tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_a_malformed_checkpoint_is_damage_in_one_line(tmp_path: Path, name: str) -> None:
+    damage_it, reason = CHECKPOINTS[name]
+    folder = write(tmp_path / "checkpoints", 1)
+    outside = tmp_path / "outside.bin"
+    outside.write_bytes(b"0123456789" * 20)
+    damage_it(folder)
+    start = time.monotonic()
+    line = structural_damage(folder)
+    assert reason in line and line.startswith(str(folder)) and "\n" not in line and len(line) < 400
+    assert time.monotonic() - start < 5
+    set_aside(folder)
+    assert outside.read_bytes() and not candidates(tmp_path / "checkpoints")
+
+
+def test_a_large_manifest_is_read_within_the_memory(tmp_path: Path) -> None:
     folder = write(tmp_path, 1)
-    (folder / "manifest.json").write_bytes(content)
-    with pytest.raises(DamagedCheckpoint):
-        read_manifest(folder)
-    assert structural_damage(folder).startswith(str(folder))
+    (folder / "manifest.json").write_bytes(b'{"step": [' + b"[]," * (MAX_BYTES // 3 - 20) + b"[]]}")
+    assert peak_memory(lambda: structural_damage(folder)) < BOUND
+
+
+def test_files_of_a_manifest_never_lead_out_of_its_folder(tmp_path: Path) -> None:
+    above = ("../../x", "/etc/passwd", "a/../b", "..", "a//b", "a\\b", "", "a/b/c/d", ".hidden", "x\n", "manifest.json")
+    for name in above:
+        folder = write(tmp_path, 1)
+        entry = {"bytes": 1, "sha256": "0" * 64}
+        (folder / "manifest.json").write_bytes(sealed(manifest_of(1, {name: entry})))
+        with pytest.raises(DamagedCheckpoint, match="is sealed, but lists a file"):
+            read_manifest(folder)
+        set_aside(folder)
 
 
 def test_another_version_is_no_damage_but_refused(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 from tiny import Study, command
+from workers import content
 
 from launchers import encode_codes
 
@@ -28,3 +29,31 @@ def test_a_dry_run_says_how_much_would_be_encoded(
     said = capsys.readouterr().out
     assert "would encode 12 images x 3 views" in said and "would encode 6 images x 1 views" in said
     assert not Path(out).exists()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_process_of_a_launcher_is_one_more_worker_and_the_first_speaks(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    for name, value in {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}.items():
+        monkeypatch.setenv(name, value)
+    encode_codes.launch(command(study.encode_config(out=str(tmp_path / "codes"))))  # waits for nobody
+    assert content(tmp_path / "codes") == content(study.folder / "codes")
+    assert ("train: complete, 12 images" in capsys.readouterr().out) == (rank == 0)
+
+
+@pytest.mark.parametrize("change", [{"batch": 3}, {"views": 3}, {"seed": 1}])
+def test_going_on_with_another_setting_is_refused_by_name(study: Study, tmp_path: Path, change: dict) -> None:
+    out = str(tmp_path / "codes")
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(encode_codes, "encode_on", interrupt)
+        encode_codes.launch(command(study.encode_config(out=out)))
+    name, value = next(iter(change.items()))
+    with pytest.raises(ValueError, match=f"{name} .*, now it is {value}; go on with the same"):
+        encode_codes.launch(command(study.encode_config(out=out, **change)))
+    encode_codes.launch(command(study.encode_config(out=out)))
+    assert content(tmp_path / "codes") == content(study.folder / "codes")
+
+
+def interrupt(*arguments: object) -> None:
+    raise KeyboardInterrupt

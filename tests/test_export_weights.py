@@ -15,7 +15,8 @@ from launchers.assembly import load_models
 from launchers.config import ExportConfig, ImportConfig
 from launchers.loading import load_tokenizer
 from models.var import VAR
-from training.model_on_disk import describe, read_weights, write_model
+from training.foreign_weights import read_weights
+from training.model_on_disk import describe, write_model
 
 
 def export(run: str | Path, out: Path, *, dry_run: bool = False, **settings: Any) -> None:

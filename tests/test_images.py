@@ -1,23 +1,21 @@
-"""Images: views are exact crops, decoding is safe, and packing loses nothing without saying so."""
+"""Images: views are exact crops, and decoding is safe."""
 
 from __future__ import annotations
 
 import io
-import json
+import re
+import threading
+import time
 from collections import Counter
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from malformed_images import BOMBS, REFUSED, jpeg
+from peak_memory import BOUND, peak_memory
 from PIL import Image
-from tiny import PACK_OPTIONS
 
-from data_pipeline.images import ImageTransform, decode_image, image_of
-from data_pipeline.index import Index
-from data_pipeline.labels import label_of
-from data_pipeline.packing import is_packed, pack_images
-from data_pipeline.reader import ShardReader
+from data_pipeline.images import DecodingBudget, ImageTransform, decode_image, map_in_threads, resize_short_side
 
 
 def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
@@ -28,14 +26,6 @@ def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format=format, **options)
     return buffer.getvalue()
-
-
-def make_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), num_images: int = 8) -> Path:
-    for label, name in enumerate(classes):
-        (root / name).mkdir(parents=True)
-        for number in range(num_images):
-            (root / name / f"image.v{number}.png").write_bytes(encoded(noise(9, 12, seed=100 * label + number)))
-    return root
 
 
 def as_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -97,38 +87,151 @@ def test_the_three_formats_are_decoded(format: str) -> None:
     assert image.mode == "RGB" and image.size == (12, 9)
 
 
-def test_decoding_turns_images_upright() -> None:
+# red, green, blue, white: no two corners are alike, so that turns show
+CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
+SQUARES = CORNERS.repeat(16, 0).repeat(24, 1)  # 32 x 48: colours that a JPEG keeps
+
+
+def corners(image: Image.Image) -> list[list[list[int]]]:
+    """The colours in the middle of the four quarters, rounded to black or full."""
+    pixels = np.asarray(image).astype(int)
+    height, width = pixels.shape[:2]
+    found = pixels[height // 4 :: height // 2, width // 4 :: width // 2][:2, :2]
+    return ((found > 127) * 255).tolist()
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_decoding_turns_images_upright(format: str, orientation: int) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # orientation: turn by 90 degrees
-    assert decode_image(encoded(noise(9, 12), "JPEG", exif=exif)).size == (9, 12)
-
-
-def test_sixteen_bit_grey_keeps_its_shades() -> None:
-    grey = np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16)
-    assert np.array(decode_image(encoded(grey)))[..., 0].tolist() == [[0, 0x40], [0x80, 0xFF]]
+    exif[0x0112] = orientation
+    image = decode_image(encoded(SQUARES, format, exif=exif))
+    # EXIF 2.3, 4.6.4: where row 0 and column 0 of what is stored are to be shown
+    turned = {
+        **{1: CORNERS, 2: CORNERS[:, ::-1], 3: CORNERS[::-1, ::-1], 4: CORNERS[::-1]},
+        **{5: CORNERS.swapaxes(0, 1), 6: np.rot90(CORNERS, -1)},
+        **{7: CORNERS[::-1, ::-1].swapaxes(0, 1), 8: np.rot90(CORNERS)},
+    }
+    assert image.mode == "RGB" and image.size == ((48, 32) if orientation < 5 else (32, 48))
+    assert corners(image) == turned[orientation].tolist()
 
 
 @pytest.mark.parametrize(
-    "data, reason",
+    "format, mode, options",
     [
-        (b"", "not a JPEG, PNG or WEBP"),
-        (b"hello", "not a JPEG, PNG or WEBP"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n", "not a JPEG, PNG or WEBP"),
-        (encoded(noise(9, 12), "GIF"), "not a JPEG, PNG or WEBP"),
-        (encoded(noise(90, 120))[:3000], None),
-        (encoded(noise(90, 120), "JPEG")[:2000], None),
-        (encoded(noise(90, 120), "WEBP")[:2000], None),
-        (encoded(np.zeros((1001, 1000), dtype=np.uint8)), "1000 x 1001 pixels, at most 1000000"),
+        ("JPEG", "CMYK", {}),  # Pillow writes it as Adobe does, inverted
+        ("JPEG", "CMYK", {"progressive": True}),
+        ("JPEG", "YCbCr", {}),
+        ("JPEG", "RGB", {"progressive": True, "subsampling": 2}),
+        ("JPEG", "RGB", {"keep_rgb": True}),  # not converted to YCbCr, which its Adobe marker says
+        ("PNG", "P", {}),
+        ("PNG", "P", {"transparency": 0}),
+        ("PNG", "RGB", {"transparency": (255, 0, 0)}),
+        ("PNG", "RGBA", {}),
+        ("WEBP", "RGBA", {"lossless": True}),
+        ("WEBP", "RGBA", {"lossless": False}),
     ],
-    ids=["empty", "text", "eps", "gif", "cut png", "cut jpeg", "cut webp", "too many pixels"],
 )
-def test_anything_else_is_refused_with_a_reason(data: bytes, reason: str | None) -> None:
-    with pytest.raises(ValueError, match=reason) as caught:
-        decode_image(data, max_pixels=1_000_000)
-    assert str(caught.value)
+def test_colours_are_right_in_every_mode(format: str, mode: str, options: dict) -> None:
+    buffer = io.BytesIO()
+    Image.fromarray(SQUARES).convert(mode).save(buffer, format, **options)
+    assert corners(decode_image(buffer.getvalue())) == CORNERS.tolist()
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow reports corrupt EXIF
+def test_the_inks_of_a_cmyk_jpeg_are_not_inverted_twice() -> None:
+    cyan = Image.new("CMYK", (16, 16), (255, 0, 0, 0))
+    buffer = io.BytesIO()
+    cyan.save(buffer, "JPEG", quality=100)
+    assert b"Adobe" in buffer.getvalue()
+    red, green, blue = decode_image(buffer.getvalue()).getpixel((8, 8))
+    assert red < 5 and green > 250 and blue > 250
+
+
+def test_colours_under_transparency_stay_as_they_are_stored() -> None:
+    pixels = np.dstack([SQUARES, np.zeros((32, 48), dtype=np.uint8)])
+    assert corners(decode_image(encoded(pixels))) == CORNERS.tolist()
+
+
+@pytest.mark.parametrize("mode, shades", [("1", [0, 255]), ("L", [0, 100]), ("LA", [0, 100])])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_grey_keeps_its_shades(mode: str, shades: list[int], orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    buffer = io.BytesIO()
+    Image.fromarray(np.array([shades], dtype=np.uint8)).convert(mode).save(buffer, "PNG", exif=exif)
+    assert np.asarray(decode_image(buffer.getvalue())).reshape(-1, 3).tolist() == [[shade] * 3 for shade in shades]
+
+
+@pytest.mark.parametrize("orientation", [1, 3])
+def test_sixteen_bit_grey_keeps_its_shades(orientation: int) -> None:
+    grey = np.array([[0, 0x4000], [0x8000, 0xFFFF]], dtype=np.uint16)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = grey if orientation == 1 else grey[::-1, ::-1].copy()
+    found = np.array(decode_image(encoded(stored, exif=exif)))
+    assert found[..., 0].tolist() == [[0, 0x40], [0x80, 0xFF]] and found.shape == (2, 2, 3)
+
+
+def test_an_animation_is_its_first_frame() -> None:
+    first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
+    for format in ("PNG", "WEBP"):
+        buffer = io.BytesIO()
+        first.save(buffer, format, save_all=True, append_images=[second], lossless=True)
+        assert decode_image(buffer.getvalue()).getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("scale, size", [(2, (24, 16)), (4, (12, 8)), (8, (6, 4))])
+def test_a_large_photograph_comes_scaled_down(scale: int, size: tuple[int, int]) -> None:
+    most = 48 * 32 // scale**2
+    image = decode_image(encoded(SQUARES, "JPEG"), max_pixels=most)
+    assert image.size == size and corners(image) == CORNERS.tolist()
+    with pytest.raises(ValueError, match="48 x 32 pixels, at most 23 are accepted; scale it down"):
+        decode_image(encoded(SQUARES, "JPEG"), max_pixels=23)
+    for options in ({"format": "JPEG", "progressive": True}, {"format": "PNG"}, {"format": "WEBP"}):
+        with pytest.raises(ValueError, match=f"48 x 32 pixels, at most {most} are accepted; scale it down"):
+            decode_image(encoded(SQUARES, **options), max_pixels=most)
+
+
+def test_a_cameras_200_megapixels_are_decoded_within_the_memory() -> None:
+    photograph = jpeg(16320, 12240)[:-2] + bytes(2 * 10**6) + b"\xff\xd9"  # what it takes depends on the size only
+    found: list[Image.Image] = []
+    assert peak_memory(lambda: found.append(decode_image(photograph))) < BOUND
+    assert found[0].size == (8160, 6120)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_malformed_image_is_refused_in_one_line(name: str) -> None:
+    content, reason = REFUSED[name]()
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        decode_image(content)
+    assert str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_bomb_fills_the_memory(name: str) -> None:
+    content, reason = BOMBS[name]()
+    said: list[str] = []
+
+    def decode() -> None:
+        try:
+            decode_image(content)
+        except ValueError as error:
+            said.append(str(error))
+
+    start = time.monotonic()
+    assert peak_memory(decode) < BOUND
+    assert time.monotonic() - start < 5
+    assert bool(said) == bool(reason) and reason in "".join(said)
+
+
+def test_a_stripe_is_not_blown_up() -> None:
+    stripe = Image.new("RGB", (60_000, 10))
+    with pytest.raises(ValueError, match="60000 x 10 pixels: too narrow, it would become 1728000 x 288"):
+        resize_short_side(stripe, 288)
+
+
+@pytest.mark.filterwarnings("error")
 def test_flipped_bytes_never_raise_anything_but_value_error() -> None:
     random = np.random.default_rng(0)
     exif = Image.Exif()
@@ -144,96 +247,32 @@ def test_flipped_bytes_never_raise_anything_but_value_error() -> None:
                 pass
 
 
-def test_a_packed_folder_gives_every_image_back_with_its_class(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images")
-    out = tmp_path / "packed"
-    assert not is_packed(out)
-    report = pack_images(str(source), out, **PACK_OPTIONS)
-    assert is_packed(out) and report.train == Index.read(out / "train", kind="images") and not report.skipped
-    assert report.train.meta["classes"] == ["cat", "dog"]
-    names = []
-    for split, index in (("train", report.train), ("val", report.val)):
-        reader = ShardReader(out / split, index)
-        rows = [json.loads(line) for line in (out / split / "files.jsonl").read_text().splitlines()]
-        names += [row["file"] for row in rows]
-        for sample_id, row in enumerate(rows):
-            sample = reader.read(sample_id)
-            assert sample.key == row["key"] and sample.members["png"] == (source / row["file"]).read_bytes()
-            assert label_of(sample) == row["label"] == ["cat", "dog"].index(row["file"].split("/")[0])
-    assert len(names) == 16 and len(set(names)) == 16
+def test_threads_decode_together_only_what_fits() -> None:
+    large = encoded(np.zeros((5000, 5000), dtype=np.uint8))  # 119 MiB while it is decoded: two of them at a time
+    budget, in_use, most = DecodingBudget(), 0, 0
+    lock = threading.Lock()
+
+    def use(data: bytes) -> tuple[int, int]:
+        nonlocal in_use, most
+        with budget.decoded(data) as image:
+            with lock:
+                in_use += data is large
+                most = max(most, in_use)
+            size = image.size
+            with lock:
+                in_use -= data is large
+        return size
+
+    small = encoded(SQUARES)
+    sizes = list(map_in_threads(use, [large, small, large, small, large], at_once=8))
+    assert sizes == [(5000, 5000), (48, 32), (5000, 5000), (48, 32), (5000, 5000)] and most <= 2
 
 
-def test_the_held_out_share_is_the_same_in_every_class(tmp_path: Path) -> None:
-    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
-    reader = ShardReader(tmp_path / "packed/val", report.val)
-    assert Counter(label_of(reader.read(i)) for i in range(len(reader))) == {0: 2, 1: 2}
-
-
-def test_samples_are_shuffled_when_written(tmp_path: Path) -> None:
-    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
-    reader = ShardReader(tmp_path / "packed/train", report.train)
-    labels = [label_of(reader.read(i)) for i in range(len(reader))]
-    assert labels != sorted(labels)
-
-
-def test_existing_splits_are_kept(tmp_path: Path) -> None:
-    make_folder(tmp_path / "images/train", num_images=5)
-    make_folder(tmp_path / "images/val", classes=("dog",), num_images=2)
-    report = pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
-    assert (report.train.num_samples, report.val.num_samples) == (10, 2)
-    assert label_of(ShardReader(tmp_path / "packed/val", report.val).read(0)) == 1
-
-
-def test_corrupt_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images")
-    (source / "cat/broken.jpg").write_bytes(encoded(noise(90, 120), "JPEG")[:2000])
-    (source / "dog/notes.txt").write_text("not an image")
-    lines: list[str] = []
-    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "report": lines.append})
-    assert report.train.num_samples + report.val.num_samples == 16
-    assert sorted(name for name, _ in report.skipped) == ["cat/broken.jpg", "dog/notes.txt"]
-    assert dict(report.skipped)["dog/notes.txt"] == "not a JPEG, PNG or WEBP image"
-    stored = [(tmp_path / "packed" / split / "skipped.jsonl").read_text() for split in ("train", "val")]
-    assert "broken.jpg" in "".join(stored) and "notes.txt" in "".join(stored)
-    assert report.train.meta["skipped"] + report.val.meta["skipped"] == 2
-    assert len(lines) == 2 and "skipped, the first: " in "".join(lines)
-
-
-def test_large_images_are_scaled_down_and_the_index_says_so(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images")
-    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": 6})
-    sample = ShardReader(tmp_path / "packed/train", report.train).read(0)
-    assert sorted(sample.members) == ["cls", "jpg"] and image_of(sample).size == (8, 6)
-    assert report.train.meta["encoding"] == "JPEG quality 95, short side at most 6 pixels"
-
-
-def test_a_file_is_stored_under_what_it_is_not_what_it_is_called(tmp_path: Path) -> None:
-    source = make_folder(tmp_path / "images")
-    for path in source.rglob("*.png"):
-        path.rename(path.with_suffix(".JPEG"))
-    report = pack_images(str(source), tmp_path / "packed", **PACK_OPTIONS)
-    assert "png" in ShardReader(tmp_path / "packed/train", report.train).read(0).members
-
-
-def test_a_source_of_unreadable_images_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
-    (tmp_path / "images/cat").mkdir(parents=True)
-    for name in "ab":
-        (tmp_path / f"images/cat/{name}.jpg").write_bytes(b"no image")
-    with pytest.raises(ValueError, match="no readable images for train, the first: cat/.*: not a JPEG, PNG or WEBP"):
-        pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
-    assert not is_packed(tmp_path / "packed")
-
-
-def test_packed_images_are_not_overwritten(tmp_path: Path) -> None:
-    source = str(make_folder(tmp_path / "images"))
-    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
-    with pytest.raises(ValueError, match="already packed; delete it or choose another"):
-        pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
-
-
-def test_an_interrupted_packing_is_simply_repeated(tmp_path: Path) -> None:
-    source = str(make_folder(tmp_path / "images"))
-    first = pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
-    (tmp_path / "packed/val/index.json").unlink()
-    assert not is_packed(tmp_path / "packed")
-    assert pack_images(source, tmp_path / "packed", **PACK_OPTIONS) == first
+def test_a_budget_gives_back_what_a_damaged_image_took() -> None:
+    budget = DecodingBudget()
+    large = encoded(np.zeros((7000, 7000), dtype=np.uint8))
+    for _ in range(3):  # each takes all there is
+        with pytest.raises(ValueError, match="truncated"), budget.decoded(large[:-9000]):
+            pass
+    with budget.decoded(encoded(SQUARES)) as image:
+        assert image.size == (48, 32)

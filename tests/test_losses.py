@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from models.scales import Scales
 from training.losses import (
+    VGG16_SHA256,
     ReconstructionLossConfig,
     adaptive_weight,
     average_over_tokens,
@@ -166,7 +167,7 @@ def test_another_file_than_the_published_one_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "vgg16-397923af.pth"
     path.write_bytes(b"not the weights")
     digest = hashlib.sha256(b"not the weights").hexdigest()
-    with pytest.raises(ValueError, match=f"vgg16-397923af.pth: sha256 begins {digest[:8]}"):
+    with pytest.raises(ValueError, match=f"vgg16-397923af.pth: sha256 is {digest[:12]}"):
         load_lpips(str(path))
 
 
@@ -216,7 +217,7 @@ def test_lpips_puts_every_vgg_layer_in_its_place(tmp_path: Path, monkeypatch: py
     state = {f"features.{name}": value for name, value in trunk.state_dict().items()}
     path = tmp_path / "vgg16-397923af.pth"
     torch.save(state | {"classifier.0.weight": torch.zeros(1)}, path)
-    published = SimpleNamespace(hexdigest=lambda: "397923af" + 56 * "0")
+    published = SimpleNamespace(hexdigest=lambda: VGG16_SHA256)
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: published)
     distance = load_lpips(str(path))
     one, other = torch.rand(2, 2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1

@@ -1,8 +1,10 @@
-"""launchers/pack_images.py: what is packed already is not packed again, and never over something else."""
+"""launchers/pack_images.py: it leaves a report and a picture; what is packed already is not packed again, nor over."""
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,10 +20,41 @@ def test_packing_again_does_nothing(study: Study, capsys: pytest.CaptureFixture[
     assert "nothing to do" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"seed": 1}, {"resize_short_side": 4}, {"source": "digits"}])
+def test_the_report_is_printed_and_lies_beside_the_shards_with_a_contact_sheet(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PackConfig(source=str(study.folder / "pictures"), out=str(tmp_path / "images"), val_fraction=0.25)
+    pack_images.launch(command(config))
+    said = capsys.readouterr().out
+    assert "train  12 images of 12 files in 1 shards" in said and "4/4/4 images a class, 8/8/8 x 8/8/8 pixels" in said
+    report = json.loads((tmp_path / "images/report.json").read_text())
+    table = report["splits"]["val"]["samples_per_class"]
+    assert table == {"min": 2, "median": 2, "max": 2, "table": dict.fromkeys("abc", 2)}
+    sheet = tmp_path / "images/contact_sheet.png"
+    before = sheet.read_bytes()
+    sheet.unlink()  # a worker that is killed between the last shard and the picture leaves it to the next start
+    pack_images.launch(command(config))
+    assert "nothing to do" in capsys.readouterr().out and sheet.read_bytes() == before
+
+
+def test_of_the_workers_of_one_launcher_the_first_speaks(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
+        monkeypatch.setenv(name, value)
+    config = PackConfig(source=str(study.folder / "pictures"), out=str(tmp_path / "images"), val_fraction=0.25)
+    pack_images.launch(command(config))
+    assert capsys.readouterr().out == "" and (tmp_path / "images/contact_sheet.png").exists()
+
+
+CHANGES = [{"seed": 1}, {"resize_short_side": 4}, {"source": "digits"}, {"val_fraction": 0.5}, {"samples_per_shard": 3}]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_folder_packed_otherwise_is_neither_taken_for_done_nor_overwritten(
     study: Study, change: dict[str, Any]
 ) -> None:
     config = PackConfig(source=str(study.folder / "pictures"), out=str(study.folder / "images"), val_fraction=0.25)
-    with pytest.raises(ValueError, match="already packed; delete it"):
+    name = next(iter(change)).replace("resize_short_side", "encoding")
+    with pytest.raises(ValueError, match=f"already packed with {name} .*, now it is .*; delete it or choose another"):
         pack_images.launch(command(replace(config, **change)))

@@ -85,3 +85,20 @@ def test_hash_is_the_published_splitmix64() -> None:
 def test_impossible_plans_are_refused(shard_sizes: tuple[int, ...], seed: int, window: int) -> None:
     with pytest.raises(ValueError, match="expected"):
         Plan(shard_sizes, seed=seed, window=window)
+
+
+@pytest.mark.parametrize("position", [0, 5, 37, 60])
+def test_shards_come_in_the_order_of_need(position: int) -> None:
+    """Against the samples themselves: the first place of each shard in each window, from a position on."""
+    plan = Plan((4, 0, 7, 5, 3, 6), seed=1, window=10)  # 25 samples; windows of 10, 10 and 5
+    bounds = np.cumsum(plan.shard_sizes)
+    expected, stop = [], 75
+    while position < stop:
+        epoch, within = divmod(position, 25)
+        end = min(epoch * 25 + (within // 10 + 1) * 10, (epoch + 1) * 25)
+        ids, _ = plan.samples(position, end)
+        shards = np.searchsorted(bounds, ids, side="right").tolist()
+        expected += [(position + place, shard) for place, shard in enumerate(shards) if shard not in shards[:place]]
+        position = end
+    needs = Plan((4, 0, 7, 5, 3, 6), seed=1, window=10).shards_from(expected[0][0])
+    assert [tuple(next(needs)) for _ in expected] == expected

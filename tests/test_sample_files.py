@@ -169,7 +169,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     claim_folder(tmp_path, SETTINGS)
     write(PngFiles(tmp_path, PLAN), 0)
     (tmp_path / "samples.json").write_text("{")
-    with pytest.raises(ValueError, match="samples.json: not valid JSON"):
+    with pytest.raises(ValueError, match="samples.json is not valid JSON"):
         claim_folder(tmp_path, SETTINGS)
 
 

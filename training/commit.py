@@ -10,18 +10,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
 from training.model_on_disk import file_sha256, fsync
 from training.seams import reach
+from training.strict_json import MAX_BYTES, parse_json, read_regular_file
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 KEEP = "keep"  # the manifest does not list it, so that people may add it and take it away
 SEAL = "seal"
 TEMPORARY, DOOMED, DAMAGED = ".tmp-", ".old-", ".damaged-"  # prefixes of folders that are no checkpoints
+# what the manifest of every checkpoint says, besides a list of its files
+FACTS = {
+    **{"format": int, "step": int, "samples_seen": int, "useful_seconds": float, "world_size": int},
+    **{"model": dict, "identity": dict, "config": dict, "engines": dict, "files": dict},
+}
+FILE_NAME = re.compile(r"(?:\w[\w.-]*/){0,2}\w[\w.-]*")  # in this folder or below it, never above
+SHA256 = re.compile(r"[0-9a-f]{64}")
 Entry = dict[str, Any]  # of a manifest: {"bytes": ..., "sha256": ...}
 
 
@@ -96,12 +105,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        content = path.read_bytes()
-        manifest = json.loads(content)
+        content = read_regular_file(path, max_bytes=MAX_BYTES, follow_links=False)
+        manifest = parse_json(content)
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{path} is missing") from None
-    except ValueError:
-        raise DamagedCheckpoint(f"{path} is not valid JSON") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} {error}") from None
     except OSError as error:
         raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
     if not isinstance(manifest, dict):
@@ -111,9 +120,31 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     manifest.pop(SEAL, None)
     if sealed(manifest) != content:
         raise DamagedCheckpoint(f"{path} does not fit its seal")
-    if manifest["format"] != FORMAT:
+    if type(manifest.get("format")) is int and manifest["format"] != FORMAT:
         raise ValueError(f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+    if nonsense := _nonsense(manifest):
+        raise DamagedCheckpoint(f"{path} is sealed, but {nonsense}")
     return manifest
+
+
+def _nonsense(manifest: dict[str, Any]) -> str:
+    """What in a manifest this program never writes; empty: nothing. Anybody can seal anything."""
+    for name, kind in FACTS.items():
+        value = manifest.get(name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            return f"{name} is {str(value)[:40]!r}, expected {kind.__name__}"
+        if kind in (int, float) and value < 0:
+            return f"{name} is {value}, expected 0 or more"
+    for tag, scalars in manifest["engines"].items():
+        if not isinstance(scalars, dict):
+            return f"engine {tag[:40]!r} is no mapping"
+    for name, entry in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, KEEP):
+            return f"lists a file {name[:80]!r}"
+        is_entry = isinstance(entry, dict) and type(entry.get("bytes")) is int and entry["bytes"] >= 0
+        if not is_entry or not SHA256.fullmatch(str(entry.get("sha256"))):
+            return f"does not say size and sha256 of {name}"
+    return ""
 
 
 def structural_damage(folder: Path) -> str:
@@ -125,7 +156,11 @@ def structural_damage(folder: Path) -> str:
     if folder.name != folder_name(manifest["step"]):
         return f"{folder / MANIFEST} is that of step {manifest['step']}"
     listed = set(manifest["files"])
-    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if not path.is_dir()} - {MANIFEST, KEEP}
+    inside = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    for path in inside:
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is no regular file"
+    found = {str(path.relative_to(folder)) for path in inside} - {MANIFEST, KEEP}
     for name in sorted(listed - found):
         return f"{folder / name} is missing"
     for name in sorted(found - listed):

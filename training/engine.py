@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import World, barrier
+from training.foreign_weights import forbid_unpickling
 from training.optim import set_schedule
 from training.whole_state import WholeState
 
@@ -138,7 +139,7 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
 
 def _import_deepspeed() -> Any:
     """Import deepspeed quietly. It never loads a file for us, and its `torch.load` calls are closed all the same."""
-    os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"
+    forbid_unpickling()
     # DeepSpeed compiles its CPU communication with the ninja of our own environment, which need not be active
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(torch|deepspeed)\.")

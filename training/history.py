@@ -8,13 +8,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from training.seams import reach
+from training.strict_json import parse_json
 
 CHECKPOINT, START, STOP, ROLL_BACK = "checkpoint", "start", "stop", "roll_back"
 NEWLINE = "\n"
+MAX_LINE_BYTES = 2**20
 
 
 class History:
@@ -40,18 +43,21 @@ class History:
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """All events of a kind, oldest first; a line that a crash has cut is left out."""
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
-        return [event for event in map(_parsed, lines) if event.get("event") == kind]
+        if not self.path.is_file():
+            return []
+        with self.path.open("rb") as file:
+            lines = iter(partial(file.readline, MAX_LINE_BYTES), b"")  # what is longer comes in pieces, none an event
+            return [event for event in map(_parsed, lines) if event.get("event") == kind]
 
     def first_start(self) -> float | None:
         """When the run was first started, in seconds since the epoch; None before it was."""
-        starts = self.events(START)
-        return starts[0]["time"] if starts else None
+        times = (event.get("time") for event in self.events(START))
+        return next((time for time in times if isinstance(time, (int, float))), None)
 
     def saved_step(self) -> int | None:
         """The step of the newest checkpoint ever committed; None if there was none."""
-        saved = self.events(CHECKPOINT)
-        return saved[-1]["step"] if saved else None
+        steps = (event.get("step") for event in reversed(self.events(CHECKPOINT)))
+        return next((step for step in steps if isinstance(step, int)), None)
 
 
 def _ends_in_newline(file: BinaryIO) -> bool:
@@ -62,9 +68,9 @@ def _ends_in_newline(file: BinaryIO) -> bool:
     return file.read() == b"\n"
 
 
-def _parsed(line: str) -> dict[str, Any]:
+def _parsed(line: bytes) -> dict[str, Any]:
     try:
-        event = json.loads(line)
+        event = parse_json(line)
     except ValueError:
         return {}
     return event if isinstance(event, dict) else {}

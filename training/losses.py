@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from models.scales import Scales
 
+VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # of torchvision's vgg16-397923af.pth
+
 
 @dataclass(frozen=True)
 class TokenScores:
@@ -102,8 +104,10 @@ def load_lpips(backbone: str) -> nn.Module:
         )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith("397923af"):
-        raise ValueError(f"{path}: sha256 begins {digest[:8]}, that of the published weights 397923af; fetch it again")
+    if digest != VGG16_SHA256:
+        raise ValueError(
+            f"{path}: sha256 is {digest[:12]}..., that of the published weights {VGG16_SHA256[:12]}...; fetch it again"
+        )
     try:
         import lpips
     except (ImportError, RuntimeError) as error:  # a torchvision built for another torch fails with RuntimeError
@@ -112,7 +116,7 @@ def load_lpips(backbone: str) -> nn.Module:
             "matches this torch, or switch the term off with loss.lpips_weight=0"
         ) from None
     distance = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
-    weights = torch.load(path, map_location="cpu", weights_only=True)
+    weights = torch.load(path, map_location="cpu", weights_only=True)  # torch's old format; its bytes are known by now
     _fill_vgg_slices(distance.net, {key.removeprefix("features."): value for key, value in weights.items()})
     return distance.eval().requires_grad_(False)
 

@@ -9,9 +9,11 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from training.strict_json import read_json
 from training.tracking import replace_file
 
 STATE, LOCK = "mlflow.json", "mlflow.lock"
+KINDS = {"train": int, "validation": int}  # of values that are no text
 
 
 class ViewState:
@@ -68,7 +70,9 @@ class ViewState:
 def read_state(folder: Path) -> dict[str, Any] | None:
     """What mlflow.json of a run folder holds; None where there is none, or none that can be read."""
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = read_json(folder / STATE)
     except (OSError, ValueError):
         return None
-    return state if isinstance(state, dict) else None
+    if not isinstance(state, dict):
+        return None
+    return {name: value for name, value in state.items() if type(value) is KINDS.get(name, str)}

@@ -24,6 +24,7 @@ from typing import Any
 
 from training import seams
 from training.mlflow_state import ViewState, read_state
+from training.redaction import redact
 from training.tracking import (
     SQLITE,
     Place,
@@ -77,7 +78,7 @@ class Tracker:
         self.folder = folder
         self.uri = absolute_uri(config.uri)
         self.experiment = config.experiment
-        self.parameters = {name: str(value)[:500] for name, value in parameters.items()}
+        self.parameters = {name: redact(str(value))[:500] for name, value in parameters.items()}
         self.record = RunRecord(folder)
         self.state = ViewState(folder)
         self.marks: dict[str, int] = {}  # the newest step of each kind of record that the tracker has
@@ -284,7 +285,7 @@ def _make_database(file: Path, make_client: Callable[..., Any]) -> None:
 
 def reason(error: Exception) -> str:
     """An exception in one short line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    return f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:120]}"
 
 
 def _run_or_none(client: Any, run_id: str) -> Any:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from training.mlflow_tracker import Sent, Tracker, TrackerUnavailable, reason
+from training.redaction import redacted_output
 from training.tracking import Place, TrackingConfig
 
 START_OVER = "mlflow.start_over"  # a file of the run folder: its MLflow run is to be replaced
@@ -181,7 +182,11 @@ def main() -> None:
     os.nice(NICENESS)
     for name, value in QUIET_AND_QUICK.items():
         os.environ.setdefault(name, value)
-    order = json.loads(sys.stdin.readline())
+    with redacted_output():
+        _serve(json.loads(sys.stdin.readline()))
+
+
+def _serve(order: dict[str, Any]) -> NoReturn:
     threading.Thread(target=_end_with, args=(order["trainer"],), daemon=True).start()
     tracker = Tracker(Path(order["folder"]), TrackingConfig(**order["config"]), order["parameters"])
     follower = Follower(tracker, _say)

@@ -1,4 +1,4 @@
-"""Models on disk: how a trained or imported model lies in a folder and is found, and files of weights from elsewhere.
+"""Models on disk: how a trained or imported model lies in a folder and is found.
 
 A model's folder holds `config.json` and `model.safetensors`. The folder of a transformer may have its tokenizer in
 `tokenizer/`, another such folder, and a folder may hold that sub-folder alone. The weights of a checkpoint are such a
@@ -10,21 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import pickle
-import zipfile
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 
+from training.foreign_weights import load_safetensors
+from training.strict_json import read_json
+
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+MAX_CONFIG_BYTES = 2**20
 NAMES = {"VAR": "transformer", "VQVAE": "tokenizer"}  # of the kinds, for people
-PUBLIC_TRAINER_KEYS = {"VAR": "var_wo_ddp", "VQVAE": "vae_local"}  # where the public trainer's checkpoints have them
 
 
 def model_files(weights: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, bytes]:
@@ -102,9 +101,9 @@ class ModelOnDisk:
 
     def _read_config(self) -> dict[str, Any]:
         try:
-            config = json.loads((self.folder / CONFIG).read_text())
+            config = read_json(self.folder / CONFIG, max_bytes=MAX_CONFIG_BYTES)
         except ValueError as error:
-            raise ValueError(f"{self.folder}/{CONFIG} is not valid JSON ({error}); export the model again") from None
+            raise ValueError(f"{self.folder}/{CONFIG} {error}; export the model again") from None
         if "${" in json.dumps(config):  # config builders would look such a name up, in the environment for one
             raise ValueError(f"{self.folder}/{CONFIG} holds a reference ${{...}}; a model's settings are plain values")
         if not isinstance(config, dict):
@@ -123,73 +122,14 @@ class ModelOnDisk:
     def _load_into(self, model: nn.Module, *, assign: bool) -> None:
         file = self.folder / WEIGHTS
         try:
-            model.load_state_dict(load_file(file), assign=assign)
-        except (SafetensorError, RuntimeError) as error:
+            model.load_state_dict(load_safetensors(file), assign=assign)
+        except RuntimeError as error:  # names or shapes
             raise ValueError(f"{file}: cannot be loaded ({_first_line(error)}); export it again") from None
 
     def sha256(self) -> str:
         """The identity of config and weights together; code shards carry it for their tokenizer."""
         digests = file_sha256(self.folder / CONFIG), file_sha256(self.folder / WEIGHTS)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def read_weights(path: str | Path, kind: str = "") -> dict[str, Tensor]:
-    """The state dict in a .pth, .pt or .safetensors file, on the CPU; nothing else in it is ever run.
-
-    kind: "VAR" or "VQVAE", which to take from a checkpoint of the public trainer, which holds both.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: damaged, holds more than tensors, or is no flat state dict.
-    """
-    path = Path(path)
-    if not path.is_file():
-        problem = "is a folder" if path.is_dir() else "no such file"
-        raise FileNotFoundError(f"{path}: {problem}; weights come as a .pth, .pt or .safetensors file")
-    content = _load_safetensors(path) if path.suffix == ".safetensors" else _load_pickle(path)
-    if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
-        content = _from_trainer(path, content["trainer"], kind)
-    return _flat_tensors(path, content)
-
-
-def _load_safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path}: cannot be read ({_first_line(error)}); get or export it again") from None
-
-
-def _load_pickle(path: Path) -> Any:
-    # Only the zip format, torch's own since 1.6, can be mapped; the older one is read whole.
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except pickle.UnpicklingError:
-        raise ValueError(
-            f"{path}: refused: damaged, or it holds pickled objects, which could run code when loaded; get it again, "
-            "or save a plain state dict of tensors where you trust the file"
-        ) from None
-    except Exception as error:  # the unpickler follows damaged bytes as far as they lead: no list of errors is whole
-        raise ValueError(f"{path}: is no torch checkpoint, or damaged ({type(error).__name__}); get it again") from None
-
-
-def _from_trainer(path: Path, trainer: dict[str, Any], kind: str) -> Any:
-    wanted = PUBLIC_TRAINER_KEYS.get(kind)
-    if wanted not in trainer:
-        held = ", ".join(str(name) for name in trainer)
-        raise ValueError(f"{path}: a trainer's checkpoint with {held}; it has no {wanted or 'single model'} to take")
-    return trainer[wanted]
-
-
-def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
-    if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of names and tensors")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise ValueError(
-                f"{path}: entry {name!r} is a {type(value).__name__}, not a tensor; expected a flat state dict: save "
-                "the one inside by itself"
-            )
-    return {name: value.detach() for name, value in content.items()}
 
 
 def describe(config: Any) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from training import seams
+from training.strict_json import parse_json
 
 Record = dict[str, Any]
 
@@ -169,11 +170,12 @@ def _to_line(record: Record) -> bytes:
 def _from_line(line: bytes) -> Record | None:
     """The record that a line holds, if it holds one."""
     try:
-        record = json.loads(line)
+        record = parse_json(line)
     except ValueError:
         return None
-    is_record = isinstance(record, dict) and isinstance(record.get("step"), int) and "kind" in record
-    return record if is_record else None
+    if not isinstance(record, dict) or not isinstance(record.get("kind"), str):
+        return None
+    return record if type(record.get("step")) is int and record["step"] >= 0 else None
 
 
 def _end_of_last_line(file: BinaryIO) -> int:

@@ -23,6 +23,7 @@ from pathlib import Path
 
 from training import watcher
 from training.distributed import World
+from training.strict_json import read_json
 from training.watcher import Beat, Board, Orders, Patience, say_if_heard
 
 EXIT_NO_PROGRESS = 76  # EX_PROTOCOL of sysexits.h: somebody did not keep to the common step
@@ -203,12 +204,13 @@ class Reports:
         found = ""
         for rank in range(self.world.world_size):
             try:
-                said = json.loads(self._path(rank).read_text())
-            except (OSError, ValueError):
+                said = read_json(self._path(rank))
+                since = float(said["since"])
+            except (OSError, ValueError, TypeError, KeyError):
                 continue
-            if rank != self.world.rank and said["since"] < oldest:
-                oldest = said["since"]
-                found = f"rank {rank} was last seen {now - oldest:.0f} s ago: {said['doing']}"
+            if rank != self.world.rank and since < oldest:
+                oldest = since
+                found = f"rank {rank} was last seen {now - oldest:.0f} s ago: {said.get('doing')}"
         return found
 
     def remove(self) -> None:

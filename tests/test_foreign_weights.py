@@ -1,0 +1,160 @@
+"""Files of weights from elsewhere are read without trust: plain tensors come out, or one line says why not."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from malformed_weights import BOMBS, EXPLOITS, REFUSED, WEIGHTS, torch_file
+from peak_memory import BOUND, peak_memory
+from safetensors.torch import save_file
+from torch import nn
+
+from training.foreign_weights import read_weights
+
+
+def same(read: dict[str, torch.Tensor]) -> bool:
+    return read.keys() == WEIGHTS.keys() and all(torch.equal(read[name], value) for name, value in WEIGHTS.items())
+
+
+def test_weights_are_read_from_torchs_format(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "a.pth")
+    assert same(read_weights(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ],
+)
+def test_every_kind_and_layout_of_tensor_comes_as_torch_itself_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = (torch.arange(24) % 7).to(dtype).reshape(2, 3, 4)
+    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
+    state = module.state_dict() | {
+        **{"plain": base, "turned": base.transpose(0, 2), "part": base[:, 1:, ::2], "again": base},
+        **{"scalar": base[0, 0, 1], "empty": base[:0], "none": torch.zeros(0)},
+        **{"parameter": nn.Parameter(torch.ones(2))},
+    }
+    torch.save(state, tmp_path / "a.pth")
+    read, expected = read_weights(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)
+    assert read.keys() == expected.keys()
+    for name, value in expected.items():
+        assert read[name].dtype == value.dtype and torch.equal(read[name], value), name
+
+
+def test_weights_that_were_read_can_be_changed_and_the_file_stays(tmp_path: Path) -> None:
+    torch.save(WEIGHTS, tmp_path / "a.pth")
+    read_weights(tmp_path / "a.pth")["weight"].zero_()
+    assert same(read_weights(tmp_path / "a.pth"))
+
+
+def test_reading_costs_no_memory_until_a_tensor_is_used(tmp_path: Path) -> None:
+    torch.save({"weight": torch.zeros(25 * 2**20)}, tmp_path / "a.pth")  # 100 MiB
+    assert peak_memory(lambda: read_weights(tmp_path / "a.pth")) < 10 * 2**20
+
+
+def test_weights_are_read_from_safetensors(tmp_path: Path) -> None:
+    save_file(WEIGHTS, tmp_path / "a.safetensors")
+    assert same(read_weights(tmp_path / "a.safetensors"))
+
+
+def test_the_model_asked_for_is_taken_from_the_public_trainers_checkpoint(tmp_path: Path) -> None:
+    other = {"other": torch.zeros(1)}
+    content = {"epoch": 3, "trainer": {"config": {"a": 1}, "var_wo_ddp": WEIGHTS, "vae_local": other}, "args": {}}
+    torch.save(content, tmp_path / "ar-ckpt-best.pth")
+    assert same(read_weights(tmp_path / "ar-ckpt-best.pth", "VAR"))
+    assert read_weights(tmp_path / "ar-ckpt-best.pth", "VQVAE").keys() == {"other"}
+    with pytest.raises(ValueError, match="trainer's checkpoint with config, var_wo_ddp, vae_local"):
+        read_weights(tmp_path / "ar-ckpt-best.pth")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ([WEIGHTS], "holds a list, expected a dict"),
+        ({}, "holds a dict, expected a dict of names"),
+        ({"model": WEIGHTS}, "entry 'model' is a dict, not a tensor"),
+        (WEIGHTS | {"step": 3}, "entry 'step' is a int, not a tensor"),
+        ({0: torch.zeros(1)}, "entry '0' is a Tensor"),
+        ({"trainer": {"var_opt": {}}}, "it has no var_wo_ddp to take"),
+        (nn.Linear(1, 1), "it holds a pickled torch.nn.modules.linear.Linear, which could run code"),
+    ],
+)
+def test_what_is_no_flat_dict_of_tensors_is_refused_in_one_line(tmp_path: Path, content: Any, message: str) -> None:
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(ValueError, match=f"a.pth: .*{message}") as caught:
+        read_weights(tmp_path / "a.pth", "VAR")
+    assert "\n" not in str(caught.value)
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(ValueError) as caught:
+        read_weights(path)
+    message = str(caught.value)
+    assert str(path) in message and "\n" not in message and len(message) < 700
+    return message
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_malformed_file_is_refused_in_one_line(tmp_path: Path, name: str) -> None:
+    make, reason = REFUSED[name]
+    assert reason in refusal(make(tmp_path))
+
+
+@pytest.mark.parametrize("name", EXPLOITS)
+def test_no_payload_is_executed(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    make, reason = EXPLOITS[name]
+    path = make(tmp_path)
+    before = sorted(tmp_path.iterdir())
+    monkeypatch.chdir(tmp_path)
+    assert reason in refusal(path)
+    assert sorted(tmp_path.iterdir()) == before  # no canary
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_no_bomb_fills_the_memory(tmp_path: Path, name: str) -> None:
+    make, reason = BOMBS[name]
+    path, said = make(tmp_path), []
+    start = time.monotonic()
+    assert peak_memory(lambda: said.append(refusal(path))) < BOUND
+    assert time.monotonic() - start < 5 and reason in said[0]
+
+
+def test_flipped_bytes_give_another_number_or_one_line(tmp_path: Path) -> None:
+    path = torch_file(tmp_path, WEIGHTS)
+    good = path.read_bytes()
+    for place in range(0, len(good), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            read_weights(path)
+        except (ValueError, FileNotFoundError) as error:
+            assert "\n" not in str(error)
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@pytest.mark.parametrize("damage", [lambda b: b"", lambda b: b[:-40], lambda b: b"<html></html>", lambda b: b[50:]])
+def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, suffix: str, damage: Any) -> None:
+    file = tmp_path / f"a{suffix}"
+    save_file(WEIGHTS, file) if suffix == ".safetensors" else torch.save(WEIGHTS, file)
+    file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(ValueError, match=f"a{suffix}: ") as caught:
+        read_weights(file)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/a.pth: no such file"):
+        read_weights(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize("make, problem", [(Path.mkdir, "is a folder"), (os.mkfifo, "is no regular file")])
+def test_what_is_no_file_is_said(tmp_path: Path, make: Any, problem: str) -> None:
+    make(tmp_path / "a.pth")
+    with pytest.raises(FileNotFoundError, match=f"a.pth: {problem}"):
+        read_weights(tmp_path / "a.pth")

@@ -1,0 +1,367 @@
+"""Packing loses nothing without saying so, and makes the same bytes however often it is killed."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import os
+import resource
+import signal
+import traceback
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import numpy as np
+import pytest
+from PIL import Image
+from tiny import PACK_OPTIONS
+from workers import content
+
+from data_pipeline.images import image_of
+from data_pipeline.index import Index
+from data_pipeline.labels import label_of
+from data_pipeline.pack_report import report_lines
+from data_pipeline.packing import is_packed, pack_images
+from data_pipeline.reader import ShardReader
+
+
+def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format=format, **options)
+    return buffer.getvalue()
+
+
+def make_folder(root: Path, classes: tuple[str, ...] = ("cat", "dog"), num_images: int = 8) -> Path:
+    for label, name in enumerate(classes):
+        (root / name).mkdir(parents=True)
+        for number in range(num_images):
+            (root / name / f"image.v{number}.png").write_bytes(encoded(noise(9, 12, seed=100 * label + number)))
+    return root
+
+
+def test_a_packed_folder_gives_every_image_back_with_its_class(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    out = tmp_path / "packed"
+    assert not is_packed(out)
+    report = pack_images(str(source), out, **PACK_OPTIONS)
+    assert is_packed(out) and report.train == Index.read(out / "train", kind="images") and not report.skipped
+    assert report.train.meta["classes"] == ["cat", "dog"]
+    names = []
+    for split, index in (("train", report.train), ("val", report.val)):
+        reader = ShardReader(out / split, index)
+        rows = [json.loads(line) for line in (out / split / "files.jsonl").read_text().splitlines()]
+        names += [row["file"] for row in rows]
+        for sample_id, row in enumerate(rows):
+            sample = reader.read(sample_id)
+            assert sample.key == row["key"] and sample.members["png"] == (source / row["file"]).read_bytes()
+            assert label_of(sample) == row["label"] == ["cat", "dog"].index(row["file"].split("/")[0])
+    assert len(names) == 16 and len(set(names)) == 16
+
+
+def test_the_held_out_share_is_the_same_in_every_class(tmp_path: Path) -> None:
+    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
+    reader = ShardReader(tmp_path / "packed/val", report.val)
+    assert Counter(label_of(reader.read(i)) for i in range(len(reader))) == {0: 2, 1: 2}
+
+
+def test_samples_are_shuffled_when_written(tmp_path: Path) -> None:
+    report = pack_images(str(make_folder(tmp_path / "images")), tmp_path / "packed", **PACK_OPTIONS)
+    reader = ShardReader(tmp_path / "packed/train", report.train)
+    labels = [label_of(reader.read(i)) for i in range(len(reader))]
+    assert labels != sorted(labels)
+
+
+def test_existing_splits_are_kept(tmp_path: Path) -> None:
+    make_folder(tmp_path / "images/train", num_images=5)
+    make_folder(tmp_path / "images/val", classes=("dog",), num_images=2)
+    report = pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
+    assert (report.train.num_samples, report.val.num_samples) == (10, 2)
+    assert label_of(ShardReader(tmp_path / "packed/val", report.val).read(0)) == 1
+
+
+def test_corrupt_images_are_skipped_counted_and_named(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    (source / "cat/broken.jpg").write_bytes(encoded(noise(90, 120), "JPEG")[:2000])
+    (source / "dog/notes.txt").write_text("not an image")
+    lines: list[str] = []
+    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "report": lines.append})
+    assert report.train.num_samples + report.val.num_samples == 16
+    assert sorted(name for name, _ in report.skipped) == ["cat/broken.jpg", "dog/notes.txt"]
+    assert dict(report.skipped)["dog/notes.txt"] == "not a JPEG, PNG or WEBP image"
+    stored = [(tmp_path / "packed" / split / "skipped.jsonl").read_text() for split in ("train", "val")]
+    assert "broken.jpg" in "".join(stored) and "notes.txt" in "".join(stored)
+    assert report.train.meta["skipped"] + report.val.meta["skipped"] == 2
+    assert sum(split["skipped"] for split in report.counts["splits"].values()) == 2
+    said = "\n".join(report_lines(report.counts))
+    assert "the first: cat/broken.jpg: " in said or "the first: dog/notes.txt: not a JPEG, PNG or WEBP image" in said
+
+
+def test_large_images_are_scaled_down_and_the_index_says_so(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": 6})
+    sample = ShardReader(tmp_path / "packed/train", report.train).read(0)
+    assert sorted(sample.members) == ["cls", "jpg"] and image_of(sample).size == (8, 6)
+    assert report.train.meta["encoding"] == "JPEG quality 95, short side at most 6 pixels"
+
+
+def test_a_file_is_stored_under_what_it_is_not_what_it_is_called(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    for path in source.rglob("*.png"):
+        path.rename(path.with_suffix(".JPEG"))
+    report = pack_images(str(source), tmp_path / "packed", **PACK_OPTIONS)
+    assert "png" in ShardReader(tmp_path / "packed/train", report.train).read(0).members
+
+
+def test_a_source_of_unreadable_images_is_an_error_with_the_first_reason(tmp_path: Path) -> None:
+    (tmp_path / "images/cat").mkdir(parents=True)
+    for name in "ab":
+        (tmp_path / f"images/cat/{name}.jpg").write_bytes(b"no image")
+    with pytest.raises(ValueError, match="no readable images for train, the first: cat/.*: not a JPEG, PNG or WEBP"):
+        pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
+    assert not is_packed(tmp_path / "packed")
+
+
+def test_packed_images_are_not_packed_again_nor_overwritten(tmp_path: Path) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    first = pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*")}
+    assert pack_images(source, tmp_path / "packed", **PACK_OPTIONS) == first  # as by a worker that comes late
+    with pytest.raises(ValueError, match="already packed with seed 0, now it is 1; delete it or choose another"):
+        pack_images(source, tmp_path / "packed", **{**PACK_OPTIONS, "seed": 1})
+    (tmp_path / "images/cat/image.v0.png").unlink()
+    with pytest.raises(ValueError, match="already packed with listing 16 files of .*, now it is 15 files of "):
+        pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    assert times == {path: path.stat().st_mtime_ns for path in (tmp_path / "packed").rglob("*")}
+
+
+def test_a_shard_is_the_same_stretch_of_the_shuffled_files_whatever_is_unreadable(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images", num_images=20)
+    report = pack_images(str(source), tmp_path / "whole", **PACK_OPTIONS)
+    rows = files_of(tmp_path / "whole/train")
+    assert [int(row["key"]) for row in rows] == list(range(30)) and len(report.train.shards) == 8
+    for row in rows[4:9]:  # all of the second shard, and one of the third
+        (source / row["file"]).write_bytes(b"no image any more")
+    report = pack_images(str(source), tmp_path / "holes", **PACK_OPTIONS)
+    assert [shard.name for shard in report.train.shards[:2]] == ["shard-000000.tar", "shard-000002.tar"]
+    assert files_of(tmp_path / "holes/train") == rows[:4] + rows[9:]
+    reader = ShardReader(tmp_path / "holes/train", report.train)
+    assert [reader.read(i).key for i in range(len(reader))] == [row["key"] for row in rows[:4] + rows[9:]]
+    for number in (0, 3, 7):
+        name = f"train/shard-{number:06d}.tar"
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "holes" / name).read_bytes()
+
+
+def files_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "files.jsonl").read_text().splitlines()]
+
+
+def start(*arguments: Any, operations: int = 0) -> int:
+    """Start a process that packs, and kills itself at that many operations on files, unless it is 0; its number."""
+    pid = os.fork()
+    if pid:
+        return pid
+    signal.alarm(60)
+    left = itertools.count(operations - 1, -1)
+
+    def killing(function: Callable) -> Callable:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs) if function is not os.fsync else None
+
+        return call
+
+    try:
+        os.fsync, os.replace = killing(os.fsync), killing(os.replace)  # without waiting for the disk
+        pack_images(*arguments, **PACK_OPTIONS)
+        os._exit(0)
+    except BaseException:
+        traceback.print_exc()
+    os._exit(1)
+
+
+def end_of(pid: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+def test_killed_at_any_instant_and_started_again_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    (source / "cat/notes.txt").write_text("not an image")
+    pack_images(str(source), tmp_path / "whole", **PACK_OPTIONS)
+    ends = []
+    while not is_packed(tmp_path / "killed"):  # a little further each time
+        ends.append(end_of(start(str(source), tmp_path / "killed", operations=len(ends) + 1)))
+    assert set(ends[:-1]) == {-signal.SIGKILL} and len(ends) > 8
+    pack_images(str(source), tmp_path / "killed", **PACK_OPTIONS)  # of a kill after the last index `.work` is left
+    assert content(tmp_path / "killed") == content(tmp_path / "whole")
+
+
+@pytest.mark.faults
+def test_killed_at_every_single_instant_it_goes_on(tmp_path: Path, figures: dict[str, str]) -> None:
+    source = make_folder(tmp_path / "images")
+    (source / "cat/notes.txt").write_text("not an image")
+    pack_images(str(source), tmp_path / "whole", **PACK_OPTIONS)
+    for operations in itertools.count(1):
+        killed = tmp_path / f"killed-{operations}"
+        end = end_of(start(str(source), killed, operations=operations))
+        pack_images(str(source), killed, **PACK_OPTIONS)
+        assert content(killed) == content(tmp_path / "whole")
+        if end == 0:
+            break
+    assert operations > 50
+    figures["packing killed at each of its file operations, then continued"] = f"{operations - 1} times the same bytes"
+
+
+def test_two_workers_at_once_share_the_work_and_make_the_same_bytes(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    pack_images(str(source), tmp_path / "whole", **PACK_OPTIONS)
+    workers = [start(str(source), tmp_path / "shared"), start(str(source), tmp_path / "shared", operations=14)]
+    assert end_of(workers[0]) == 0 and end_of(workers[1]) in (0, -signal.SIGKILL)
+    assert content(tmp_path / "shared") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"seed": 1}, "seed 0, now it is 1"),
+        ({"samples_per_shard": 5}, "samples_per_shard 4, now it is 5"),
+        ({"val_fraction": 0.5}, "val_fraction 0.25, now it is 0.5"),
+        ({"resize_short_side": 6}, "encoding original files, now it is JPEG quality 95, short side at most 6 pixels"),
+    ],
+)
+def test_going_on_with_other_options_is_refused_by_name(tmp_path: Path, change: dict, reason: str) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    assert end_of(start(source, tmp_path / "packed", operations=20)) == -signal.SIGKILL
+    before = content(tmp_path / "packed")
+    with pytest.raises(ValueError, match=f"work under way there has {reason}; go on with the same settings and source"):
+        pack_images(source, tmp_path / "packed", **{**PACK_OPTIONS, **change})
+    assert content(tmp_path / "packed") == before
+
+
+def test_a_file_that_the_storage_fails_to_read_stops_the_packing_and_is_not_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    monkeypatch.setattr(os, "fstat", failing := Mock(side_effect=OSError(errno.EIO, "Input/output error")))
+    with pytest.raises(OSError, match="Input/output error: .*images/(cat|dog)/image.*png"):
+        pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    assert failing.called
+    monkeypatch.undo()
+    assert not pack_images(source, tmp_path / "packed", **PACK_OPTIONS).skipped
+
+
+def test_going_on_with_a_source_that_has_changed_is_refused(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    assert end_of(start(str(source), tmp_path / "packed", operations=20)) == -signal.SIGKILL
+    (source / "cat/one-more.png").write_bytes(encoded(noise(9, 12)))
+    with pytest.raises(ValueError, match="has listing 16 files of .* bytes, sha256 .*, now it is 17 files of "):
+        pack_images(str(source), tmp_path / "packed", **PACK_OPTIONS)
+
+
+def test_a_full_disk_leaves_a_folder_that_goes_on(tmp_path: Path) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    pack_images(source, tmp_path / "whole", **PACK_OPTIONS)
+    pid = os.fork()
+    if not pid:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (6000, 6000))  # a shard has 10,240 bytes
+        try:
+            pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+        except OSError as error:
+            os._exit(error.errno if "shard-000000" in str(error.filename) else 1)
+        os._exit(0)
+    assert end_of(pid) == errno.EFBIG
+    assert not list((tmp_path / "packed").rglob("*.tmp-*")) and not is_packed(tmp_path / "packed")
+    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    assert content(tmp_path / "packed") == content(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("name", ["train/index.json", "val/shard-000000.tar"])
+def test_shards_of_somebody_else_are_not_overwritten(tmp_path: Path, name: str) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    (tmp_path / "packed" / name).parent.mkdir(parents=True)
+    (tmp_path / "packed" / name).write_text("of somebody else")
+    with pytest.raises(ValueError, match=f"{name}: is there already, .* no work is under way; delete"):
+        pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    assert content(tmp_path / "packed") == {name: b"of somebody else"}
+
+
+def test_what_a_worker_leaves_that_is_killed_after_the_index_is_removed(tmp_path: Path) -> None:
+    source = str(make_folder(tmp_path / "images"))
+    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    (tmp_path / "packed/.work").mkdir()
+    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
+    assert not (tmp_path / "packed/.work").exists()
+
+
+def odd_photographs(root: Path) -> Path:
+    """Pictures whose left half is red and right half blue, taller than wide once upright, in every odd form."""
+    (root / "a class, odd\n").mkdir(parents=True)
+    pixels = np.zeros((40, 30, 3), np.uint8)
+    pixels[:, :15, 0], pixels[:, 15:, 2] = 230, 230
+    image = Image.fromarray(pixels)
+    turned, exif = image.transpose(Image.Transpose.ROTATE_90), Image.Exif()
+    exif[0x0112] = 6  # to be turned back by 90 degrees
+    forms: dict[str, tuple[Image.Image, dict[str, Any]]] = {
+        "plain.jpg": (image, {"format": "JPEG", "quality": 95}),
+        "cmyk.jpg": (image.convert("CMYK"), {"format": "JPEG", "quality": 95}),
+        "turned.jpg": (turned, {"format": "JPEG", "exif": exif, "quality": 95}),
+        "a png.JPEG": (image, {"format": "PNG"}),
+        "palette.png": (image.quantize(8), {"format": "PNG"}),
+        "alpha.webp": (image.convert("RGBA"), {"format": "WEBP", "lossless": True}),
+        "no suffix \udcff": (image, {"format": "WEBP", "quality": 95}),
+        "grey.jpg": (image.convert("L"), {"format": "JPEG"}),
+        "bits.png": (image.convert("1"), {"format": "PNG"}),
+    }
+    for name, (form, options) in forms.items():
+        form.save(root / "a class, odd\n" / name, **options)
+    sixteen = Image.fromarray((np.asarray(image.convert("L")).astype(np.uint16) * 257))
+    sixteen.save(root / "a class, odd\n/sixteen.png")
+    others = {
+        "notes.txt": b"not an image",
+        "moving.gif": encoded(noise(9, 12), "GIF"),
+        "drawing.svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+        "phone.heic": b"\0\0\0\x18ftypheic\0\0\0\0mif1heic",
+        "empty.jpg": b"",
+    }
+    for name, data in others.items():
+        (root / "a class, odd\n" / name).write_bytes(data)
+    os.mkfifo(root / "a class, odd\n/pipe.jpg")
+    return root
+
+
+@pytest.mark.parametrize("resize", [None, 20])
+def test_photographs_in_odd_forms_keep_colours_and_orientation_and_the_rest_is_named(
+    tmp_path: Path, resize: int | None
+) -> None:
+    source = odd_photographs(tmp_path / "images")
+    report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": resize})
+    names = {name.rsplit("/", 1)[-1]: reason for name, reason in report.skipped}
+    not_read = "not a JPEG, PNG or WEBP image"
+    assert names.pop("pipe.jpg") == "not a regular file" and names.pop("empty.jpg")
+    assert set(names.values()) == {not_read}
+    assert set(names) == {"notes.txt", "moving.gif", "drawing.svg", "phone.heic"}
+    seen = 0
+    for split, index in (("train", report.train), ("val", report.val)):
+        found = report.counts["splits"][split]
+        assert found["listed"] == found["images"] + found["skipped"]
+        reader = ShardReader(tmp_path / "packed" / split, index)
+        for number, row in enumerate(files_of(tmp_path / "packed" / split)):
+            pixels = np.asarray(image_of(reader.read(number))).astype(int)
+            assert pixels.shape == ((40, 30, 3) if resize is None else (26, 20, 3)), row
+            left, right = pixels[:, :5].mean((0, 1)), pixels[:, -5:].mean((0, 1))
+            if any(kind in row["file"] for kind in ("grey", "bits", "sixteen")):
+                assert left.std() < 3 and left[0] > right[0] + 10, row  # red is the lighter grey
+            else:
+                assert left[0] > 200 > 60 > left[2] and right[2] > 200 > 60 > right[0], row
+            seen += 1
+    assert seen == 10 and found["width"]["max"] == (30 if resize is None else 20)

@@ -1,0 +1,42 @@
+"""Workers that share a folder: processes to fork and to kill, and what they leave."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+
+def fork(function: Callable[[], object]) -> int:
+    """Run it in a child; its process id."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        function()
+        os._exit(0)
+    finally:
+        os._exit(1)
+
+
+def ended_well(child: int) -> bool:
+    return os.waitpid(child, 0)[1] == 0
+
+
+def kill(child: int) -> None:
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """All files below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    gives_up = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < gives_up
+        time.sleep(0.005)

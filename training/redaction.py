@@ -1,0 +1,116 @@
+"""Passwords and tokens: what looks like one is not printed, and no setting may hold one.
+
+Known by their form (URLs with a password, signed URLs, the tokens of well-known services), by the name before a = or
+a colon, and by being the value of an environment variable whose name says that it is secret.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from typing import Any, TextIO
+
+HIDDEN = "***"
+MIN_CHARACTERS = 8  # of a variable's value that is looked for: shorter ones also occur by chance
+REMEDY = (
+    "take it out: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials, "
+    "S3 reads ~/.aws/credentials, http(s) ~/.netrc, PostgreSQL ~/.pgpass"
+)
+
+# What it is -> how it looks; only the group `secret` is hidden where there is one. Repetitions have bounds: time
+FORMS = {
+    "a password in a URL": r"\b[a-zA-Z][\w+.-]{0,20}://(?P<secret>[^\s'\"/?#@:]{0,200}:[^\s'\"]{0,1000})@",
+    "a user or token in a URL": r"\bhttps?://(?P<secret>[^\s'\"/?#@]{1,1000})@",
+    "a signed URL": (
+        r"[?&](?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig"
+        r"|(?:access_|auth_|id_|refresh_)?token|api_?key|password)=(?P<secret>[^\s&'\"#]+)"
+    ),
+    "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
+    "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,})",
+    "a GitLab token": r"\bglpat-[\w-]{16,}",
+    "an API key": r"\b(?:sk-(?:[a-z0-9]{1,10}-){0,3}[A-Za-z0-9_]{20,}|AIza[\w-]{30,}|dapi[0-9a-f]{32})",
+    "a Slack token": r"\bxox[abprs]-[\w-]{10,}",
+    "a JSON web token": r"\beyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]*",
+    "a private key": r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----(?:[^-]{0,9999}-----END [A-Z ]{0,20}PRIVATE KEY-----)?",
+    "an authorization": (
+        r"(?i:authorization['\"]?\s{0,9}[:=]\s{0,9}['\"]?(?:basic|token|bearer)\s{1,9}"
+        r"|\bbearer\s{1,9}(?=[^\s\d]{0,99}\d))(?P<secret>[A-Za-z0-9+/=._~-]{8,})"
+    ),
+}
+_IS = r"['\"]?\s{0,9}[=:]\s{0,9}['\"]?"
+NAMED = re.compile(  # password=..., "api_key": "...", AWS_SECRET_ACCESS_KEY=...; "pass:" and "token:" are also English
+    r"(?i)(?<![a-z])((?:"
+    r"(?:[\w.-]{0,40}[_.-])?(?:passw(?:or)?d|passphrase|pwd|secret|credentials?"
+    rf"|(?:api|access|secret|private)_?key(?:_?id)?){_IS}"
+    rf"|[\w.-]{{0,40}}[_.-](?:pass|token){_IS}"
+    r"|(?:pass|token)(?:=|['\"]\s{0,9}[=:]\s{0,9})['\"]?))"
+    r"(?![\s=:'\"]|\*\*\*)[^\s'\",;&)}\]]+"
+)
+SECRET_NAME = re.compile(
+    r"(?i)PASSW(?:OR)?D|PASSPHRASE|SECRET|CREDENTIAL|TOKEN(?:$|_)|(?:^|_)(?:PASS|PWD)(?:$|_)"
+    r"|(?:API|ACCESS|PRIVATE)_?KEY"
+)
+NO_SECRET = ("PWD", "OLDPWD")  # the shell's folders
+_PATTERNS = {name: re.compile(pattern) for name, pattern in FORMS.items()}
+
+
+def secret_in(text: str) -> str:
+    """What kind of secret a text seems to hold, in words; empty: none."""
+    return next((name for name, pattern in _PATTERNS.items() if pattern.search(text)), "")
+
+
+def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
+    """The text with what looks like a secret, or is one of the environment, replaced by three stars."""
+    return _redacted(text, secret_values(environment))
+
+
+def secret_values(environment: Mapping[str, str]) -> list[str]:
+    """The values of the variables whose names say that they are secret, the longest first."""
+    names = (name for name in environment if SECRET_NAME.search(name) and name not in NO_SECRET)
+    values = {environment[name] for name in names}
+    return sorted((value for value in values if len(value) >= MIN_CHARACTERS), key=len, reverse=True)
+
+
+def _redacted(text: str, values: list[str]) -> str:
+    for value in values:
+        text = text.replace(value, HIDDEN)
+    for pattern in _PATTERNS.values():
+        text = pattern.sub(_hide, text)
+    return NAMED.sub(rf"\1{HIDDEN}", text)
+
+
+def _hide(match: re.Match[str]) -> str:
+    secret = match.groupdict().get("secret")
+    return HIDDEN if secret is None else match[0].replace(secret, HIDDEN)
+
+
+class RedactingStream:
+    """A text stream that hides secrets in what is written to it; in all else it is the stream it is made of."""
+
+    def __init__(self, stream: TextIO, values: list[str]) -> None:
+        self._stream = stream
+        self._values = values
+
+    def write(self, text: str) -> int:
+        self._stream.write(_redacted(text, self._values))
+        return len(text)
+
+    def writelines(self, lines: Iterator[str]) -> None:
+        for line in lines:
+            self.write(line)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextmanager
+def redacted_output(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
+    """Hide secrets in all that this process writes to its standard streams: messages, warnings and tracebacks."""
+    values = secret_values(environment)
+    out, error = RedactingStream(sys.stdout, values), RedactingStream(sys.stderr, values)
+    with redirect_stdout(out), redirect_stderr(error):
+        yield
