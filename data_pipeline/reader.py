@@ -123,10 +123,17 @@ class ShardReader:
 
     def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:
+            self._close_removed()
             if len(self._descriptors) >= MAX_OPEN_SHARDS:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
             self._descriptors[number] = self.storage.open(self.index.shards[number])
         return self._descriptors[number]
+
+    def _close_removed(self) -> None:
+        """Close what the cache has removed meanwhile: as long as it is open it takes room on disk."""
+        removed = [number for number, open_file in self._descriptors.items() if not os.fstat(open_file).st_nlink]
+        for number in removed:
+            os.close(self._descriptors.pop(number))
 
 
 def load_members(storage: Storage, shard: ShardEntry) -> tuple[np.ndarray, list[int]]:

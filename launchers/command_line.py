@@ -22,7 +22,7 @@ from launchers.config_files import describe_schema, load_config, nearest, one_li
 from launchers.exit_codes import EXIT_ERROR, describe, exit_code, lost_its_peers
 from training.distributed import World, end_process
 from training.foreign_weights import forbid_unpickling
-from training.redaction import redact, redacted_output
+from training.redaction import REMEDY, redact, redacted_output, secret_in
 from training.stopping import Stopped
 
 Config = TypeVar("Config")
@@ -30,6 +30,7 @@ RANK_ZERO_FIRST_SECONDS = 3.0  # most errors are the same on all ranks; then its
 CAUSE_FIRST_SECONDS = 2.0  # for the rank that ended first to be noticed, so that its exit code is the launcher's
 OPTIONS = ("config", "print-config", "dry-run", "world-size", "local_rank", "help")  # all that are no settings
 TAKE_A_VALUE = (["--config"], ["--world-size"], ["--local_rank"])
+PLAIN_NAME = re.compile(r"[a-z][a-z_.-]{0,60}")
 SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
 
@@ -125,6 +126,7 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
     parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs that --dry-run plans for")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
+    _refuse_secrets(arguments)
     known = parser.parse_intermixed_args(settings_as_overrides(schema, arguments))
     if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
         raise ValueError(f"--world-size is {known.world_size}; it is a number of GPUs, 1 or more, for --dry-run")
@@ -133,6 +135,15 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str) -> C
         print(to_yaml(config), end="")
         return None
     return Command(config, dry_run=known.dry_run, world_size=known.world_size)
+
+
+def _refuse_secrets(arguments: Sequence[str]) -> None:
+    """Raise ValueError for a password or token, before anything else is said of the arguments."""
+    for before, argument in zip(["", *arguments], arguments):
+        if what := secret_in(argument):
+            name = (argument.partition("=")[0] if "=" in argument else before).removeprefix("--")
+            setting = f"setting '{name}'" if PLAIN_NAME.fullmatch(name) else "the command line"
+            raise ValueError(f"{setting} holds {what}, which records and MLflow would show; {REMEDY}")
 
 
 def settings_as_overrides(schema: type, arguments: Sequence[str]) -> list[str]:

@@ -25,7 +25,6 @@ from training.redaction import REMEDY, redact, secret_in
 Config = TypeVar("Config")
 MAX_EXTENDED = 16  # files, one on top of the other
 MAX_SHOWN = 80  # characters of a wrong value
-PLAIN_NAME = re.compile(r"[a-z0-9_.]{1,80}")
 
 
 def load_config(schema: type[Config], file: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -44,9 +43,6 @@ def _override(text: str) -> dict[str, Any]:
     """The setting that `a.b=c` gives, nested as in a file; c is YAML."""
     name, equals, value = text.partition("=")
     parts = name.split(".")
-    if what := secret_in(text):  # whatever it is meant for: it must not be shown in the complaint about that
-        setting = f"setting '{name}'" if PLAIN_NAME.fullmatch(name) else "a setting on the command line"
-        raise ValueError(f"{setting} holds {what}, which records and MLflow would show; {REMEDY}")
     if not equals or not all(parts) or len(parts) > MAX_DEPTH:
         raise ValueError(f"'{_shortened(text)}' is not a setting; write it as a.b=c")
     layer = parse_yaml(value, f"{_shortened(name)}=")

@@ -5,7 +5,7 @@ code  meaning                                                          worth try
 1     an error of the program itself; its traceback is shown
 64    the command line, a config, or a file it names is wrong          no
 65    data or a checkpoint is damaged, or too many samples are         no
-69    a service that is needed, such as a tracking server, is absent   yes
+69    a service that is needed is absent: tracker, server of shards    yes
 70    training diverged                                                with other settings
 71    a process that reads data failed                                 yes
 73    there is no room, or no right, to write                          after making some
@@ -27,6 +27,7 @@ import torch.distributed as dist
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.read_ahead import WorkerFailed
+from data_pipeline.remote import RemoteError
 from launchers.config_files import one_line
 from training.bad_samples import TooManyBadSamples
 from training.checkpoint import CheckpointsFailing
@@ -47,6 +48,7 @@ CODES: MappingProxyType[type[BaseException], int] = MappingProxyType(  # the fir
         DamagedData: 65,
         TooManyBadSamples: 65,
         TrackerUnavailable: 69,
+        RemoteError: 69,
         TrainingDiverged: 70,
         WorkerFailed: 71,
         CheckpointsFailing: 74,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
+import pickle
 import time
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from peak_memory import BOUND, peak_memory
 from safetensors.torch import save_file
 from torch import nn
 
-from training.foreign_weights import read_weights
+from training.foreign_weights import forbid_unpickling, read_weights
 
 
 def same(read: dict[str, torch.Tensor]) -> bool:
@@ -158,3 +160,17 @@ def test_what_is_no_file_is_said(tmp_path: Path, make: Any, problem: str) -> Non
     make(tmp_path / "a.pth")
     with pytest.raises(FileNotFoundError, match=f"a.pth: {problem}"):
         read_weights(tmp_path / "a.pth")
+
+
+def test_no_library_unpickles_once_it_is_forbidden(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    monkeypatch.setenv("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "0")
+    monkeypatch.chdir(tmp_path)
+    path = EXPLOITS["os.system"][0](tmp_path)
+    forbid_unpickling()
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(path, weights_only=False)
+    child = multiprocessing.get_context("fork").Process(target=torch.load, args=(path,), kwargs={"weights_only": False})
+    child.start()
+    child.join()
+    assert child.exitcode == 1 and list(tmp_path.iterdir()) == [path]

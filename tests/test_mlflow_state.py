@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -39,3 +40,19 @@ def test_one_process_sends_a_run_and_the_next_one_once_it_is_released(tmp_path: 
         second.claim()
     first.release()
     second.claim()
+
+
+@pytest.mark.parametrize("content", [b"[]", b"\xff", b"[" * 10**5, b'{"uri": "a", "uri": "b"}', b'{"train": NaN}'])
+def test_a_damaged_state_is_none(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "mlflow.json").write_bytes(content)
+    assert read_state(tmp_path) is None
+
+
+def test_values_of_another_kind_are_left_out(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.json").write_text('{"uri": 3, "run_id": "r", "train": "x", "validation": 4, "more": {}}')
+    assert read_state(tmp_path) == {"run_id": "r", "validation": 4}
+
+
+def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "mlflow.json")
+    assert read_state(tmp_path) is None

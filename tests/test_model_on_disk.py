@@ -115,6 +115,10 @@ def test_a_model_of_another_kind_is_refused(saved: Path) -> None:
         ("[" * 10**5, "nested too deeply"),
         ('{"depth": ' + "9" * 5000 + "}", "a number of 5000 digits"),
         ('{"kind": "${oc.env:HOME}"}', "holds a reference"),
+        ('{"kind": "VAR", "depth": 1000000}', "depth is 1000000, at most 200 is accepted"),
+        ('{"kind": "VAR", "patch_nums": [1, 4096]}', "patch_nums is 4096, at most 128 is accepted"),
+        ('{"autoencoder": {"width": 1e300}}', "autoencoder.width is 1e.300, at most 1048576 is accepted"),
+        (json.dumps({"patch_nums": list(range(99))}), "patch_nums has 99 values"),
         (" " * 2**20 + "{}", "at most 1048576 are accepted"),
     ],
 )

@@ -116,7 +116,14 @@ def test_a_damaged_line_is_named_once_and_stays(record: RunRecord, capsys: pytes
     assert "line 2 is damaged" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("line", ["7", "{}", '{"step": 3}', '{"kind": "train", "step": "3"}', "[" * 9])
+NONE = [
+    *("7", "{}", '{"step": 3}', '{"kind": "train", "step": "3"}', "[" * 9, "[" * 10**5, '{"kind": [], "step": 3}'),
+    *('{"kind": "train", "step": -1}', '{"kind": "train", "step": true}', '{"kind": "train", "step": 3, "loss": NaN}'),
+    *('{"kind": "train", "step": 3, "step": 4}', '{"kind": "train", "step": ' + "9" * 5000 + "}"),
+]
+
+
+@pytest.mark.parametrize("line", NONE)
 def test_a_line_that_is_json_but_no_record_is_damaged_too(
     record: RunRecord, line: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -89,12 +89,10 @@ def test_what_safe_yaml_writes_is_read_as_it_was(value: object) -> None:
         ("'3'", "3"),
         ("a#b", "a#b"),
         ("=", "="),
-        ("{a: [1, {b: ~}], c: |\n  two\n  lines\n}", {"a": [1, {"b": None}], "c": "two\nlines\n"}),
+        ("a: [1, {b: ~}]\nc: |\n  two\n  lines\n", {"a": [1, {"b": None}], "c": "two\nlines\n"}),
     ],
 )
 def test_words_mean_what_people_think(text: str, value: object) -> None:
-    if text.startswith("{"):
-        text = "a: [1, {b: ~}]\nc: |\n  two\n  lines\n"
     found = parse_yaml(text, "a")
     assert found == value and type(found) is type(value)
 

@@ -219,6 +219,8 @@ class Checkpoints:
         manifest = read_manifest(path)
         with SavedTensors(path, list(manifest["files"])) as saved:
             for tag, engine in engines.items():
+                if "step" not in manifest["engines"].get(tag, {}):
+                    raise DamagedCheckpoint(f"{path / commit.MANIFEST} says nothing of the engine '{tag}'")
                 engine.state.load(lambda name, tag=tag: saved.read(f"{tag}/{name}"))
                 engine.state.load_scalars(manifest["engines"][tag])
             if manifest["world_size"] == self.world.world_size:

@@ -171,7 +171,9 @@ def structural_damage(folder: Path) -> str:
 def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> str:
     """What is wrong with the contents of some of the listed files; empty: nothing."""
     for name in names:
-        entry, file = manifest["files"][name], folder / name
+        entry, file = manifest["files"].get(name), folder / name
+        if entry is None:
+            return f"{folder / MANIFEST} does not list {name}"
         try:
             if file.stat().st_size != entry["bytes"]:
                 return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"

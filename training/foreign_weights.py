@@ -61,17 +61,23 @@ def _what_it_is(path: Path) -> str:
 def load_safetensors(path: Path) -> dict[str, Tensor]:
     """The tensors in a safetensors file. Raises ValueError that names the file if it is damaged."""
     try:
-        with path.open("rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            if length > MAX_HEADER_BYTES:
-                raise ValueError(f"its header claims {length} bytes, at most {MAX_HEADER_BYTES} are accepted")
-            parse_json(file.read(length))  # the library takes a name twice
+        check_header(path)
         return load_file(path)
-    except struct.error:
-        raise ValueError(f"{path}: cannot be read (cut short); get or export it again") from None
     # the library's own errors, and what torch raises where header and tensors do not agree
     except (SafetensorError, ValueError, RuntimeError, TypeError, LookupError, OverflowError, AttributeError) as error:
         raise ValueError(f"{path}: cannot be read ({_first_line(error)}); get or export it again") from None
+
+
+def check_header(path: Path) -> None:
+    """Raise ValueError for a safetensors file whose header is a bomb, or has two meanings: the library takes both."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise ValueError("cut short")
+        length = struct.unpack("<Q", head)[0]
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"its header claims {length} bytes, at most {MAX_HEADER_BYTES} are accepted")
+        parse_json(file.read(length))
 
 
 def _from_trainer(path: Path, trainer: dict[str, Any], kind: str) -> Any:

@@ -23,6 +23,9 @@ from training.strict_json import read_json
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 MAX_CONFIG_BYTES = 2**20
+# A config that somebody made up must not build modules without end before its weights are looked at
+MOST = {"depth": 200, "num_res_blocks": 100, "patch_nums": 128, "multipliers": 1024, "mlp_ratio": 100, "num_phi": 100}
+MOST_OF_ALL, MOST_NUMBERS = 2**20, 50
 NAMES = {"VAR": "transformer", "VQVAE": "tokenizer"}  # of the kinds, for people
 
 
@@ -108,6 +111,8 @@ class ModelOnDisk:
             raise ValueError(f"{self.folder}/{CONFIG} holds a reference ${{...}}; a model's settings are plain values")
         if not isinstance(config, dict):
             raise ValueError(f"{self.folder}/{CONFIG} holds a {type(config).__name__}, not settings; export it again")
+        if excess := _excess(config):
+            raise ValueError(f"{self.folder}/{CONFIG}: {excess}; export the model again")
         return config
 
     def fill(self, model: nn.Module) -> nn.Module:
@@ -130,6 +135,23 @@ class ModelOnDisk:
         """The identity of config and weights together; code shards carry it for their tokenizer."""
         digests = file_sha256(self.folder / CONFIG), file_sha256(self.folder / WEIGHTS)
         return hashlib.sha256("".join(digests).encode()).hexdigest()
+
+
+def _excess(config: dict[str, Any]) -> str:
+    """What in a model's config is beyond any model, and would take memory or time without end; empty: nothing."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            if excess := _excess(value):
+                return f"{name}.{excess}"
+            continue
+        numbers = value if isinstance(value, list) else [value]
+        if len(numbers) > MOST_NUMBERS:
+            return f"{name} has {len(numbers)} values, at most {MOST_NUMBERS} are accepted"
+        for number in numbers:
+            most = MOST.get(name, MOST_OF_ALL)
+            if isinstance(number, (int, float)) and abs(number) > most:
+                return f"{name} is {number}, at most {most} is accepted"
+    return ""
 
 
 def describe(config: Any) -> dict[str, Any]:

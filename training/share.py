@@ -18,6 +18,7 @@ from torch import Tensor
 
 from training.commit import DamagedCheckpoint
 from training.distributed import World
+from training.foreign_weights import check_header
 from training.model_on_disk import WEIGHTS, model_files
 from training.whole_state import EMA, WEIGHT
 
@@ -77,8 +78,9 @@ class SavedTensors:
 
     def _open(self, file: str) -> None:
         try:
+            check_header(self.folder / file)
             self._files[file] = safe_open(self.folder / file, framework="pt")
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, ValueError) as error:
             raise DamagedCheckpoint(f"{self.folder / file} cannot be read ({error})") from None
         prefix = next((prefix for prefix, folder in MODELS.items() if file == f"{folder}/{WEIGHTS}"), "")
         self._places |= {f"{prefix}{name}": (file, name) for name in self._files[file].keys()}
