@@ -12,6 +12,10 @@ class DamagedData(ValueError):
     """
 
 
+class DamagedShard(DamagedData):
+    """A shard of which nothing can be read, so that no other sample of it can stand in for one."""
+
+
 @dataclass(frozen=True)
 class BadSample:
     """A sample that could not be used: where it is, why, and the number of the one that was shown in its place."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.codes import CodeFormat
-from data_pipeline.damage import BadSample, DamagedData
+from data_pipeline.damage import BadSample, DamagedData, DamagedShard
 from data_pipeline.images import ImageTransform, image_of
 from data_pipeline.index import Index
 from data_pipeline.labels import JSON_KEY, label_of
@@ -96,6 +96,8 @@ class PackedDataset:
         epochs = np.array([epoch])
         try:
             return self.read(np.array([sample_id]), epochs)
+        except DamagedShard:
+            raise
         except DamagedData as error:
             reason = str(error)
         shard = self.reader.neighbours(sample_id)
@@ -157,10 +159,11 @@ class ImageDataset(PackedDataset):
         sample = self.reader.read(sample_id)
         try:
             image, label = image_of(sample), label_of(sample, self.json_label)
+            if self.random_views:
+                return self.transform.random_view(image, uniforms), label
+            return self.transform.center_view(image), label
         except ValueError as error:
             raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
-        view = self.transform.random_view(image, uniforms) if self.random_views else self.transform.center_view(image)
-        return view, label
 
 
 class CodeDataset(PackedDataset):

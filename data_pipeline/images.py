@@ -129,7 +129,7 @@ def _scale(file: StoredImage, max_pixels: int) -> int:
             return scale
     if file.num_pixels() > max_pixels:
         raise ValueError(f"{size}, at most {max_pixels} are accepted; scale it down")
-    needed, accepted = file.memory() >> 20, MAX_DECODING_BYTES >> 20
+    needed, accepted = -(-file.memory() // 2**20), MAX_DECODING_BYTES // 2**20
     raise ValueError(f"{size} take {needed} MiB to decode, at most {accepted} are accepted; scale it down")
 
 

@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args
 from data_pipeline.damage import DamagedData
 from data_pipeline.files import atomic_file
 from data_pipeline.members import MEMBERS_SUFFIX
-from data_pipeline.remote import check_location, is_url
+from data_pipeline.remote import check_location, is_url, without_query
 from data_pipeline.storage import Storage
 from data_pipeline.strict_json import parse_json
 
@@ -25,7 +25,7 @@ Kind = Literal["images", "codes"]
 
 INDEX_NAME = "index.json"
 INDEX_VERSION = 2
-MAX_INDEX_BYTES = 64 * 2**20
+MAX_INDEX_BYTES = 32 * 2**20
 MAX_VIEWS = 4096
 MAX_PATCH_NUM = 1024
 MIN_SAMPLE_BYTES = 512  # one header
@@ -78,6 +78,7 @@ def _check_place(name: str, location: Any) -> None:
         raise ValueError(f"{name}: location is {str(location)[:80]!r}, expected a path or URL")
     if is_url(location):
         check_location(location)
+        refuse_query(location)
     elif location and (not location.startswith("/") or ".." in location.split("/")):
         raise ValueError(f"{name}: location is {location[:80]!r}, expected an absolute path without '..', or a URL")
 
@@ -169,6 +170,12 @@ def _check_codes(meta: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {str(meta[name])[:40]}, expected 1 to {most}")
     if meta["num_tokens"] != sum(side * side for side in sides):
         raise ValueError(f"num_tokens is {meta['num_tokens']}, patch_nums {sides} make another number")
+
+
+def refuse_query(location: str) -> None:
+    """Raise ValueError for a URL with a query: an index is kept and passed on, and a signature in it is neither."""
+    if "?" in location:
+        raise ValueError(f"{without_query(location)}: has a query; leave it out, logins go into ~/.netrc or ~/.aws")
 
 
 def is_complete(folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """An index for WebDataset tars that somebody else has packed: they stay where they are, as they are.
 
-Each tar is read once from its first to its last byte. What follows is the same as for shards packed here: sizes are
+Each tar is read from its first to its last byte. What follows is the same as for shards packed here: sizes are
 checked before a run starts, and every member when it is read. A sample without exactly one image, or without a class,
 is left out of the table, and listed with the reason; a tar that is damaged is an error.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -23,7 +24,7 @@ from braceexpand import UnbalancedBracesError, braceexpand
 from data_pipeline.damage import DamagedData
 from data_pipeline.files import atomic_file, atomic_folder, file_sha256
 from data_pipeline.images import IMAGE_SUFFIXES, decode_image
-from data_pipeline.index import Index, ShardEntry, refuse_complete, shard_name
+from data_pipeline.index import Index, ShardEntry, refuse_complete, refuse_query, shard_name
 from data_pipeline.labels import label_of
 from data_pipeline.members import Sample, Scan, scan_file
 from data_pipeline.remote import ShardCache, check_location, is_url, without_query
@@ -31,9 +32,12 @@ from data_pipeline.shards import write_members
 from data_pipeline.storage import regular_size
 from data_pipeline.tar import TarFault
 
-MAX_SHARDS = 100_000
+MAX_SHARDS = 50_000  # an index of them has 15 MB
 MAX_LIST_BYTES = 64 * 2**20
 NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
+LETTERS = re.compile(r"\{([A-Za-z])\.\.([A-Za-z])(?:\.\.-?\d+)?\}")
+NESTED = re.compile(r"\{[^{}]*\{")
+MAX_PATTERN = 4096  # characters
 CHOICES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
@@ -57,6 +61,8 @@ def expand_shards(patterns: Sequence[str]) -> list[str]:
 
 def _expand(patterns: Sequence[str]) -> Iterator[str]:
     for pattern in patterns:
+        if len(pattern) > MAX_PATTERN or NESTED.search(pattern):
+            raise ValueError(f"shards has {pattern[:100]!r}: braces within braces, or too long; write it in parts")
         if _count(pattern) > MAX_SHARDS:  # before anything counts that far
             raise ValueError(f"shards has {pattern[:100]!r}, more than {MAX_SHARDS} tars; index them in parts")
         try:
@@ -66,14 +72,16 @@ def _expand(patterns: Sequence[str]) -> Iterator[str]:
 
 
 def _count(pattern: str) -> int:
-    """How many places a pattern stands for, of braces within braces only the innermost."""
+    """How many places a pattern stands for."""
+    letters = [abs(ord(last) - ord(first)) + 1 for first, last in LETTERS.findall(pattern)]
     ranges = [abs(int(last[:20]) - int(first[:20])) + 1 for first, last in NUMBERS.findall(pattern)]
-    return math.prod([*ranges, *(choices.count(",") + 1 for choices in CHOICES.findall(pattern))])
+    return math.prod([*ranges, *letters, *(choices.count(",") + 1 for choices in CHOICES.findall(pattern))])
 
 
 def _places(one: str) -> list[str]:
     check_location(one)
     if is_url(one):
+        refuse_query(one)
         return [one]
     path = Path(one).absolute()
     if path.is_dir():
@@ -108,6 +116,7 @@ class Indexing:
         """Read a whole tar and write its table. Raises DamagedData if it is not a sound tar."""
         name = shard_name(len(self.entries))
         path = self._whole(location)
+        before = os.stat(path)
         bad: dict[int, str] = {}
         numbers = iter(range(2**32))
 
@@ -127,6 +136,9 @@ class Indexing:
         table_sha256 = write_members(_without(scan, bad), self.out / name)
         good = scan.num_samples - len(bad)
         entry = ShardEntry(name, good, scan.total, file_sha256(path), table_sha256, location)
+        after = os.stat(path)
+        if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+            raise DamagedData(f"{without_query(location)}: changed while it was read; start again when it is at rest")
         self.entries.append(entry)
         return entry
 
@@ -141,6 +153,7 @@ class Indexing:
         meta = {
             "classes": [str(label) for label in range(num_classes)],
             "json_label": self.json_label,
+            "decoded": self.decode,
             "encoding": "as found",
             "skipped": len(self.skipped),
             "ignored_members": dict(sorted(self.ignored.items())),

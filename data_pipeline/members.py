@@ -22,6 +22,8 @@ from data_pipeline.tar import Read, TarFault, TarMember, member_name, walk_tar
 
 SUFFIXES = ("cls", "json", "jpg", "jpeg", "png", "webp", "vq12", "vq16")  # all that is ever read; in the file by number
 MAX_MEMBER_BYTES = 64 * 2**20
+MAX_TABLE_BYTES = 32 * 2**20  # of one shard: a million members
+MAX_GAP_BYTES = 64 * 1024  # read along with the members of a sample, though nobody asked for it
 MEMBERS_SUFFIX = ".members"  # in place of .tar
 ROW = np.dtype(
     [
@@ -94,6 +96,18 @@ class Scan:
         place = (member.start, member.content, member.size)
         self._rows.append((self.num_samples - 1, SUFFIXES.index(suffix), *place, xxh3_64_intdigest(data)))
         return data[member.content - member.start :]
+
+
+def read_sample(read: Read, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:
+    """One sample by its rows of the table: in one piece, unless something large that is not read lies between.
+
+    Raises TarFault naming a member that was changed, and what `read` raises.
+    """
+    start, stop = rows[0][2], rows[-1][3] + rows[-1][4]
+    if len(rows) == 1 or stop - start <= MAX_GAP_BYTES + sum(row[3] + row[4] - row[2] for row in rows):
+        return cut_sample(read(start, stop - start), rows, check=check)
+    parts = [cut_sample(read(row[2], row[3] + row[4] - row[2]), [row], check=check) for row in rows]
+    return Sample(parts[0].key, {suffix: data for part in parts for suffix, data in part.members.items()})
 
 
 def cut_sample(blob: bytes, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:

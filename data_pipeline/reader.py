@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipeline.damage import DamagedData
+from data_pipeline.damage import DamagedData, DamagedShard
 from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
-from data_pipeline.members import MAX_MEMBER_BYTES, ROW, SUFFIXES, Sample, cut_sample
+from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, read_sample
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
@@ -66,11 +67,11 @@ class ShardReader:
         number, sample = self.locate(sample_id)
         table, first = self._table(number)
         rows = table[first[sample] : first[sample + 1]].tolist()
-        start, (_, _, _, last_content, last_size, _) = rows[0][2], rows[-1]
-        blob = self._read_bytes(number, start, last_content + last_size - start)
         try:
-            return cut_sample(blob, rows, check=self.check)
+            return read_sample(partial(self._read_bytes, number), rows, check=self.check)
         except TarFault as fault:
+            if self._renewed(number):
+                return self.read(sample_id)
             raise self._damaged(number, str(fault)) from fault
 
     def locate(self, sample_id: int) -> tuple[int, int]:
@@ -100,6 +101,18 @@ class ShardReader:
             if found != shard.sha256:
                 place = self.storage.place_of_shard(shard)
                 raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
+
+    def _renewed(self, number: int) -> bool:
+        """Throw away a copy in the cache that is not what was fetched; False: it is, or this is no copy."""
+        shard = self.index.shards[number]
+        if not self.storage.is_remote_shard(shard):
+            return False
+        with os.fdopen(self.storage.open(shard), "rb") as file:
+            if open_file_sha256(file) == shard.sha256:
+                return False
+        self.storage.cache.drop(shard.sha256)
+        os.close(self._descriptors.pop(number))
+        return True
 
     def _damaged(self, number: int, what: str) -> DamagedData:
         place = self.storage.place_of_shard(self.index.shards[number])
@@ -142,14 +155,15 @@ def load_members(storage: Storage, shard: ShardEntry) -> tuple[np.ndarray, list[
     Raises FileNotFoundError if it is not there, DamagedData if it is not the one that the index seals.
     """
     place = storage.place_of(shard.members_name)
-    content = storage.read_small(shard.members_name, max_bytes=shard.samples * len(SUFFIXES) * ROW.itemsize)
+    most = min(shard.samples * len(SUFFIXES) * ROW.itemsize, MAX_TABLE_BYTES)
+    content = storage.read_small(shard.members_name, max_bytes=most)
     if bytes_sha256(content) != shard.members_sha256:
-        raise DamagedData(f"{place}: damaged, its sha256 is not the one in the index; {AGAIN}")
-    if len(content) % ROW.itemsize:
-        raise DamagedData(f"{place}: {len(content)} bytes, expected a multiple of {ROW.itemsize}; {AGAIN}")
+        raise DamagedShard(f"{place}: damaged, its sha256 is not the one in the index; {AGAIN}")
+    if len(content) % ROW.itemsize or len(content) < shard.samples * ROW.itemsize:
+        raise DamagedShard(f"{place}: {len(content)} bytes, too few for {shard.samples} samples; {AGAIN}")
     table = np.frombuffer(content, dtype=ROW)
     if fault := _table_fault(table, shard):
-        raise DamagedData(f"{place}: {fault}; {AGAIN}")
+        raise DamagedShard(f"{place}: {fault}; {AGAIN}")
     return table, np.searchsorted(table["sample"], np.arange(shard.samples + 1)).tolist()
 
 

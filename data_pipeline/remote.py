@@ -90,6 +90,10 @@ class ShardCache:
                     raise  # the server has none; the other is the copy, removed between two calls
         raise RemoteError(f"{without_query(url)}: removed from the cache whenever it came; raise data.cache.max_gib")
 
+    def drop(self, sha256: str) -> None:
+        """Forget the local copy of a file, which has turned out to be damaged."""
+        (self._folder().folder / sha256).unlink(missing_ok=True)
+
     def fetch_unless_claimed(self, url: str, *, size: int, sha256: str) -> None:
         """As `fetch`, but does not wait for another process that is bringing it."""
         folder = self._folder()

@@ -17,7 +17,7 @@ from webdataset import TarWriter
 
 from data_pipeline.files import atomic_file, bytes_sha256, file_sha256
 from data_pipeline.index import Index, Kind, ShardEntry, refuse_complete, shard_name
-from data_pipeline.members import MAX_MEMBER_BYTES, SUFFIXES, Sample, scan_file
+from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, SUFFIXES, Sample, scan_file
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
@@ -73,6 +73,9 @@ def write_shard(samples: Iterable[Sample], path: Path) -> ShardEntry:
 def write_members(table: np.ndarray, shard: Path) -> str:
     """Write the table of members that belongs to a shard; its sha256."""
     content = table.tobytes()
+    if len(content) > MAX_TABLE_BYTES:
+        most = MAX_TABLE_BYTES // table.itemsize
+        raise ValueError(f"{shard}: {len(table)} members, at most {most} fit; use more shards")
     with atomic_file(shard.with_suffix(".members")) as file:
         file.write(content)
     return bytes_sha256(content)

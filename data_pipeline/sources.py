@@ -92,7 +92,10 @@ def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int
 def split_by_class(files: list[ImageFile], *, val_fraction: float, seed: int) -> dict[str, list[ImageFile]]:
     """Hold out the same share of every class, at least one image of each class with two or more."""
     if not 0.0 < val_fraction < 1.0:
-        raise ValueError(f"val_fraction is {val_fraction}, expected more than 0 and less than 1")
+        raise ValueError(
+            f"val_fraction is {val_fraction}, expected more than 0 and less than 1; a source without train/ and val/ "
+            "of its own needs it: val_fraction=0.05 holds out every twentieth picture"
+        )
     by_class: dict[int, list[ImageFile]] = {}
     for file in files:
         by_class.setdefault(file.label, []).append(file)

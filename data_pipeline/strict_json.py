@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from typing import Any, NoReturn
 
+MAX_VALUES = 1_000_000  # each takes up to 100 bytes, however short it is in the file
+
 
 def parse_json(content: bytes) -> Any:
     """Plain values from UTF-8 JSON.
 
     Raises:
-        ValueError: not JSON, a key given twice, a number that is none, or nested too deeply.
+        ValueError: not JSON, a key given twice, a number that is none, too many values, or nested too deeply.
     """
+    if sum(map(content.count, (b",", b"[", b"{"))) > MAX_VALUES:
+        raise ValueError(f"more than {MAX_VALUES} values")
     try:
         return json.loads(content.decode(), object_pairs_hook=_without_repeats, parse_constant=_refuse_constant)
     except RecursionError:

@@ -50,14 +50,14 @@ def _fault(url: str) -> str:
     """What is wrong with a URL; empty: nothing."""
     if len(url) > MAX_URL:
         return f"{len(url)} characters, a URL has at most {MAX_URL}; shorten it"
-    if any(not character.isprintable() or character in " \\" for character in url):
-        return "holds a space, a backslash or a control character; write %20 or the like"
     if "::" in _ADDRESS.sub("", url.partition("?")[0]):
         return "chains URLs by '::', which is not accepted; give the URL of the files themselves"
     scheme = _SCHEME.match(url)
     if scheme is None or scheme[1].lower() not in SCHEMES:
         name = scheme[1] if scheme else ""
         return f"scheme {name!r} is not accepted, only {', '.join(SCHEMES)}; a local path with a colon is written ./a:b"
+    if any(not character.isprintable() or character in " \\" for character in url):
+        return "holds a space, a backslash or a control character; write %20 or the like"
     return _address_fault(url, scheme[1].lower())
 
 

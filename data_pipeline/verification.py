@@ -16,7 +16,7 @@ from data_pipeline.files import open_file_sha256
 from data_pipeline.images import image_of
 from data_pipeline.index import INDEX_NAME, Index, ShardEntry
 from data_pipeline.labels import JSON_KEY, label_of
-from data_pipeline.members import Sample, cut_sample
+from data_pipeline.members import Sample, read_sample
 from data_pipeline.reader import load_members
 from data_pipeline.storage import Storage
 from data_pipeline.tar import TarFault
@@ -85,17 +85,20 @@ def _sample_faults(
 ) -> Iterator[str]:
     for start, stop in zip(first, first[1:]):
         rows = table[start:stop].tolist()
-        begin, end = rows[0][2], rows[-1][3] + rows[-1][4]
-        blob = os.pread(descriptor, end - begin, begin)
         try:
-            if len(blob) != end - begin:
-                raise TarFault(f"sample {rows[0][0]} at byte {begin} is behind the end of the file")
-            sample = cut_sample(blob, rows)
+            sample = read_sample(partial(_read_all, descriptor), rows)
         except TarFault as fault:
             yield str(fault)
             continue
         if decode and (reason := _decoding_fault(sample, index)):
             yield f"sample {sample.key}: {reason}"
+
+
+def _read_all(descriptor: int, position: int, size: int) -> bytes:
+    content = os.pread(descriptor, size, position)
+    if len(content) != size:
+        raise TarFault(f"a member at byte {position} is behind the end of the file")
+    return content
 
 
 def _decoding_fault(sample: Sample, index: Index) -> str:

@@ -21,6 +21,7 @@ from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from data_pipeline.files import atomic_file  # noqa: E402
+from data_pipeline.image_headers import read_header  # noqa: E402
 from data_pipeline.images import ImageTransform, decode_image  # noqa: E402
 from launchers.assembly import Models, load_models  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
@@ -35,7 +36,9 @@ from models.var import VARConfig  # noqa: E402
 from training.distributed import World  # noqa: E402
 from training.engine import PRECISIONS  # noqa: E402
 from training.mlflow_tracker import log_picture  # noqa: E402
+from training.strict_json import read_regular_file  # noqa: E402
 
+MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel
 WHITE = 128  # and brighter, of 255, in a mask
 
@@ -94,7 +97,11 @@ def read_picture(path: str) -> Image.Image:
         problem = "is a folder" if Path(path).is_dir() else "no such picture"
         raise FileNotFoundError(f"{path}: {problem}; give a JPEG, PNG or WEBP file")
     try:
-        return decode_image(Path(path).read_bytes())
+        content = read_regular_file(Path(path), max_bytes=MAX_PICTURE_BYTES)
+        picture, header = decode_image(content), read_header(content)
+        if picture.width * picture.height != header.num_pixels():  # a box is in the pixels of the file
+            raise ValueError(f"{header.width} x {header.height} pixels are too many to edit; scale it down")
+        return picture
     except ValueError as error:
         raise ValueError(f"{path}: {error}; give a JPEG, PNG or WEBP file") from None
 

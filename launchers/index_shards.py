@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from data_pipeline.index import Index, is_complete  # noqa: E402
 from data_pipeline.indexing import expand_shards, index_shards  # noqa: E402
 from data_pipeline.remote import ShardCache, without_query  # noqa: E402
+from data_pipeline.storage import Storage  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.data_config import IndexConfig  # noqa: E402
 
@@ -24,7 +25,8 @@ def launch(command: Command[IndexConfig]) -> None:
     if command.dry_run:
         say(f"would index {len(locations)} tars, {without_query(locations[0])} first, into {out}")
         return
-    if is_complete(out) and [shard.location for shard in Index.read(out).shards] == locations:
+    if is_complete(out):
+        refuse_another(out, config, locations)
         say(f"{out} is the index of these {len(locations)} tars already; nothing to do")
         return
     index, work = index_shards(
@@ -44,6 +46,20 @@ def launch(command: Command[IndexConfig]) -> None:
         f" {out}; {len(work.skipped)} samples left out{' (skipped.jsonl)' if work.skipped else ''};"
         f" members not read: {ignored or 'none'}"
     )
+
+
+def refuse_another(out: Path, config: IndexConfig, locations: list[str]) -> None:
+    """Raise ValueError if `out` is the index of other tars, or made with other settings; the first is named."""
+    index = Index.read(out)
+    found = {"shards": [shard.location for shard in index.shards], "json_label": index.meta.get("json_label")}
+    found |= {"decode": index.meta.get("decoded"), "classes": len(index.meta["classes"])}
+    wanted = {"shards": locations, "json_label": config.json_label, "decode": config.decode}
+    wanted |= {"classes": config.classes or found["classes"]}
+    for name, value in wanted.items():
+        if found[name] != value:
+            what = "other tars" if name == "shards" else f"{name} {found[name]}, now it is {value}"
+            raise ValueError(f"{out}: already indexed with {what}; delete it or choose another output folder")
+    Storage(out).check_sizes(index.shards)
 
 
 def main() -> None:

@@ -36,7 +36,11 @@ def launch(command: Command[VerifyConfig]) -> None:
 def verify_folder(folder: str, config: VerifyConfig) -> int:
     """Check one folder, with progress; how many faults were found and said."""
     storage = Storage(folder, config.cache)
-    index = Index.read(storage)
+    try:
+        index = Index.read(storage)
+    except DamagedData as fault:
+        say(f"fault: {fault}")
+        return 1
     total = sum(shard.bytes for shard in index.shards)
     num_bytes = num_faults = 0
     start = said = time.monotonic()

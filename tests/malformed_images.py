@@ -133,7 +133,7 @@ BOMBS: dict[str, Content] = {  # small files that take more than 256 MiB where n
     "jpeg of 200 megapixels, most of them missing": lambda: (jpeg(14400, 14400), "cannot hold 14400"),
     "progressive jpeg of 48 megapixels": lambda: (
         jpeg(8000, 6000, 0xC2)[:-2] + bytes(10**6) + b"\xff\xd9",
-        "8000 x 6000 pixels take 321 MiB to decode, at most 240 are accepted; scale it down",
+        "8000 x 6000 pixels take 322 MiB to decode, at most 240 are accepted; scale it down",
     ),
     "jpeg of 5000 scans": lambda: (_scan_bomb(), "more than 50 scans"),
     "jpeg with an exif bomb": lambda: (with_segments(encoded("JPEG"), 0xE1, exif_bomb()), ""),

@@ -40,9 +40,29 @@ def test_more_than_the_limit_end_the_run_after_they_were_listed(tmp_path: Path) 
     assert listed(tmp_path) == [1, 2, 3]
 
 
+def test_all_ranks_know_of_what_any_has_met_and_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    met = [[fact(1), fact(2)], [fact(2), fact(7)]]  # of rank 0 and of rank 1
+
+    def gather(value: Any, world: World) -> list[Any]:
+        return [[], []] if value == [] else met
+
+    monkeypatch.setattr("training.bad_samples.gather_objects", gather)
+    monkeypatch.setattr("training.bad_samples.agree_on_error", lambda error, world: None)
+    said: list[list[str]] = [[], []]
+    for rank in range(2):
+        bad = BadSamples(tmp_path / "run", 2, World(rank=rank, world_size=2), lambda: met[rank])
+        assert bad.share(said[rank].append) == {"bad_samples": 3}
+        with pytest.raises(TooManyBadSamples, match="3 bad samples"):
+            bad.refuse_too_many()
+    assert said[0] == said[1] and listed(tmp_path / "run") == [1, 2, 7]
+
+
 def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:
     (tmp_path / "bad_samples.jsonl").write_text(json.dumps(fact(1)) + '\n{"shard": "sh')
-    assert BadSamples(tmp_path, 2, World(), list).count == 1
+    bad = BadSamples(tmp_path, 2, World(), lambda: [fact(2)])
+    assert bad.count == 1
+    bad.share(lambda line: None)
+    assert BadSamples(tmp_path, 2, World(), list).count == 2  # what came after the cut line is not lost with it
 
 
 def test_without_quarantine_there_is_nothing_to_share() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -26,6 +27,7 @@ from data_pipeline.indexing import index_shards
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CacheConfig, ShardCache
 from data_pipeline.shards import write_shards
+from data_pipeline.storage import Storage
 from data_pipeline.verification import verify_shards
 
 GIB = 2**30
@@ -76,8 +78,6 @@ def packed(name: str, size: int) -> Bomb:
 
 
 def verify_shards_of(folder: Path, index: Index) -> list[str]:
-    from data_pipeline.storage import Storage
-
     reports = list(verify_shards(Storage(folder), index, decode=True, threads=1))
     assert any(report.faults for report in reports)
     return [fault for report in reports for fault in report.faults]
@@ -94,6 +94,37 @@ def index_of(text: str) -> Bomb:
 def entry(**changes: object) -> str:
     shard = {"name": "shard-000000.tar", "samples": 1, "bytes": 1024, "sha256": "0" * 64, "members_sha256": "0" * 64}
     return json.dumps({"version": 2, "kind": "images", "shards": [shard | changes], "meta": META})
+
+
+def claims_many_samples(folder: Path) -> Callable[[], object]:
+    """A sparse shard is large enough for them, and the table is sealed, but short."""
+    samples, table = 200_000_000, bytes(33)
+    (folder / "shard-000000.tar").touch()
+    os.truncate(folder / "shard-000000.tar", samples * 512)
+    (folder / "shard-000000.members").write_bytes(table)
+    (folder / "index.json").write_text(
+        entry(samples=samples, bytes=samples * 512, members_sha256=hashlib.sha256(table).hexdigest())
+    )
+    return lambda: ShardReader(folder, Index.read(folder)).read(0)
+
+
+def film_between(folder: Path) -> Callable[[], object]:
+    """A tar of somebody else: a picture, a film of 400 MiB that takes no room on disk, and the picture's class."""
+    jpeg, size = make_images(1)[0].members["jpg"], 400 * 2**20
+    head = tar_of((member("a.jpg"), jpeg))[: 512 + -(-len(jpeg) // 512) * 512]
+    with (folder / "theirs.tar").open("wb") as file:
+        file.write(head + member("a.mp4", size=size).tobuf(tarfile.GNU_FORMAT))
+        file.seek(size, os.SEEK_CUR)
+        file.write(tar_of((member("a.cls"), b"0")))
+    options = {"num_classes": None, "json_label": "label", "decode": True, "report": lambda line: None}
+    index, _ = index_shards([str(folder / "theirs.tar")], folder / "out", cache=ShardCache(CacheConfig()), **options)
+
+    def read_and_verify() -> None:
+        assert ShardReader(folder / "out", index).read(0).members == {"jpg": jpeg, "cls": b"0"}
+        reports = verify_shards(Storage(folder / "out"), index, decode=True, threads=1)
+        assert not any(report.faults for report in reports)
+
+    return read_and_verify
 
 
 def large_json() -> bytes:
@@ -118,6 +149,13 @@ BOMBS: dict[str, Bomb] = {
     "an index that claims a trillion samples": index_of(entry(samples=10**12, bytes=10**15)),
     "an index nested a million times": index_of("[" * 10**6),
     "an index of a million shards": index_of(json.dumps({"version": 2, "kind": "images", "shards": [{}] * 10**6})),
+    "a shard that claims 200 million samples": claims_many_samples,
+    "an index of 10 million lists": index_of("[" + "[]," * (10 * 2**20) + "[]]"),
+    "a film between picture and class": film_between,
+    "letters for shards without end": lambda folder: lambda: index_shards(
+        ["/gone/" + "{a..z}" * 6 + ".tar"], folder / "out", num_classes=1, json_label="", decode=False,
+        cache=ShardCache(CacheConfig()),
+    ),
     "a list of shards without end": lambda folder: lambda: index_shards(
         ["/gone/{0..99999999}{0..99999999}.tar"], folder / "out", num_classes=1, json_label="", decode=False,
         cache=ShardCache(CacheConfig()),

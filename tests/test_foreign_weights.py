@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from malformed_weights import BOMBS, EXPLOITS, REFUSED, WEIGHTS, torch_file
+from malformed_weights import BOMBS, EXPLOITS, REFUSED, WEIGHTS
 from peak_memory import BOUND, peak_memory
 from safetensors.torch import save_file
 from torch import nn
@@ -26,28 +26,6 @@ def same(read: dict[str, torch.Tensor]) -> bool:
 def test_weights_are_read_from_torchs_format(tmp_path: Path) -> None:
     torch.save(WEIGHTS, tmp_path / "a.pth")
     assert same(read_weights(tmp_path / "a.pth"))
-
-
-@pytest.mark.parametrize(
-    "dtype",
-    [
-        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
-        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
-    ],
-)
-def test_every_kind_and_layout_of_tensor_comes_as_torch_itself_reads_it(tmp_path: Path, dtype: torch.dtype) -> None:
-    base = (torch.arange(24) % 7).to(dtype).reshape(2, 3, 4)
-    module = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2))
-    state = module.state_dict() | {
-        **{"plain": base, "turned": base.transpose(0, 2), "part": base[:, 1:, ::2], "again": base},
-        **{"scalar": base[0, 0, 1], "empty": base[:0], "none": torch.zeros(0)},
-        **{"parameter": nn.Parameter(torch.ones(2))},
-    }
-    torch.save(state, tmp_path / "a.pth")
-    read, expected = read_weights(tmp_path / "a.pth"), torch.load(tmp_path / "a.pth", weights_only=True)
-    assert read.keys() == expected.keys()
-    for name, value in expected.items():
-        assert read[name].dtype == value.dtype and torch.equal(read[name], value), name
 
 
 def test_weights_that_were_read_can_be_changed_and_the_file_stays(tmp_path: Path) -> None:
@@ -126,17 +104,6 @@ def test_no_bomb_fills_the_memory(tmp_path: Path, name: str) -> None:
     start = time.monotonic()
     assert peak_memory(lambda: said.append(refusal(path))) < BOUND
     assert time.monotonic() - start < 5 and reason in said[0]
-
-
-def test_flipped_bytes_give_another_number_or_one_line(tmp_path: Path) -> None:
-    path = torch_file(tmp_path, WEIGHTS)
-    good = path.read_bytes()
-    for place in range(0, len(good), 3):
-        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
-        try:
-            read_weights(path)
-        except (ValueError, FileNotFoundError) as error:
-            assert "\n" not in str(error)
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -89,6 +89,7 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
         ({"shards": [entry(location="../other/shard.tar")]}, "location is"),
         ({"shards": [entry(location="/data/../etc/passwd")]}, "location is"),
         ({"shards": [entry(location="pipe:cat x")]}, "pipe"),
+        ({"shards": [entry(location="https://host/x.tar?X-Amz-Signature=canary")]}, "has a query"),
         ({"shards": [entry(), entry()]}, "listed twice"),
         ({"shards": [entry(extra=1)]}, "extra"),
         ({"meta": {"classes": 10**9}}, "classes is not a list"),

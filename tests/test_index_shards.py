@@ -27,6 +27,7 @@ def test_indexing_is_said_and_not_repeated(
 
 def test_other_tars_are_not_indexed_over_these(theirs: Path, tmp_path: Path) -> None:  # noqa: F811
     index_shards.launch(command(IndexConfig(shards=(str(theirs),), out=str(tmp_path / "out"))))
-    with pytest.raises(ValueError, match="already packed; delete it"):
-        config = IndexConfig(shards=(str(theirs / "part-000.tar"),), out=str(tmp_path / "out"))
-        index_shards.launch(command(config))
+    for change, what in (({"shards": (str(theirs / "part-000.tar"),)}, "other tars"), ({"classes": 5}, "classes 2")):
+        config = IndexConfig(**{"shards": (str(theirs),), "out": str(tmp_path / "out")} | change)
+        with pytest.raises(ValueError, match=f"already indexed with {what}.*delete it"):
+            index_shards.launch(command(config))

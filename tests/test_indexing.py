@@ -136,6 +136,10 @@ def test_patterns_stand_for_tars_in_order(theirs: Path, tmp_path: Path) -> None:
         ("https://host/{{0..99999999999}}.tar", f"more than {MAX_SHARDS} tars"),
         ("https://host/" + "{{a,b}}" * 40 + ".tar", f"more than {MAX_SHARDS} tars"),
         ("pipe:cat {dir}/part-000.tar", "pipe"),
+        ("https://host/a.tar?X-Amz-Signature=canary", "https://host/a.tar: has a query"),
+        ("{dir}/{{a,{{b,c}}}}.tar", "braces within braces"),
+        ("{dir}/" + "{{" * 2000 + "}}" * 2000, "braces within braces"),
+        ("{dir}/" + "{{a..z}}" * 6 + ".tar", f"more than {MAX_SHARDS} tars"),
         ("{dir}/..", "names no tar"),
     ],
 )

@@ -20,7 +20,9 @@ from data_pipeline import downloads
 from data_pipeline.damage import DamagedData
 from data_pipeline.datasets import ImageDataset
 from data_pipeline.images import ImageTransform
+from data_pipeline.index import Index
 from data_pipeline.loader import Batch, train_batches
+from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CacheConfig, RemoteError, ShardCache
 from data_pipeline.shards import write_shards
 from data_pipeline.storage import Storage
@@ -238,3 +240,16 @@ def test_batches_from_s3_are_those_of_the_local_folder(
         data = dataset("s3://bucket/data", hasty_settings(tmp_path, packed))
         assert_same(batches(data, workers), expected)
         assert relay.broken and relay.connections > 7
+
+
+def test_a_copy_that_went_bad_in_the_cache_is_fetched_anew(packed: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in packed.iterdir()}
+    with shard_server(**files) as running:
+        storage = Storage(running.url(""), CacheConfig(folder=str(tmp_path / "cache")))
+        index = Index.read(storage)
+        before = [ShardReader(storage, index).read(number) for number in range(3)]
+        copy = tmp_path / "cache" / index.shards[0].sha256
+        copy.chmod(0o600)
+        copy.write_bytes(bytes(index.shards[0].bytes))
+        assert [ShardReader(storage, index).read(number) for number in range(3)] == before
+        assert copy.read_bytes() == files["shard-000000.tar"]

@@ -29,3 +29,15 @@ def test_faults_are_said_with_progress(
         verify_shards.launch(command(VerifyConfig(folder=str(tmp_path / "data"))))
     said = capsys.readouterr().out
     assert "fault: " in said and "MB/s, 1 faults, " in said and "s left" in said
+
+
+def test_a_damaged_index_is_a_fault_among_the_others(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for split in ("train", "val"):
+        copy_codes(study.folder / "codes" / split, tmp_path).rename(tmp_path / split)
+    (tmp_path / "val/index.json").write_text("[]")
+    with pytest.raises(DamagedData, match="1 faults, named above"):
+        verify_shards.launch(command(VerifyConfig(folder=str(tmp_path))))
+    said = capsys.readouterr().out
+    assert "val/index.json: malformed index" in said and "train: " in said and "no faults" in said

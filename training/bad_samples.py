@@ -35,7 +35,13 @@ class BadSamples:
         self.limit = limit
         self.world = world
         self.take = take
-        known = _read(self.path) if world.is_rank_zero else []
+        known: list[Fact] = []
+        problem = None
+        try:
+            known = _read(self.path) if world.is_rank_zero else []
+        except OSError as error:
+            problem = error
+        agree_on_error(problem, world)
         self._known = {_name(fact) for fact in gather_objects(known, world)[0]}
 
     @property
@@ -67,8 +73,8 @@ class BadSamples:
         """Raise TooManyBadSamples, on all ranks, if there are more than the limit."""
         if self.count > self.limit:
             raise TooManyBadSamples(
-                f"{self.count} bad samples, data.bad_samples allows {self.limit}; they are listed in {self.path}; copy "
-                "or pack these shards again, or allow more"
+                f"{self.count} bad samples, data.bad_samples allows {self.limit}; they are listed in {self.path}; "
+                "allow more, or copy or pack these shards again and then remove that list"
             )
 
 
@@ -88,8 +94,10 @@ def _name(fact: Fact) -> tuple[str, int]:
 
 def _append(path: Path, facts: list[Fact]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("ab") as file:
-        file.write(b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
+    with path.open("a+b") as file:
+        file.seek(max(0, file.tell() - 1))
+        cut_off = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a kill left half a line
+        file.write(cut_off + b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
         file.flush()
         os.fsync(file.fileno())
 

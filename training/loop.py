@@ -76,6 +76,7 @@ class Loop:
             TrainingDiverged: it makes no sense to go on.
             CheckpointsFailing: progress cannot be saved.
         """
+        self.bad_samples.refuse_too_many()
         total = self.config.total_steps(self.num_samples)
         last = min(total, self.config.stop_after_steps or total)
         self._first_start = self.history.first_start() or wall_time()

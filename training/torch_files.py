@@ -95,9 +95,9 @@ class TorchFile:
             raise ValueError(f"claims a size of {list(stored.size)} on {storage.num_elements} elements")
         if math.prod(stored.size) == 0:
             return torch.empty(stored.size, dtype=storage.dtype)
+        if begin % storage.dtype.itemsize:  # a copy for each tensor of a large storage would be a bomb
+            raise ValueError(f"record data/{storage.record} is not aligned; save the file with torch again")
         flat = torch.frombuffer(self._memory, dtype=torch.uint8, count=length, offset=begin)
-        if begin % storage.dtype.itemsize:
-            flat = flat.clone()
         return flat.view(storage.dtype).as_strided(stored.size, stored.stride, stored.offset)
 
 
