@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.loader import train_batches, validation_batches
+from data_pipeline.storage import Storage
 from models.autoencoder import AutoencoderConfig
 from models.discriminator import PatchDiscriminator
 from models.quantizer import QuantizerConfig
@@ -50,6 +52,10 @@ GLOBAL_BATCH, NUM_SAMPLES = 16, 22
 class InMemory:
     """A data set of images or codes, each a function of its number alone."""
 
+    index = SimpleNamespace(shards=())
+    storage = Storage("nowhere")
+    max_bad = 0
+
     def __init__(self, *, images: bool) -> None:
         self.images = images
         self.shard_sizes = (9, NUM_SAMPLES - 9)
@@ -57,8 +63,8 @@ class InMemory:
     def __len__(self) -> int:
         return NUM_SAMPLES
 
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        return torch.stack([self._one(int(i)) for i in ids]), torch.from_numpy(ids % 4)
+    def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[()]]:
+        return torch.stack([self._one(int(i)) for i in ids]), torch.from_numpy(ids % 4), ()
 
     def _one(self, number: int) -> Tensor:
         generator = torch.Generator().manual_seed(number)

@@ -48,8 +48,8 @@ class Project:
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
         return done.stdout
 
-    def fail(self, name: str, *arguments: str) -> str:
-        """Run a command that must end with exit code 64 and one line on stderr; that line.
+    def fail(self, name: str, *arguments: str, code: int = 64) -> str:
+        """Run a command that must end with an exit code and one line on stderr; that line.
 
         In this process: what is wrong is found before anything starts, and starting Python takes longer than that.
         """
@@ -59,7 +59,7 @@ class Project:
             patch.chdir(self.folder)
             patch.setattr(sys, "argv", [f"{name}.py", *arguments])
             main()
-        assert left.value.code == 64, (left.value.code, said.getvalue()[-2000:])
+        assert left.value.code == code, (left.value.code, said.getvalue()[-2000:])
         return single_error(said.getvalue())
 
     def fail_as_rank(self, name: str, *arguments: str, env: dict[str, str]) -> str:

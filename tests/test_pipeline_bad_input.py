@@ -1,4 +1,4 @@
-"""What a user can get wrong: each is one line on stderr that says what and what to do, and exit code 64."""
+"""What a user can get wrong: each is one line on stderr that says what and what to do, and exit code 64 or 65."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class TestBadInput:
         shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "cut")
         shard = next((project.folder / "cut").glob("*.tar"))
         shard.write_bytes(shard.read_bytes()[:-1000])
-        assert shard.name in project.fail("train", *train_arguments("runs/x"), "data.train=cut")
+        assert shard.name in project.fail("train", *train_arguments("runs/x"), "data.train=cut", code=65)
 
     def test_codes_of_another_tokenizer(self, project: Project) -> None:
         shutil.copytree(project.folder / "data/digits/codes/train", project.folder / "foreign")
