@@ -1,14 +1,23 @@
 # make demo   the whole pipeline on handwritten digits, six to ten minutes on two CPU cores after the installation
+# make scaling-demo   six sizes on codes of known entropy, fitted and reported: MINUTES on two CPU cores
 # make test   the fast tests        make test-slow   the MLflow page in a browser        make lint   flake8, isort
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 INSTALLED := .venv/.installed
 
-.PHONY: demo test test-slow test-faults test-slurm fuzz lint install clean
+.PHONY: demo scaling-demo test test-slow test-faults test-slurm fuzz lint install clean
 
 demo: install
 	$(BIN)/python launchers/demo.py
+
+# what is done already is not done again
+SYNTHETIC := configs/synthetic
+scaling-demo: install
+	$(BIN)/python launchers/synthesize_codes.py --config $(SYNTHETIC)/source.yaml
+	$(BIN)/python launchers/scaling_study.py run --config $(SYNTHETIC)/scaling_study.yaml
+	$(BIN)/python launchers/scaling_study.py fit --config $(SYNTHETIC)/scaling_study.yaml
+	$(BIN)/python launchers/scaling_study.py report --config $(SYNTHETIC)/scaling_study.yaml
 
 test: install
 	$(BIN)/python -m pytest

@@ -17,12 +17,14 @@ from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import SyncConfig  # noqa: E402
 from launchers.config_files import read_settings  # noqa: E402
 from launchers.loading import refuse_several_ranks  # noqa: E402
+from training.curves import points_of  # noqa: E402
 from training.mlflow_state import read_state  # noqa: E402
 from training.mlflow_tracker import Tracker  # noqa: E402
 from training.mlflow_uploader import QUIET_AND_QUICK, send_now  # noqa: E402
-from training.tracking import Record, RunRecord, TrackingConfig, absolute_uri, flatten_metrics  # noqa: E402
+from training.tracking import Record, RunRecord, TrackingConfig, absolute_uri  # noqa: E402
 
 ENDED = ("FINISHED", "FAILED", "KILLED")
+OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
 
 
 def launch(command: Command[SyncConfig]) -> None:
@@ -38,7 +40,8 @@ def launch(command: Command[SyncConfig]) -> None:
     settings = read_settings(folder / "config.yaml")
     tracking = where_to(command.config, read_state(folder) or {}, settings)
     if command.dry_run:
-        say(f"{folder}: would send what is missing of {sum(map(num_points, records))} points to {tracking.uri}")
+        number = sum(len(points_of(record, tracking)) for record in records)
+        say(f"{folder}: would send what is missing of {number} points to {tracking.uri}")
         return
     os.environ.update(QUIET_AND_QUICK | os.environ)
     tracker = Tracker(folder, tracking, settings)
@@ -49,10 +52,12 @@ def launch(command: Command[SyncConfig]) -> None:
 
 def where_to(config: SyncConfig, state: dict[str, Any], settings: dict[str, Any]) -> TrackingConfig:
     """The tracker: the one asked for, else the one that the run was last sent to, else the one of its settings."""
-    default = TrackingConfig()
-    uri = config.uri or state.get("uri") or settings.get("tracking.uri", default.uri)
-    experiment = config.experiment or state.get("experiment") or settings.get("tracking.experiment", default.experiment)
-    return TrackingConfig(uri=absolute_uri(uri), experiment=experiment)
+    known = {name: settings[f"tracking.{name}"] for name in OF_THE_RUN if f"tracking.{name}" in settings}
+    if uri := config.uri or state.get("uri"):
+        known["uri"] = uri
+    if experiment := config.experiment or state.get("experiment"):
+        known["experiment"] = experiment
+    return TrackingConfig(**known | {"uri": absolute_uri(known.get("uri", TrackingConfig.uri))})
 
 
 def how_it_ended(state: dict[str, Any], records: list[Record], settings: dict[str, Any]) -> str:
@@ -67,10 +72,6 @@ def page_of(uri: str, state: dict[str, Any]) -> str:
     """Where to look at it."""
     place = f"#/experiments/{state.get('experiment_id')}/runs/{state.get('run_id')}"
     return f"{uri.rstrip('/')}/{place}" if uri.startswith("http") else f"run {state.get('run_id')} in {uri}"
-
-
-def num_points(record: Record) -> int:
-    return len(flatten_metrics(record))
 
 
 def main() -> None:

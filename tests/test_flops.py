@@ -8,7 +8,25 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from models.var import VAR, VARConfig
-from training.flops import attention_pairs, forward_macs, training_flops
+from training.flops import (
+    ACCOUNTINGS,
+    DENSE_MASK,
+    EXACT,
+    PAPER,
+    SIX_NT,
+    attention_pairs,
+    eq8_parameters,
+    flops_per_image,
+    forward_macs,
+    training_flops,
+)
+
+COUNTED = {  # a shared-AdaLN model beside two of the paper's sizes
+    "d6": VARConfig(depth=6),
+    "d8": VARConfig(depth=8),
+    "d8-shared": VARConfig(depth=8, norm="shared_adaln"),
+}
+ATTENTION = {"aten.bmm", "aten.baddbmm"}  # what attention becomes on the meta device; all else is linear maps
 
 
 def test_attention_pairs_count_what_the_block_causal_mask_allows() -> None:
@@ -54,3 +72,62 @@ def test_training_costs_three_forward_passes_of_two_flops_a_mac() -> None:
 def test_adaln_is_counted_once_per_image_not_per_token() -> None:
     own, shared = VARConfig(depth=16), VARConfig(depth=16, norm="shared_adaln")
     assert forward_macs(own) - forward_macs(shared) == 15 * 6 * own.width**2
+
+
+@pytest.mark.parametrize("name", COUNTED)
+def test_dense_mask_is_what_torch_counts_for_a_training_step(name: str) -> None:
+    config = COUNTED[name]
+    forward, total = count_training_step(config)
+    linear = 2 * forward_macs(config) - 4 * attention_pairs(config.scales) * config.width * config.depth
+    attention = 4 * config.scales.num_tokens**2 * config.width * config.depth
+    assert forward["attention"] == attention
+    assert forward["linear"] == linear
+    # nothing flows back into the inputs, so that the backward pass is a little less than two forward passes
+    assert total == pytest.approx(flops_per_image(config)[DENSE_MASK], rel=5e-3)
+
+
+def count_training_step(config: VARConfig) -> tuple[dict[str, int], int]:
+    """FLOPs of one image by torch: of the forward pass by kind, and of the whole step."""
+    with torch.device("meta"):
+        model = VAR(config)
+        inputs = torch.empty(1, config.scales.num_tokens - config.scales.first_tokens, config.code_width)
+        labels = torch.zeros(1, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        logits = model(inputs, labels)
+        counts = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
+        logits.sum().backward()
+    attention = sum(count for op, count in counts.items() if op in ATTENTION)
+    return {"attention": attention, "linear": sum(counts.values()) - attention}, counter.get_total_flops()
+
+
+@pytest.mark.parametrize("norm", ["adaln", "shared_adaln", "layer_norm"])
+def test_accountings_differ_by_what_they_say(norm: str) -> None:
+    config = VARConfig(depth=16, norm=norm)
+    flops, tokens = flops_per_image(config), config.scales.num_tokens
+    assert tuple(flops) == ACCOUNTINGS
+    assert flops[EXACT] == training_flops(config) == 6 * flops[PAPER]
+    unused_pairs = tokens**2 - attention_pairs(config.scales)
+    assert flops[DENSE_MASK] - flops[EXACT] == 6 * 2 * unused_pairs * config.width * config.depth
+    assert flops[SIX_NT] == 6 * config.num_parameters * tokens
+
+
+def test_one_scale_has_no_pairs_to_mask() -> None:
+    flops = flops_per_image(VARConfig(depth=2, patch_nums=(4,)))
+    assert flops[DENSE_MASK] == flops[EXACT]
+
+
+@pytest.mark.parametrize("norm", ["adaln", "shared_adaln", "layer_norm"])
+def test_eq8_counts_the_matrices_of_the_blocks(norm: str) -> None:
+    config = VARConfig(depth=6, norm=norm)
+    with torch.device("meta"):
+        model = VAR(config)
+    of_blocks = [p for name, p in model.named_parameters() if name.startswith(("blocks.", "shared_modulation."))]
+    offsets = sum(p.numel() for name, p in model.named_parameters() if name.endswith("modulation.offset"))
+    assert sum(p.numel() for p in of_blocks if p.ndim == 2) - offsets == eq8_parameters(config)
+
+
+@pytest.mark.parametrize("depth", [6, 16, 30, 36])
+def test_eq8_and_its_footnote(depth: int) -> None:
+    assert eq8_parameters(VARConfig(depth=depth)) == 73_728 * depth**3
+    shared = VARConfig(depth=depth, norm="shared_adaln")
+    assert eq8_parameters(shared) == 49_152 * depth**3 + 6 * shared.width**2

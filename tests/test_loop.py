@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -301,6 +302,15 @@ def test_validation_every_half_epoch_rounds_up_to_a_step(tmp_path: Path) -> None
     run = Run(tmp_path, epochs=1.0, validate_every=0.5)  # 20 samples are 2.5 steps
     run.go()
     assert run.steps("validation") == [3, 5]
+
+
+def test_validation_by_decades_of_compute_is_the_same_when_resumed(tmp_path: Path) -> None:
+    whole, part, rest = (Run(tmp_path / name, epochs=20.0, validate_per_decade=2) for name in ("whole", "part", "rest"))
+    whole.go()
+    assert whole.steps("validation") == [1, 3, 10, 32, 100]
+    part.loop.config = replace(whole.loop.config, stop_after_steps=12)
+    rest.go(part.go())
+    assert part.steps("validation") + rest.steps("validation") == whole.steps("validation")
 
 
 def test_checkpoints_come_at_their_rhythm_and_at_the_end(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from training.loop_config import LoopConfig
@@ -26,3 +28,37 @@ def test_a_share_to_keep_that_is_no_share_of_the_run_is_refused(share: float) ->
 def test_a_rhythm_of_zero_is_refused_by_name(name: str) -> None:
     with pytest.raises(ValueError, match=f"loop.{name} is 0"):
         LoopConfig(**{name: 0})
+
+
+def due(config: LoopConfig, total_steps: int) -> list[int]:
+    steps = range(1, total_steps + 1)
+    return [step for step in steps if config.validation_is_due(step, total_steps=total_steps, num_samples=1000)]
+
+
+@pytest.mark.parametrize("per_decade", [3.0, 4.5, 8.0])
+@pytest.mark.parametrize("total_steps", [20_000, 33_337])
+def test_evaluations_by_decades_are_evenly_spaced_in_log_compute(per_decade: float, total_steps: int) -> None:
+    steps = due(LoopConfig(validate_per_decade=per_decade), total_steps)
+    gaps = [math.log10(later / earlier) for earlier, later in zip(steps, steps[1:])]
+    assert gaps == pytest.approx([1 / per_decade] * len(gaps), rel=0.1)  # whole steps: the first are the roughest
+    assert steps[-1] == total_steps and len(steps) == math.floor(3 * per_decade) + 1
+    assert 1e-3 * total_steps - 0.5 <= steps[0] < 1e-3 * total_steps * 10 ** (1 / per_decade) + 0.5
+
+
+@pytest.mark.parametrize("total_steps", [1, 2, 7, 100])
+def test_a_short_run_is_evaluated_from_its_first_step_to_its_last(total_steps: int) -> None:
+    steps = due(LoopConfig(validate_per_decade=8), total_steps)
+    assert steps[0] == 1 and steps[-1] == total_steps and len(set(steps)) == len(steps)
+
+
+def test_evaluations_by_decades_take_the_place_of_those_by_epochs() -> None:
+    by_epochs = LoopConfig(global_batch=10, validate_every=0.1)
+    assert due(by_epochs, 100) == list(range(10, 101, 10))
+    both = LoopConfig(global_batch=10, validate_every=0.1, validate_per_decade=1)
+    assert due(both, 100) == [1, 10, 100]
+
+
+@pytest.mark.parametrize("rate", [-1.0, 101.0, float("nan")])
+def test_a_rate_of_evaluations_out_of_range_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"loop.validate_per_decade is {rate}; accepted: 0 \(off\) to 100"):
+        LoopConfig(validate_per_decade=rate)

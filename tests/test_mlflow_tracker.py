@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,10 +14,11 @@ from PIL import Image
 from trackers import FakeMLflow, Killed, points_of, record_of, tracker_of, train_record, validation_record
 
 from training import seams
-from training.mlflow_state import read_state
-from training.mlflow_tracker import Sent, log_picture, open_client
+from training.mlflow_client import OF_STUDY, PARENT_TAG, open_client, study_tags
+from training.mlflow_state import ViewState, read_state
+from training.mlflow_tracker import Sent, log_picture
 from training.mlflow_uploader import Uploader
-from training.tracking import Record, absolute_uri
+from training.tracking import Record, TrackingConfig, absolute_uri
 
 FAULTS = ("refused", "lost", "killed", "killed after")
 
@@ -57,6 +57,63 @@ def test_a_tracker_holds_what_the_record_holds_and_nothing_is_sent_twice(tmp_pat
     assert client.history() == expected
     assert send_all(tmp_path, client) == Sent(new=0, known=len(expected))
     assert client.history() == expected
+
+
+def test_training_records_are_thinned_and_none_of_the_others(tmp_path: Path, client: FakeMLflow) -> None:
+    config = TrackingConfig(every=7)
+    record = record_of(tmp_path, *some_records(1, 100))
+    expected = points_of(record.read(), config)
+    assert send_all(tmp_path, client, tracking={"every": 7}).new == len(expected) < len(points_of(record.read())) / 5
+    record.forget_after(98)
+    record.write(some_records(99, 100) + some_records(101, 120))
+    send_all(tmp_path, client, tracking={"every": 7})
+    assert client.history() == points_of(record.read(), config)
+    assert send_all(tmp_path, client, tracking={"every": 7}).new == 0
+
+
+def test_loss_against_compute_is_sent_once_however_often_a_run_starts_again(tmp_path: Path, client: FakeMLflow) -> None:
+    def measured(step: int) -> Record:
+        return validation_record(step, loss_last=1 / step, pflop=step * 1e-2)
+
+    record = record_of(tmp_path, *[measured(step) for step in (1, 2, 4, 8)])
+    send_all(tmp_path, client)
+    record.forget_after(4)
+    record.write([measured(step) for step in (8, 16)])
+    send_all(tmp_path, client)
+    drawn = {step: value for (name, step), value in client.history().items() if name == "curve/loss_last"}
+    assert drawn == {10: [1.0], 20: [1 / 2], 40: [1 / 4], 80: [1 / 8], 160: [1 / 16]}
+
+
+def test_the_unit_of_a_curve_stays_what_it_was_at_first(tmp_path: Path, client: FakeMLflow) -> None:
+    record = record_of(tmp_path, validation_record(1, pflop=0.5))
+    send_all(tmp_path, client, tracking={"curve_unit": "GFLOP"})
+    record.write([validation_record(2, pflop=1.0)])
+    send_all(tmp_path, client, tracking={"curve_unit": "TFLOP"})
+    assert [step for name, step in client.history() if name == "curve/pflop"] == [500_000, 1_000_000]
+    assert client.active()[0].data.tags["curve_unit"] == "GFLOP"
+
+
+def test_a_run_of_a_study_puts_itself_below_it_as_soon_as_it_is_there(tmp_path: Path, client: FakeMLflow) -> None:
+    record_of(tmp_path / "d6", *some_records(1, 3))
+    send_all(tmp_path / "d6", client, tracking={"study": "sizes"})
+    [child] = client.active()
+    assert child.info.run_name == "d6"
+    assert {name: child.data.tags.get(name) for name in ("study", "role", PARENT_TAG)} == {
+        "study": "sizes",
+        "role": "train",
+        PARENT_TAG: None,
+    }
+    parent = client.create_run("7", run_name="sizes", tags=study_tags("sizes", OF_STUDY))
+    client.create_run("7", run_name="other", tags=study_tags("other", OF_STUDY))
+    send_all(tmp_path / "d6", client, tracking={"study": "sizes"})
+    assert child.data.tags[PARENT_TAG] == parent.info.run_id
+
+
+def test_the_commit_of_the_code_is_a_tag(tmp_path: Path, client: FakeMLflow) -> None:
+    record_of(tmp_path, *some_records(1, 3))
+    ViewState(tmp_path).update(git="0123abc")
+    send_all(tmp_path, client)
+    assert client.active()[0].data.tags["mlflow.source.git.commit"] == "0123abc"
 
 
 def test_what_fails_is_sent_by_the_next_attempt_or_process_wherever_it_fails(tmp_path: Path) -> None:
@@ -204,23 +261,6 @@ def test_a_changed_parameter_stands_in_a_tag(tmp_path: Path, client: FakeMLflow)
     assert {name: value for name, value in run.data.tags.items() if "/" in name} == {"changed/lr": "0.2"}
     send_all(tmp_path, client, lr=0.1, depth=2, ema=0.9)
     assert run.data.tags["changed/lr"] == "0.1"
-
-
-def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, no_fault_left: None) -> None:
-    """Killed while MLflow makes its tables; and two runs that make the same one at once."""
-
-    def kill(site: str, value: Any) -> Any:
-        raise Killed
-
-    file = tmp_path / "mlflow.db"
-    uri = f"sqlite:///{file}"
-    seams.install(kill)
-    with pytest.raises(Killed):
-        open_client(uri)
-    assert not file.exists()
-    seams.install(lambda site, draft: shutil.copy(draft, file))
-    assert open_client(uri).search_experiments()[0].name == "Default"
-    assert [path.name for path in tmp_path.iterdir()] == ["mlflow.db"]
 
 
 def test_a_database_takes_it_as_the_fake_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

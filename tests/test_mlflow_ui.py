@@ -1,21 +1,15 @@
 """The curves of a run as a reader meets them: a real MLflow server, opened in a real browser."""
+
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from mlflow_pages import CARD, PATIENCE, browsing, serving
 
 from training.mlflow_view import MLflowView
 from training.tracking import Record, RunRecord, TrackingConfig, wall_time
@@ -30,11 +24,6 @@ POINTS_OF_CHART = {
     "scales/train_loss_02": STEPS,
     "loss/validation_loss_avg": len(VALIDATIONS),
 }
-QUIET_SERVER = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true",
-                "DO_NOT_TRACK": "true"}
-QUIET_BROWSER = ["--disable-gpu", "--disable-quic", "--disable-sync"]   # playwright turns the other background work off
-ONE_SCREEN = {"width": 1800, "height": 2000}                            # a chart is drawn only once it is in view
-PATIENCE = 120.0                                                        # seconds, for a busy machine
 
 
 def record_at(kind: str, step: int) -> Record:
@@ -55,22 +44,6 @@ def write_run(folder: Path, database: str) -> str:
     return json.loads((folder / "mlflow.json").read_text())["experiment_id"]
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def is_healthy(url: str) -> bool:
-    """Whether a server at `url` answers that it is well."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
-
-
 @pytest.fixture
 def database(tmp_path: Path, request: pytest.FixtureRequest) -> str:
     """A new database, or a copy of the one that a test names as its parameter."""
@@ -84,39 +57,19 @@ def database(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def server(tmp_path: Path, database: str) -> Iterator[str]:
     """The address of an MLflow server that shows `database`."""
-    port, log = free_port(), tmp_path / "server.log"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--artifacts-destination",
-               str(tmp_path / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with log.open("w") as output:
-        process = subprocess.Popen(command, cwd=tmp_path, env=os.environ | QUIET_SERVER, stdout=output, stderr=output,
-                                   start_new_session=True)
-    try:
-        deadline = time.monotonic() + PATIENCE
-        while not is_healthy(f"http://127.0.0.1:{port}"):
-            assert process.poll() is None and time.monotonic() < deadline, f"no MLflow server:\n{log.read_text()}"
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)      # the server and its worker
-        process.wait()
+    with serving(database, tmp_path) as address:
+        yield address
 
 
 @pytest.fixture
 def page() -> Iterator[Page]:
-    """An empty page of a headless browser."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
-    chromium = shutil.which("chromium") or pytest.skip("needs a browser: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        with driver.chromium.launch(executable_path=chromium, args=QUIET_BROWSER) as browser:
-            page = browser.new_page(viewport=ONE_SCREEN)
-            page.set_default_timeout(PATIENCE * 1000)
-            yield page
+    with browsing() as page:
+        yield page
 
 
 def points_drawn(page: Page, title: str) -> int:
     """The corners of the first curve in the chart of that title, once it is drawn."""
-    chart = page.get_by_test_id("experiment-view-compare-runs-card").filter(has=page.get_by_text(title, exact=True))
+    chart = page.get_by_test_id(CARD).filter(has=page.get_by_text(title, exact=True))
     curve = chart.locator(".scatterlayer path.js-line").first
     curve.wait_for(state="attached")
     return len(curve.get_attribute("d").split("L"))

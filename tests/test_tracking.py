@@ -12,13 +12,7 @@ import pytest
 from trackers import train_record
 
 from training import seams
-from training.tracking import (
-    Place,
-    RunRecord,
-    absolute_uri,
-    artifact_folder,
-    flatten_metrics,
-)
+from training.tracking import Place, RunRecord, TrackingConfig, absolute_uri, artifact_folder
 
 
 @pytest.fixture
@@ -49,10 +43,23 @@ def test_what_is_written_is_read_back_in_order(record: RunRecord) -> None:
     assert len(record.path.read_text().splitlines()) == 3
 
 
-def test_numbers_that_json_does_not_have_are_written_as_null_and_not_drawn(record: RunRecord) -> None:
-    record.write([train_record(1, gradient_norm=float("inf"))])
+def test_numbers_that_json_does_not_have_are_written_as_null(record: RunRecord) -> None:
+    record.write([train_record(1, gradient_norm=float("inf"), error=[0.5, float("nan")])])
     assert record.read()[0]["gradient_norm"] is None
-    assert not any("gradient_norm" in name for name in flatten_metrics(record.read()[0]))
+    assert record.read()[0]["error"] == [0.5, None]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"every": 0}, "tracking.every is 0; it is a number of steps, 1 or more"),
+        ({"curve_unit": "FLOP"}, "tracking.curve_unit is FLOP; accepted: PFLOP, TFLOP, GFLOP, MFLOP"),
+        ({"study": "it's"}, "tracking.study is it's; it must hold no quotation mark"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        TrackingConfig(**wrong)
 
 
 def test_a_record_that_does_not_exist_yet_is_empty(record: RunRecord) -> None:
@@ -173,37 +180,6 @@ def test_what_a_crash_has_left_of_a_line_is_written_over(record: RunRecord) -> N
         file.write('{"kind": "train", "st' + "9" * 10_000)
     record.write([train_record(2)])
     assert record.read() == [train_record(1), train_record(2)]
-
-
-def test_numbers_within_a_list_that_are_not_finite_are_left_out_of_their_series(record: RunRecord) -> None:
-    record.write([train_record(1, error=[0.5, float("nan")])])
-    assert record.read()[0]["error"] == [0.5, None]
-    drawn = flatten_metrics(record.read()[0])
-    assert "scales/train_error_01" in drawn and "scales/train_error_02" not in drawn
-
-
-def test_metrics_stand_in_sections_and_are_numbered_by_scale() -> None:
-    entry = {"kind": "train", "step": 3, "time": 9.0, "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0, 3.0]}
-    assert flatten_metrics(entry) == {
-        "progress/train_step": 3.0,
-        "progress/train_samples_seen": 24.0,
-        "loss/train_loss_avg": 2.0,
-        "scales/train_loss_01": 1.0,
-        "scales/train_loss_02": 2.0,
-        "scales/train_loss_03": 3.0,
-    }
-
-
-def test_the_step_is_a_metric_by_which_trackers_say_how_far_they_are_and_the_time_is_none() -> None:
-    drawn = flatten_metrics({"kind": "validation", "step": 3, "time": 9.0, "epoch": 0.5, "loss_avg": 2.0})
-    assert drawn == {"progress/validation_step": 3.0, "loss/validation_loss_avg": 2.0}
-
-
-def test_a_kind_of_record_that_came_later_is_drawn_too() -> None:
-    assert flatten_metrics({"kind": "goodput", "step": 3, "time": 9.0, "goodput": 0.9}) == {
-        "progress/goodput_step": 3.0,
-        "speed/goodput_goodput": 0.9,
-    }
 
 
 def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(

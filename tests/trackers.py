@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,8 +10,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from training import curves
 from training.mlflow_tracker import Tracker
-from training.tracking import Record, RunRecord, TrackingConfig, flatten_metrics
+from training.tracking import Record, RunRecord, TrackingConfig
 
 Points = dict[tuple[str, int], list[float]]
 
@@ -24,9 +26,12 @@ def validation_record(step: int, **values: object) -> Record:
     return {"kind": "validation", "step": step, "time": 1000.5 + step, "loss_avg": 2 / step} | values
 
 
-def points_of(records: list[Record]) -> Points:
+def points_of(records: list[Record], config: TrackingConfig = TrackingConfig()) -> Points:
     """What a tracker must hold of a record: every metric of every step, with one value."""
-    return {(name, record["step"]): [value] for record in records for name, value in flatten_metrics(record).items()}
+    found: Points = defaultdict(list)
+    for name, value, _, step in [point for record in records for point in curves.points_of(record, config)]:
+        found[name, step].append(value)
+    return dict(found)
 
 
 class Killed(BaseException):
@@ -46,6 +51,12 @@ class FakeMLflow:
         self.calls: list[str] = []
         self.fail: Callable[[int], str] = lambda call: ""
         self.experiments: dict[str, str] = {}
+        self.experiment_tags: dict[str, str] = {}
+        self.artifacts: dict[tuple[str, str], bytes] = {}
+
+    def changes(self) -> list[str]:
+        """The calls that have changed something, or may have."""
+        return [call for call in self.calls if not call.startswith(("get", "search"))]
 
     def active(self) -> list[SimpleNamespace]:
         return [run for run in self.runs.values() if run.info.lifecycle_stage == "active"]
@@ -82,7 +93,7 @@ class FakeMLflow:
         with self._answering("create_run"):
             run_id = f"{len(self.runs) + 1:032x}"
             info = {"run_id": run_id, "run_name": run_name, "status": "RUNNING", "experiment_id": experiment_id}
-            info["lifecycle_stage"] = "active"
+            info |= {"lifecycle_stage": "active", "start_time": len(self.runs)}
             data = SimpleNamespace(metrics={}, params={}, tags=dict(tags))
             self.runs[run_id] = SimpleNamespace(info=SimpleNamespace(**info), data=data)
         return self.runs[run_id]
@@ -98,7 +109,9 @@ class FakeMLflow:
 
     def search_runs(self, experiment_ids: list[str], filter_string: str, *, max_results: int) -> list[Any]:
         with self._answering("search_runs"):
-            return [run for run in self.active() if f"'{run.data.tags['nextscale.record']}'" in filter_string]
+            wanted = dict(re.findall(r"tags\.`(.+?)` = '(.*?)'", filter_string))
+            newest_first = reversed(self.active())
+            return [run for run in newest_first if wanted.items() <= run.data.tags.items()][:max_results]
 
     def log_batch(self, run_id: str, metrics: Any = (), params: Any = ()) -> None:
         assert len(metrics) <= 1000 and len(params) <= 100
@@ -110,6 +123,23 @@ class FakeMLflow:
             for metric in metrics:
                 self.points[run_id].append((metric.key, metric.step, metric.value))
                 run.data.metrics[metric.key] = metric.value
+
+    def log_metric(self, run_id: str, name: str, value: float, *, timestamp: int, step: int) -> None:
+        with self._answering("log_metric"):
+            self.points[run_id].append((name, step, value))
+            self.runs[run_id].data.metrics[name] = value
+
+    def log_artifact(self, run_id: str, file: str) -> None:
+        with self._answering("log_artifact"):
+            self.artifacts[run_id, Path(file).name] = Path(file).read_bytes()
+
+    def get_experiment(self, experiment_id: str) -> Any:
+        with self._answering("get_experiment"):
+            return SimpleNamespace(experiment_id=experiment_id, tags=self.experiment_tags)
+
+    def set_experiment_tag(self, experiment_id: str, name: str, value: str) -> None:
+        with self._answering("set_experiment_tag"):
+            self.experiment_tags[name] = value
 
     def set_tag(self, run_id: str, name: str, value: str) -> None:
         with self._answering("set_tag"):
@@ -129,8 +159,14 @@ class FakeMLflow:
             self.runs[run_id].info.lifecycle_stage = "deleted"
 
 
-def tracker_of(folder: Path, client: Any, uri: str = "http://tracker:5000", **parameters: Any) -> Tracker:
-    config = TrackingConfig(uri=uri, experiment="test")
+def tracker_of(
+    folder: Path,
+    client: Any,
+    uri: str = "http://tracker:5000",
+    tracking: dict[str, Any] = {},
+    **parameters: Any,
+) -> Tracker:
+    config = TrackingConfig(**{"uri": uri, "experiment": "test"} | tracking)
     return Tracker(folder, config, parameters, make_client=lambda uri: client)
 
 

@@ -3,7 +3,7 @@
 Conventions: one multiply-accumulate (MAC) is 2 FLOPs; a training step is 3 forward passes' worth (one forward, two
 backward); AdaLN acts once per image, not once per token; attention counts the block-causal pairs that carry
 information, 286,434 at 256 px, not the masked square. Compute is reported in PFLOP, a total of 1e15 operations, never
-per second.
+per second. Other conventions are in use; a scaling study reports four of them side by side, see `flops_per_image`.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
 from models.vqvae import VQVAEConfig
 
 FLOPS_PER_PFLOP = 10**15
+EXACT, DENSE_MASK, SIX_NT, PAPER = "exact", "dense_mask", "six_nt", "paper"
+ACCOUNTINGS = (EXACT, DENSE_MASK, SIX_NT, PAPER)
 
 
 def attention_pairs(scales: Scales) -> int:
@@ -24,21 +26,59 @@ def attention_pairs(scales: Scales) -> int:
     return sum(size * part.stop for size, part in zip(scales.scale_sizes, scales.slices, strict=True))
 
 
+def eq8_parameters(config: VARConfig) -> int:
+    """The matrices of the blocks: 18 d w^2 (eq. 8), of which 6 d w^2 are AdaLN's.
+
+    With shared AdaLN 12 d w^2 and one map of 6 w^2 (footnote 3); without AdaLN 12 d w^2.
+    """
+    depth, width = config.depth, config.width
+    num_maps = {ADALN: 6 * depth, SHARED_ADALN: 6, LAYER_NORM: 0}[config.norm]
+    return _block_weights(config) + num_maps * width * width
+
+
 def forward_macs(config: VARConfig) -> int:
     """Multiply-accumulates of one teacher-forced forward pass over one image."""
-    depth, width, tokens = config.depth, config.width, config.scales.num_tokens
-    tokens_in = tokens - config.scales.first_tokens
-    linear = depth * tokens * (4 * width * width + 2 * width * config.hidden_width)  # qkv, projection, two of the FFN
-    attention = depth * 2 * attention_pairs(config.scales) * width  # q k^T and the weighted sum of v
-    num_maps = {ADALN: depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
-    modulation = num_maps * width * width  # once per image
-    ends = tokens_in * config.code_width * width + tokens * width * config.vocab_size
-    return linear + attention + modulation + ends
+    return _forward_macs(config, pairs=attention_pairs(config.scales))
 
 
 def training_flops(config: VARConfig) -> int:
     """FLOPs of one training image: 2 per MAC, three times the forward pass. Recomputed activations are not counted."""
     return 6 * forward_macs(config)
+
+
+def flops_per_image(config: VARConfig) -> dict[str, int]:
+    """Operations of training on one image, by each of ACCOUNTINGS.
+
+    exact: `training_flops`, the default everywhere.
+    dense_mask: the same with all L^2 pairs, which a kernel with a dense mask computes and then throws away.
+    six_nt: 6 N T of Kaplan et al. 2020, with T = L tokens and N the total parameters, as the paper's "18M to 2B" are
+        totals too. It takes AdaLN and embeddings for work done at every token, and leaves attention out.
+    paper: the MACs of one forward pass, no backward pass, a MAC as one operation. The paper does not say what its C
+        counts; this is what its numbers fit (training/paper_laws.py), so it is an inference.
+    """
+    tokens = config.scales.num_tokens
+    return {
+        EXACT: training_flops(config),
+        DENSE_MASK: 6 * _forward_macs(config, pairs=tokens**2),
+        SIX_NT: 6 * config.num_parameters * tokens,
+        PAPER: forward_macs(config),
+    }
+
+
+def _block_weights(config: VARConfig) -> int:
+    """Weights of the blocks that act on every token: qkv, projection, and two of the feed-forward."""
+    return config.depth * (4 * config.width**2 + 2 * config.width * config.hidden_width)
+
+
+def _forward_macs(config: VARConfig, *, pairs: int) -> int:
+    depth, width, tokens = config.depth, config.width, config.scales.num_tokens
+    tokens_in = tokens - config.scales.first_tokens
+    linear = tokens * _block_weights(config)
+    attention = depth * 2 * pairs * width  # q k^T and the weighted sum of v
+    num_maps = {ADALN: depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
+    modulation = num_maps * width * width  # once per image
+    ends = tokens_in * config.code_width * width + tokens * width * config.vocab_size
+    return linear + attention + modulation + ends
 
 
 def tokenizer_training_flops(config: VQVAEConfig) -> int:

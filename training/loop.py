@@ -167,10 +167,7 @@ class Loop:
         return any(engine.config.precision == "fp16" for engine in self.stage.engines.values())
 
     def _validation_is_due(self, state: TrainState, total: int) -> bool:
-        """A function of the step alone, so that it is the same after a roll back."""
-        every = self.config.validate_every * self.num_samples
-        position = state.step * self.config.global_batch
-        return state.step == total or position // every > (position - self.config.global_batch) // every
+        return self.config.validation_is_due(state.step, total_steps=total, num_samples=self.num_samples)
 
     def _flush(self, state: TrainState, total: int, waited: float) -> None:
         """Fetch the metrics of the steps since the last flush in one reduction; judge and record each step."""

@@ -13,13 +13,15 @@ from training.strict_json import read_json
 from training.tracking import replace_file
 
 STATE, LOCK = "mlflow.json", "mlflow.lock"
+OF_A_TRACKER = ("run_id", "experiment_id", "replaces", "train", "validation")  # values that mean nothing to another
 KINDS = {"train": int, "validation": int}  # of values that are no text
 
 
 class ViewState:
     """The tracker's `uri`, `run_id`, `experiment_id`, and the `status` that the run ended with, or RUNNING.
 
-    Earlier formats also hold the newest steps that were sent, as `train` and `validation`.
+    `git` is the commit of the code that has trained the run last, where it is known. Earlier formats also hold the
+    newest steps that were sent, as `train` and `validation`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -39,6 +41,16 @@ class ViewState:
             changed = {name: value for name, value in (known | changes).items() if value is not None}
             if changed != known:
                 replace_file(self.folder / STATE, [json.dumps(changed).encode()])
+
+    def is_of(self, uri: str) -> bool:
+        """Whether the file speaks of this tracker."""
+        return self.values.get("uri") == uri
+
+    def note(self, uri: str, experiment: str, **changes: Any) -> None:
+        """Note which tracker this is, and more; what the file says of another tracker goes."""
+        if not self.is_of(uri):
+            changes = dict.fromkeys(OF_A_TRACKER) | changes
+        self.update(**{"uri": uri, "experiment": experiment} | changes)
 
     def claim(self) -> None:
         """Keep other processes from sending this run, until `release` or the end of this one.

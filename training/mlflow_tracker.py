@@ -16,34 +16,36 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from training import seams
-from training.mlflow_state import ViewState, read_state
-from training.redaction import redact
-from training.tracking import (
-    SQLITE,
-    Place,
-    Record,
-    RunRecord,
-    TrackingConfig,
-    absolute_uri,
-    artifact_folder,
-    database_file,
-    flatten_metrics,
+from training.curves import Point, points_of
+from training.mlflow_client import (
+    COMMIT_TAG,
+    OF_STUDY,
+    OF_TRAINING,
+    PARENT_TAG,
+    active_run,
+    find_run,
+    open_client,
+    open_experiment,
+    reason,
+    set_status,
+    set_tags,
+    study_tags,
 )
+from training.mlflow_state import OF_A_TRACKER, ViewState, read_state
+from training.redaction import redact
+from training.tracking import CURVE_UNITS, Place, Record, RunRecord, TrackingConfig, absolute_uri
 
 RECORD_TAG = "nextscale.record"  # on the MLflow run: whose record it shows, should mlflow.json get lost
 REPLACES_TAG = "nextscale.replaces"  # on a run that was started over: the MLflow run that was deleted for it
-OF_A_TRACKER = ("run_id", "experiment_id", "replaces", "train", "validation")  # in mlflow.json, beside its uri
+UNIT_TAG = "curve_unit"  # on the MLflow run: of the steps of `curve/*`, which stay what they were at first
 MARK = re.compile(r"progress/(.+)_step")
 MAX_METRICS, MAX_PARAMETERS = 1000, 100  # that MLflow takes in one call
-
-Point = tuple[str, float, int, int]  # name, value, time in ms, step
 
 
 class TrackerUnavailable(OSError):
@@ -76,8 +78,7 @@ class Tracker:
         make_client: Callable[[str], Any] | None = None,
     ) -> None:
         self.folder = folder
-        self.uri = absolute_uri(config.uri)
-        self.experiment = config.experiment
+        self.config = replace(config, uri=absolute_uri(config.uri))
         self.parameters = {name: redact(str(value))[:500] for name, value in parameters.items()}
         self.record = RunRecord(folder)
         self.state = ViewState(folder)
@@ -86,6 +87,11 @@ class Tracker:
         self._status = ""
         self._make_client = make_client or open_client
         self._client: Any = None
+
+    @property
+    def uri(self) -> str:
+        """Of the tracker, a database file with its whole path."""
+        return self.config.uri
 
     def connect(self) -> None:
         """Find the MLflow run, or make one, and ask what it has.
@@ -96,41 +102,38 @@ class Tracker:
         experiment_id = self._open()
         run = self._find(experiment_id) or self._create(experiment_id)
         self.run_id, self._status = run.info.run_id, run.info.status
+        if run.data.tags.get(UNIT_TAG) in CURVE_UNITS:
+            self.config = replace(self.config, curve_unit=run.data.tags[UNIT_TAG])
         self.marks = self._marks(run)
         self.note(run_id=self.run_id, experiment_id=run.info.experiment_id)
-        if run.data.tags.get(RECORD_TAG) != self._record_key():
-            self._client.set_tag(self.run_id, RECORD_TAG, self._record_key())
+        set_tags(self._client, run, self._tags(experiment_id))
         self._log_parameters(run)
 
     def send(self, records: list[Record]) -> Sent:
         """Send the records that the tracker does not have, in as few calls as they fit into."""
-        marks, missing, num_known, num_new = dict(self.marks), [], 0, 0
-        for record in records:
-            if record["step"] > marks.get(record["kind"], -1):
-                marks[record["kind"]] = record["step"]
-                missing.append(record)
-            else:
-                num_known += len(flatten_metrics(record))
+        marks, missing, num_known = dict(self.marks), [], 0
+        for record, points in ((record, points_of(record, self.config)) for record in records):
+            if not points or record["step"] <= marks.get(record["kind"], -1):
+                num_known += len(points)
+                continue
+            marks[record["kind"]] = record["step"]
+            missing.append((record, points))
         for batch in _batches(missing):
-            points = [point for record in batch for point in _points(record)]
-            self._log(points)
-            self.marks |= {record["kind"]: record["step"] for record in batch}
-            num_new += len(points)
-        return Sent(num_new, num_known)
+            self._log([point for _, points in batch for point in points])
+            self.marks |= {record["kind"]: record["step"] for record, _ in batch}
+        return Sent(sum(len(points) for _, points in missing), num_known)
 
     def count_missing(self, place: Place) -> int:
         """How many points of the records after `place` the tracker lacks."""
         records = (record for record, _ in self.record.read_after(place))
-        return sum(len(flatten_metrics(item)) for item in records if item["step"] > self.marks.get(item["kind"], -1))
+        missing = (record for record in records if record["step"] > self.marks.get(record["kind"], -1))
+        return sum(len(points_of(record, self.config)) for record in missing)
 
     def set_status(self, status: str) -> None:
         """RUNNING, FINISHED, FAILED or KILLED."""
         if status == self._status:
             return
-        if status == "RUNNING":
-            self._client.update_run(self.run_id, status=status)
-        else:
-            self._client.set_terminated(self.run_id, status)
+        set_status(self._client, self.run_id, status)
         self._status = status
 
     def start_over(self) -> None:
@@ -142,42 +145,45 @@ class Tracker:
         self.state.update(run_id=None)
 
     def note(self, **changes: Any) -> None:
-        """Note in mlflow.json which tracker this is, and more; what it says of another tracker goes."""
-        if not self._is_noted():
-            changes = dict.fromkeys(OF_A_TRACKER) | changes
-        self.state.update(**{"uri": self.uri, "experiment": self.experiment} | changes)
+        """Note in mlflow.json which tracker this is, and more."""
+        self.state.note(self.uri, self.config.experiment, **changes)
 
     def _is_noted(self) -> bool:
         """Whether mlflow.json speaks of this tracker."""
-        return self.state.values.get("uri") == self.uri
+        return self.state.is_of(self.uri)
 
     def _open(self) -> str:
         """Claim the run and open a client; the id of the experiment."""
         self.state.claim()
         self._client = self._make_client(self.uri)
-        found = self._client.get_experiment_by_name(self.experiment)
-        if found:
-            return found.experiment_id
-        return self._client.create_experiment(self.experiment, artifact_location=artifact_folder(self.uri))
+        return open_experiment(self._client, self.config.experiment, self.uri)
 
     def _find(self, experiment_id: str) -> Any:
         """The run that mlflow.json names, else one that says it shows this record; None where neither is there."""
-        known = self.state.values
-        if self._is_noted() and known.get("run_id"):
-            run = _run_or_none(self._client, known["run_id"])
-            if run is not None and run.info.lifecycle_stage == "active":
-                return run
-        shows_ours = f"tags.`{RECORD_TAG}` = '{self._record_key()}'"
-        return next(iter(self._client.search_runs([experiment_id], shows_ours, max_results=1)), None)
+        noted = self.state.values.get("run_id") if self._is_noted() else None
+        return active_run(self._client, noted) or find_run(
+            self._client, experiment_id, {RECORD_TAG: self._record_key()}
+        )
 
     def _create(self, experiment_id: str) -> Any:
-        tags = {RECORD_TAG: self._record_key()}
+        tags = {RECORD_TAG: self._record_key(), UNIT_TAG: self.config.curve_unit}
         if self._is_noted() and (replaced := self.state.values.get("replaces")):
             tags[REPLACES_TAG] = replaced
-        name = "/".join(self.folder.absolute().parts[-2:])
+        name = self.folder.name if self.config.study else "/".join(self.folder.absolute().parts[-2:])
         run = self._client.create_run(experiment_id, run_name=name, tags=tags)
         self.state.update(**dict.fromkeys(OF_A_TRACKER))
         return run
+
+    def _tags(self, experiment_id: str) -> dict[str, str]:
+        """What says of the run whose record it shows, which code has written it, and which study it belongs to."""
+        tags = {RECORD_TAG: self._record_key()}
+        if commit := self.state.values.get("git"):
+            tags[COMMIT_TAG] = commit
+        if not self.config.study:
+            return tags
+        tags |= study_tags(self.config.study, OF_TRAINING)
+        parent = find_run(self._client, experiment_id, study_tags(self.config.study, OF_STUDY))
+        return tags | ({PARENT_TAG: parent.info.run_id} if parent else {})
 
     def _record_key(self) -> str:
         """What tells this record from all others: its first entry, which holds a time."""
@@ -212,24 +218,16 @@ class Tracker:
             seams.reach("mlflow.sent", metrics)
 
 
-def _points(record: Record) -> list[Point]:
-    """The step comes last: where one record is too large for one call, it says that all of it has arrived."""
-    time, step = int(record.get("time", 0) * 1000), record["step"]
-    flat = sorted(flatten_metrics(record).items(), key=lambda item: item[0] == f"progress/{record['kind']}_step")
-    return [(name, value, time, step) for name, value in flat]
-
-
-def _batches(records: list[Record]) -> Iterator[list[Record]]:
+def _batches(records: list[tuple[Record, list[Point]]]) -> Iterator[list[tuple[Record, list[Point]]]]:
     """Whole records, as many at a time as MLflow takes in one call, and at least one."""
-    batch: list[Record] = []
+    batch: list[tuple[Record, list[Point]]] = []
     num_points = 0
-    for record in records:
-        size = len(flatten_metrics(record))
-        if batch and num_points + size > MAX_METRICS:
+    for record, points in records:
+        if batch and num_points + len(points) > MAX_METRICS:
             yield batch
             batch, num_points = [], 0
-        batch.append(record)
-        num_points += size
+        batch.append((record, points))
+        num_points += len(points)
     if batch:
         yield batch
 
@@ -255,46 +253,3 @@ def log_picture(run: str | Path, picture: Path, *, group: str = "") -> None:
         open_client(state["uri"]).log_artifact(state["run_id"], str(picture), artifact_path=place)
     except Exception as error:  # whatever a tracker throws must not reach the caller: the picture is on disk
         print(f"mlflow: {reason(error)}; {picture} is on disk only", flush=True)
-
-
-def open_client(uri: str) -> Any:
-    """A client of the tracker; a database file that is not there is made."""
-    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
-    from mlflow.tracking import MlflowClient
-
-    file = database_file(uri)
-    if file is not None and not file.exists():
-        _make_database(file, MlflowClient)
-    return MlflowClient(tracking_uri=uri)
-
-
-def _make_database(file: Path, make_client: Callable[..., Any]) -> None:
-    """A new database appears whole: MLflow takes seconds for its tables, and one cut short never works again."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=file.parent, prefix=".mlflow-", ignore_cleanup_errors=True) as folder:
-        draft = Path(folder) / file.name
-        make_client(tracking_uri=f"{SQLITE}{draft}").search_experiments(max_results=1)
-        seams.reach("mlflow.database", draft)
-        try:
-            os.link(draft, file)
-        except FileExistsError:
-            pass  # another run was first
-        except OSError:
-            os.rename(draft, file)  # a file system without links
-
-
-def reason(error: Exception) -> str:
-    """An exception in one short line."""
-    return f"{type(error).__name__}: {' '.join(redact(str(error)).split())[:120]}"
-
-
-def _run_or_none(client: Any, run_id: str) -> Any:
-    """The run, None if the tracker does not have it; a tracker that cannot be asked raises."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        return client.get_run(run_id)
-    except MlflowException as error:
-        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
-            return None
-        raise

@@ -19,7 +19,8 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from training.mlflow_tracker import Sent, Tracker, TrackerUnavailable, reason
+from training.mlflow_client import code_version, reason
+from training.mlflow_tracker import Sent, Tracker, TrackerUnavailable
 from training.redaction import redacted_output
 from training.tracking import Place, TrackingConfig
 
@@ -191,7 +192,7 @@ def _serve(order: dict[str, Any]) -> NoReturn:
     tracker = Tracker(Path(order["folder"]), TrackingConfig(**order["config"]), order["parameters"])
     follower = Follower(tracker, _say)
     with suppress(OSError):
-        tracker.note(status=follower.status)
+        tracker.note(status=follower.status, git=code_version())
     threading.Thread(target=_listen, args=(follower,), daemon=True).start()
     _leave(follower.follow())
 

@@ -1,7 +1,7 @@
-"""The record of a run, and how its lines become curves.
+"""The record of a run, and where its curves go.
 
 `metrics.jsonl` is the record: one JSON object a line, on disk before anybody else hears of it. MLflow is a view of it
-(see training/mlflow_view.py): what is here knows nothing of trackers but how metrics are named on their pages.
+(see training/mlflow_view.py); which of its numbers are drawn, and where, says training/curves.py.
 """
 
 from __future__ import annotations
@@ -21,14 +21,8 @@ from training.strict_json import parse_json
 
 Record = dict[str, Any]
 
-SECTIONS = {
-    "loss": ("loss",),
-    "progress": ("step", "epoch", "samples_seen", "pflop", "learning_rate", "gradient_norm"),
-    "quality": ("error", "psnr", "squared_error", "codebook_use"),
-    "speed": ("images_per_second", "tokens_per_second", "data_wait_share", "goodput"),
-}
 SQLITE = "sqlite:///"
-NOT_DRAWN = {"validation": ("epoch", "samples_seen", "pflop")}  # the training records have them
+CURVE_UNITS = {"PFLOP": 1, "TFLOP": 10**3, "GFLOP": 10**6, "MFLOP": 10**9}  # how many make a PFLOP
 MAX_UNWRITTEN = 10_000  # records kept in memory while the disk refuses them
 
 
@@ -39,6 +33,17 @@ class TrackingConfig:
     mlflow: bool = True
     uri: str = "sqlite:///runs/mlflow.db"
     experiment: str = "var"
+    every: int = 1  # steps: MLflow gets the training records of its multiples, best one of loop.log_every
+    curve_unit: str = "TFLOP"  # of the steps of `curve/*`: PFLOP, TFLOP, GFLOP or MFLOP, so that small runs reach 1
+    study: str = ""  # the scaling study that a run belongs to, by the name of its MLflow run; empty: none
+
+    def __post_init__(self) -> None:
+        if self.every < 1:
+            raise ValueError(f"tracking.every is {self.every}; it is a number of steps, 1 or more")
+        if self.curve_unit not in CURVE_UNITS:
+            raise ValueError(f"tracking.curve_unit is {self.curve_unit}; accepted: {', '.join(CURVE_UNITS)}")
+        if "'" in self.study:
+            raise ValueError(f"tracking.study is {self.study}; it must hold no quotation mark")
 
 
 @dataclass(frozen=True)
@@ -220,27 +225,6 @@ def _finite_or_none(value: Any) -> Any:
     if isinstance(value, list):
         return [_finite_or_none(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def flatten_metrics(record: Record) -> dict[str, float]:
-    """A record as MLflow metrics "section/kind_name": MLflow draws a section of charts for each, the losses first.
-
-    Lists become one series per scale, such as "scales/train_loss_03". "progress/train_step" is drawn too: by its
-    newest value a tracker says how far it has come.
-    """
-    kind = record["kind"]
-    flat: dict[str, float] = {}
-    for name, value in record.items():
-        if isinstance(value, list):
-            scales = {k: item for k, item in enumerate(value, start=1) if item is not None}
-            flat |= {f"scales/{kind}_{name}_{k:02d}": float(item) for k, item in scales.items()}
-        elif isinstance(value, (int, float)) and name != "time" and name not in NOT_DRAWN.get(kind, ()):
-            flat[f"{_section(name)}/{kind}_{name}"] = float(value)
-    return flat
-
-
-def _section(name: str) -> str:
-    return next((section for section, prefixes in SECTIONS.items() if name.startswith(prefixes)), "loss_parts")
 
 
 def absolute_uri(uri: str) -> str:

@@ -1,0 +1,88 @@
+"""A scaling study: train several sizes, fit the paper's laws to them, report. `scaling_study.py VERB --config FILE`
+
+verbs
+  run     train every size, one after the other, and go on where it was; --slurm submits them as jobs instead
+  fit     the laws, from what the runs have recorded: FOLDER/fit.json, points.csv
+  report  FOLDER/report.md, its figures, and the study's page in MLflow
+  plan    which size to train on how many tokens with a given compute: plan.pflop=N or plan.gpu_days=N
+  paper   whether the laws that the paper prints fit together; takes no settings
+  sync    rebuild the study's pages in MLflow from its folder
+
+`scaling_study.py VERB FOLDER` takes the settings that `run` has left in the study's folder.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from launchers.command_line import SETTING, Command, run_launcher  # noqa: E402
+from launchers.config_files import nearest  # noqa: E402
+from launchers.exit_codes import EXIT_BAD_INPUT  # noqa: E402
+from launchers.study_config import STUDY, StudyConfig  # noqa: E402
+from launchers.study_fitting import launch_fit  # noqa: E402
+from launchers.study_mlflow import launch_sync  # noqa: E402
+from launchers.study_plan import launch_paper, launch_plan  # noqa: E402
+from launchers.study_report import launch_report  # noqa: E402
+from launchers.study_run import launch_run  # noqa: E402
+
+
+@dataclass(frozen=True)
+class NoSettings:
+    """`paper` is about the paper's own numbers."""
+
+
+VERBS: MappingProxyType[str, tuple[type, Callable[[Command[Any]], None]]] = MappingProxyType(
+    {
+        "run": (StudyConfig, launch_run),
+        "fit": (StudyConfig, launch_fit),
+        "report": (StudyConfig, launch_report),
+        "plan": (StudyConfig, launch_plan),
+        "paper": (NoSettings, launch_paper),
+        "sync": (StudyConfig, launch_sync),
+    }
+)
+
+
+def take_verb(arguments: list[str]) -> tuple[str, list[str]]:
+    """The verb, and the arguments that are left for its config, a study's folder among them replaced by its settings.
+
+    Raises:
+        ValueError: no verb, or none that is known; or the folder is not that of a study.
+    """
+    verb, *rest = arguments or [""]
+    if verb not in VERBS:
+        known = list(VERBS)
+        said = f"'{verb}' is no verb; {nearest(verb, known)}" if verb else f"no verb given; known: {', '.join(known)}"
+        raise ValueError(f"{said}; write scaling_study.py VERB --config FILE, --help explains them")
+    if rest and not rest[0].startswith("-") and not SETTING.match(rest[0]):
+        settings = Path(rest[0]) / STUDY
+        if not settings.is_file():
+            raise ValueError(
+                f"{rest[0]}: is not the folder of a study, which has a {STUDY} after its first `run`; name one, or "
+                "--config FILE"
+            )
+        rest = ["--config", str(settings), *rest[1:]]
+    return verb, rest
+
+
+def main() -> None:
+    wants_help = sys.argv[1:2] in (["--help"], ["-h"])
+    try:
+        verb, rest = ("run", ["--help"]) if wants_help else take_verb(sys.argv[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_BAD_INPUT)
+    sys.argv[1:] = rest
+    schema, launch = VERBS[verb]
+    run_launcher(schema, launch, __doc__)
+
+
+if __name__ == "__main__":
+    main()

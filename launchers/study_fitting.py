@@ -1,0 +1,177 @@
+"""The verb `fit` of launchers/scaling_study.py: the laws of a study, from its run folders to FOLDER/fit.json.
+
+Beside it FOLDER/points.csv has every point that was measured, used or not. fit.json is made anew by `fit`; the verbs
+that only show it take it as it is while points and settings are those it was made of.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import math
+import re
+import types
+import typing
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files import atomic_file, bytes_sha256
+from launchers.command_line import Command, say
+from launchers.study_config import StudyConfig
+from launchers.study_reading import Study, read_study
+from training.flops import ACCOUNTINGS
+from training.scaling import analyse
+from training.strict_json import read_json
+from training.study_data import METRICS
+from training.study_fit import LawFit, StudyFit
+
+FIT, POINTS = "fit.json", "points.csv"
+MAX_BYTES = 2**26  # of fit.json, which holds the bootstrap's draws
+ARRAY_OF_NUMBERS = re.compile(r"\[\n[-+.\deEnul,\s]*\]")  # in indented JSON; no text in it has line ends
+
+
+@dataclass(frozen=True)
+class FittedStudy:
+    """What was measured, and the laws of it."""
+
+    study: Study
+    fit: StudyFit
+
+
+def launch_fit(command: Command[StudyConfig]) -> None:
+    study = read_study(command.config)
+    say(describe_study(study))
+    if command.dry_run:
+        return
+    fit = fit_study(command.config, study)
+    for line in summary(fit):
+        say(line)
+    say(f"wrote {Path(command.config.folder) / FIT} and {POINTS}")
+
+
+def fitted_study(config: StudyConfig) -> FittedStudy:
+    """The study with its fit.json, which is made where it is missing or of other points or settings."""
+    study = read_study(config)
+    file = Path(config.folder) / FIT
+    wanted = {"points_sha256": bytes_sha256(points_csv(study)), "settings": _settings(config, study)}
+    if file.is_file():
+        content = read_json(file, max_bytes=MAX_BYTES)
+        if isinstance(content, dict) and all(content.get(name) == value for name, value in wanted.items()):
+            return FittedStudy(study, read_fit(Path(config.folder)))
+    return FittedStudy(study, fit_study(config, study))
+
+
+def fit_study(config: StudyConfig, study: Study) -> StudyFit:
+    """Fit a study and write its fit.json and points.csv. Raises ValueError where there are too few points."""
+    fit = analyse(study.sizes, config.fit, study.source.entropy)
+    points = points_csv(study)
+    content = {"points_sha256": bytes_sha256(points), "settings": _settings(config, study), "fit": asdict(fit)}
+    with atomic_file(Path(config.folder) / POINTS) as file:
+        file.write(points)
+    with atomic_file(Path(config.folder) / FIT) as file:
+        file.write(_to_json(content).encode())
+    return fit
+
+
+def read_fit(folder: Path) -> StudyFit:
+    """What `fit` has found.
+
+    Raises:
+        FileNotFoundError: it has not been there yet. ValueError: fit.json is damaged or of another version.
+    """
+    file = folder / FIT
+    try:
+        return _from_plain(StudyFit, read_json(file, max_bytes=MAX_BYTES)["fit"])
+    except FileNotFoundError:
+        raise FileNotFoundError(f"{file}: is not there yet; make it with scaling_study.py fit {folder}") from None
+    except (KeyError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split())[:80]
+        raise ValueError(f"{file}: is no fit of this version ({what}); make it anew: scaling_study.py fit") from None
+
+
+def points_csv(study: Study) -> bytes:
+    """Every evaluation of every run, all digits: compute in PFLOP by each accounting, losses in nats."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    pflop = [f"pflop_{accounting}" for accounting in ACCOUNTINGS]
+    about = ("run", "depth", "seed", "is_finished", "parameters", "eq8_parameters")
+    writer.writerow([*about, "images", "tokens", *pflop, *METRICS])
+    for size in study.sizes:
+        counts = (size.depth, size.seed, size.is_finished, size.num_parameters, size.eq8_parameters)
+        compute = [size.compute(accounting).tolist() for accounting in ACCOUNTINGS]
+        metrics = [size.metrics[metric].tolist() for metric in METRICS]
+        for images, *values in zip(size.images.tolist(), *compute, *metrics, strict=True):
+            writer.writerow([size.name, *counts, images, images * size.tokens_per_image, *map(repr, values)])
+    return text.getvalue().encode()
+
+
+def describe_study(study: Study) -> str:
+    """What is there, in one line."""
+    num_points = sum(len(size.images) for size in study.sizes)
+    unfinished = [size.name for size in study.sizes if not size.is_finished]
+    parts = [f"{len(study.runs)} run{'s' * (len(study.runs) > 1)} with {num_points} evaluations"]
+    parts += [f"unfinished: {', '.join(unfinished)}"] if unfinished else []
+    parts += [f"not there yet: {', '.join(study.absent)}"] if study.absent else []
+    return "; ".join(parts)
+
+
+def summary(fit: StudyFit) -> list[str]:
+    """The laws as lines for a terminal, and the fit's notes."""
+    return [*(f"{law.metric:>10} against {_law_line(law)}" for law in fit.laws), *(f"note: {n}" for n in fit.notes)]
+
+
+def _law_line(fit: LawFit) -> str:
+    law, interval = fit.law, fit.exponent_interval
+    gate = ""
+    if fit.held_out:
+        worst = max(abs(point.share) for point in fit.held_out)
+        gate = f", gate {'passed' if all(point.passed for point in fit.held_out) else 'FAILED'} ({worst:.2%})"
+    return (
+        f"{fit.variable:>10}: E {law.irreducible:.5g} ({fit.source_of_irreducible}), exponent {law.exponent:.5g} "
+        f"[{interval.low:.5g}, {interval.high:.5g}], beta {law.scale:.5g}, r {fit.pearson:.5f}{gate}"
+    )
+
+
+def _settings(config: StudyConfig, study: Study) -> dict[str, Any]:
+    """What a fit depends on besides the points, as fit.json would give it back."""
+    return json.loads(_to_json({"fit": asdict(config.fit), "known": dict(study.source.entropy)}))
+
+
+def _to_json(content: dict[str, Any]) -> str:
+    """JSON for people: indented, an array of numbers in one line; null for numbers that are not finite."""
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
+    return ARRAY_OF_NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _from_plain(kind: Any, value: Any) -> Any:
+    """A value of a type, of what JSON holds of it: dataclasses, tuples, unions with None, plain values.
+
+    Raises TypeError or ValueError where it is something else.
+    """
+    if is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        if set(value) != {field.name for field in fields(kind)}:
+            raise ValueError(f"{kind.__name__} has {', '.join(hints)}")
+        return kind(**{name: _from_plain(hints[name], item) for name, item in value.items()})
+    if typing.get_origin(kind) is tuple:
+        items = typing.get_args(kind)
+        items = items[:1] * len(value) if items[-1] is Ellipsis else items
+        return tuple(_from_plain(item, each) for item, each in zip(items, value, strict=True))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        (item,) = (member for member in typing.get_args(kind) if member is not type(None))
+        return None if value is None else _from_plain(item, value)
+    if kind is float and (value is None or isinstance(value, (int, float))):
+        return math.nan if value is None else float(value)
+    if type(value) is not kind:
+        raise TypeError(f"{value!r} is no {kind.__name__}")
+    return value

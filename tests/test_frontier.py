@@ -1,0 +1,78 @@
+"""The lowest loss at each compute, by hand and against a planted exponent."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
+
+from training.frontier import GRID_POINTS, interior_minima, non_dominated
+from training.power_law import fit_power_law
+from training.study_curves import SizeCurve
+
+
+def drawn(name: str, x: list[float], y: list[float]) -> SizeCurve:
+    return SizeCurve(name, 1, 1.0, np.asarray(x), np.asarray(x), {"loss_avg": np.asarray(y)}, {})
+
+
+def test_a_frontier_drawn_by_hand() -> None:
+    small, large = drawn("small", [1, 2, 4, 8], [9, 7, 6, 5.5]), drawn("large", [3, 4, 6, 8], [8, 6, 5, 4])
+    points = non_dominated([small, large], "loss_avg")
+    assert points.x.tolist() == [1, 2, 4, 6, 8]
+    assert points.y.tolist() == [9, 7, 6, 5, 4]
+    assert (points.groups[0], points.groups[-1]) == ("small", "large")
+
+
+def test_a_curve_that_rises_adds_nothing_to_the_frontier() -> None:
+    points = non_dominated([drawn("only", [1, 2, 3, 4], [5, 3, 4, 6])], "loss_avg")
+    assert points.y.tolist() == [5, 3]
+
+
+def test_interior_minima_leave_out_the_smallest_and_the_largest_size() -> None:
+    found = interior_minima(curves(), "loss_avg")
+    assert set(found.points.groups) == set(NAMES[1:-1])
+    assert 150 < len(found.points.x) < GRID_POINTS
+    assert NAMES[0] in found.left_out[0] and NAMES[-1] in found.left_out[0]
+    assert found.notes == ()
+
+
+def test_interior_minima_are_never_above_a_curve() -> None:
+    sizes = curves()
+    points = interior_minima(sizes, "loss_avg").points
+    for size in sizes:
+        inside = (points.x >= size.pflop[0]) & (points.x <= size.pflop[-1])
+        curve = np.exp(np.interp(np.log(points.x), np.log(size.pflop), np.log(size.metrics["loss_avg"])))
+        assert (points.y[inside] <= curve[inside] * (1 + 1e-12)).all()
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-3])
+@pytest.mark.parametrize("growth", [0.0, 0.5, 1.0])
+def test_the_frontier_falls_with_ab_over_a_plus_b(growth: float, noise: float) -> None:
+    """3 %, with E known; without noise the default is ten times closer, and within 1 % where E is not known either."""
+    sizes = curves(growth=growth, noise=noise)
+    interior = interior_minima(sizes, "loss_avg").points
+    for points in (non_dominated(sizes, "loss_avg"), interior):
+        assert fit_power_law(points, SURFACE[0]).exponent == pytest.approx(COMPUTE_EXPONENT, rel=0.03)
+    if not noise:
+        assert fit_power_law(interior, SURFACE[0]).exponent == pytest.approx(COMPUTE_EXPONENT, rel=0.003)
+        assert fit_power_law(interior, None).exponent == pytest.approx(COMPUTE_EXPONENT, rel=0.01)
+
+
+def part_of(size: SizeCurve, part: slice) -> SizeCurve:
+    return replace(size, pflop=size.pflop[part], metrics={"loss_avg": size.metrics["loss_avg"][part].copy()})
+
+
+def test_a_run_that_ends_too_early_and_one_that_begins_too_late_are_named() -> None:
+    short, late = curves(), curves()
+    short[3] = part_of(short[3], slice(0, 8))
+    late[6] = part_of(late[6], slice(20, 25))
+    late[6].metrics["loss_avg"][:] -= 0.5
+    assert f"runs of {NAMES[3]} end" in interior_minima(short, "loss_avg").notes[0]
+    assert f"curves of {NAMES[6]} begin" in interior_minima(late, "loss_avg").notes[0]
+
+
+def test_two_sizes_have_no_interior() -> None:
+    with pytest.raises(ValueError, match="2 sizes have curves of two evaluations; 3 or more"):
+        interior_minima(curves()[:2], "loss_avg")

@@ -1,0 +1,93 @@
+"""L(N, D): planted numbers are found, at the minimum that a quasi-Newton method finds too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from planted import COMPUTE_EXPONENT, SURFACE, curves
+from scipy.optimize import minimize
+from scipy.special import huber, logsumexp
+
+from training.parametric_law import compute_exponents, fit_parametric, parametric_frontier
+from training.power_law import percentiles
+from training.study_curves import SizeCurve
+from training.study_fit import ParametricFit
+
+
+def fit(sizes: list[SizeCurve], irreducible: float | None = None) -> ParametricFit:
+    return fit_parametric(sizes, "loss_avg", irreducible, draws=100, rng=np.random.default_rng(0))
+
+
+def numbers(found: ParametricFit) -> tuple[float, ...]:
+    return (
+        found.irreducible, found.parameter_factor, found.parameter_exponent, found.token_factor, found.token_exponent
+    )
+
+
+@pytest.mark.parametrize("irreducible", [None, SURFACE[0]])
+def test_a_surface_without_noise_is_found(irreducible: float | None) -> None:
+    found = fit(curves(), irreducible)
+    assert numbers(found) == pytest.approx(SURFACE, rel=1e-6)
+    assert found.compute_exponent == pytest.approx(-COMPUTE_EXPONENT, rel=1e-6)
+    assert found.r_squared == pytest.approx(1)
+    assert found.num_points == 12 * 25
+
+
+def test_the_minimum_is_that_of_l_bfgs_from_many_starts() -> None:
+    """Huber's cost of the log-sum-exp, delta 1e-3, summed: approach 3 of Hoffmann et al., with another optimiser."""
+    sizes = curves(noise=3e-3)[::2]
+    n = np.log(np.concatenate([np.full(25, size.parameters) for size in sizes]))
+    d = np.log(np.concatenate([size.tokens for size in sizes]))
+    target = np.log(np.concatenate([size.metrics["loss_avg"] for size in sizes]))
+
+    def cost(p: np.ndarray) -> float:
+        terms = np.stack([np.full_like(n, p[0]), p[1] - p[2] * n, p[3] - p[4] * d])
+        return float(huber(1e-3, target - logsumexp(terms, axis=0)).sum())
+
+    starts = [(np.log(4), np.log(0.5), 0.3, np.log(0.5), b) for b in (0.2, 0.5)]
+    best = min((minimize(cost, s, method="L-BFGS-B", options={"ftol": 1e-15, "gtol": 1e-12}) for s in starts),
+               key=lambda result: result.fun)
+    found = fit(sizes)
+    p = np.log([found.irreducible, found.parameter_factor, found.token_factor])
+    ours = cost(np.asarray([p[0], p[1], found.parameter_exponent, p[2], found.token_exponent]))
+    assert ours <= best.fun * (1 + 1e-9)
+    assert numbers(found)[2::2] == pytest.approx(best.x[2::2], rel=0.02)
+
+
+def test_the_draws_lie_around_the_truth() -> None:
+    found = fit(curves(noise=1e-3))
+    draws = np.asarray(found.draws)
+    assert draws.shape == (100, 5)
+    interval = percentiles(compute_exponents(draws[:, 2], draws[:, 4]))
+    assert interval.low * 0.98 < -COMPUTE_EXPONENT < interval.high * 1.02
+    assert 0 < interval.high - interval.low < 0.02
+
+
+def test_a_broken_evaluation_hardly_moves_the_law() -> None:
+    sizes = curves(noise=1e-4)
+    values = sizes[5].metrics["loss_avg"].copy()
+    values[10] *= 1.5
+    sizes[5] = replace(sizes[5], metrics={"loss_avg": values})
+    assert numbers(fit(sizes)) == pytest.approx(SURFACE, rel=0.02)
+
+
+def test_the_frontier_of_a_surface_is_its_minimum_at_each_compute() -> None:
+    found = fit(curves())
+    law = parametric_frontier(found, 6.0)
+    for pflop in (0.1, 10.0, 1000.0):
+        parameters = np.geomspace(1e-3, 1e3, 200_001)
+        lowest = found(parameters, pflop / (6 * parameters)).min()
+        assert law(pflop) == pytest.approx(lowest, rel=1e-8)
+
+
+def test_an_irreducible_part_above_a_loss_is_refused() -> None:
+    with pytest.raises(ValueError, match="9 is not below the lowest value"):
+        fit(curves(), 9.0)
+
+
+@pytest.mark.parametrize("sizes", [curves()[:3], curves(num_points=2)[:4]])
+def test_too_few_sizes_or_evaluations_are_refused(sizes: list[SizeCurve]) -> None:
+    with pytest.raises(ValueError, match="takes 4 sizes and 10 evaluations or more"):
+        fit(sizes)

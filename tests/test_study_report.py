@@ -1,0 +1,133 @@
+"""The report: what it says follows the runs and the fits, also where they say something unwelcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study_examples import planted_fit, planted_run, planted_runs, planted_study, study_config, write_run
+from tiny import command
+
+from launchers import study_report
+from launchers.study_fitting import FittedStudy
+from launchers.study_reading import Source, Study
+from launchers.study_report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
+from models.var import VARConfig
+from training.flops import FLOPS_PER_PFLOP, training_flops
+from training.tracking import TrackingConfig
+
+RUNS = planted_runs((6, 8, 10, 12), noise=1e-4)
+STUDY, FIT = planted_study(RUNS), planted_fit(RUNS)
+UNTRACKED = TrackingConfig(mlflow=False)
+
+
+def with_model(study: Study, **changes: object) -> Study:
+    """The study as if its models had been others."""
+    runs = [replace(run, config=replace(run.config, model=replace(run.config.model, **changes))) for run in study.runs]
+    return replace(study, runs=tuple(runs))
+
+
+def test_the_report_has_all_that_a_reader_needs_to_judge_the_laws() -> None:
+    report = compose_report(FittedStudy(STUDY, FIT), study_config(Path("runs/mine"), RUNS))
+    assert report.startswith("# Scaling study mine\n")
+    for wanted in (
+        *("y = E + (beta x)^alpha", "not per second", "18,492,580", "15,925,248", "fig5.png", "fig6.png"),
+        *("runs test", "The gate", "2.50%", "How the exponent moves with E", "three estimators", "L(N, D)"),
+        *("Noise between seeds", "Training and validation", "A note of the fit.", "points.csv"),
+    ):
+        assert wanted in report, wanted
+    assert report.index("## What this shows") < report.index("## What this does not show") < report.index("points.csv")
+
+
+def test_a_report_without_laws_says_so_and_shows_the_rest() -> None:
+    bare = replace(FIT, laws=(), frontiers=(), parametric=(), seeds=())
+    report = compose_report(FittedStudy(STUDY, bare), study_config(Path("mine"), RUNS))
+    assert report.count("No law was found; the notes say why.") == 2 and "18,492,580" in report
+
+
+def test_gates_are_counted() -> None:
+    failed = replace(FIT.laws[0], held_out=(replace(FIT.laws[0].held_out[0], passed=False, share=0.25),))
+    sentences = shown(STUDY, replace(FIT, laws=(failed, *FIT.laws[1:])))
+    assert any("Against parameters, 3 of 4 predictions" in each and "25.00%" in each for each in sentences)
+    assert any("Against compute, 4 of 4 predictions" in each for each in sentences)
+
+
+def test_a_loss_that_does_not_fall_is_said_not_to() -> None:
+    assert any(each.startswith("loss_avg falls with every size") for each in shown(STUDY, FIT))
+    worse = replace(RUNS[2], metrics=RUNS[2].metrics | {"loss_avg": RUNS[2].metrics["loss_avg"] + 0.5})
+    runs = [worse if run is RUNS[2] else run for run in RUNS]
+    assert any("loss_avg does NOT fall with every size: not from" in each and "d10" in each
+               for each in shown(planted_study(runs), FIT))
+
+
+def test_a_model_below_the_entropy_is_a_leak() -> None:
+    ends = {"loss_last": min(run.metrics["loss_last"].min() for run in RUNS), "loss_avg": 1.0}
+    at_it = replace(STUDY, source=Source(ends))
+    assert sum("lies below the entropy" in each for each in shown(at_it, FIT)) == 2
+    above = replace(STUDY, source=Source(ends | {"loss_last": ends["loss_last"] + 1e-6}))
+    assert any("loss_last of d12-seed0 went BELOW the entropy" in each for each in shown(above, FIT))
+    sampled = replace(STUDY, source=Source(ends, {"loss_last": ends["loss_last"] + 1e-6}))  # the sharper bound
+    assert any("went BELOW what the source itself loses" in each for each in shown(sampled, FIT))
+
+
+def test_a_fitted_constant_is_held_against_the_entropy() -> None:
+    inside, outside = (replace(STUDY, source=Source({"loss_avg": entropy})) for entropy in (5.05, 4.8))
+    said = [each for each in shown(inside, FIT) if "the E that was fitted to loss_avg, 5, agrees with" in each]
+    assert len(said) == 2  # against parameters and against compute
+    assert any("does NOT agree with the entropy, 4.8: its interval is 4.9" in each for each in shown(outside, FIT))
+    assert not any("that was fitted" in each for each in shown(STUDY, FIT))
+
+
+def test_the_limits_are_those_of_the_runs() -> None:
+    said = " ".join(not_shown(STUDY))
+    assert "below 18,492,580 or above 133,186,960 parameters" in said
+    assert f"{max(run.compute('exact')[-1] for run in RUNS):.6g} PFLOP" in said
+    assert "seen up to 200.0 times" in said and "Learning rates decay" in said and "differ between sizes" not in said
+    metrics = {name: values[:1] for name, values in RUNS[0].metrics.items()}
+    once = replace(RUNS[0], images=np.array([768]), metrics=metrics)
+    assert "laws in tokens are of repeated" not in " ".join(not_shown(planted_study([once])))
+
+
+def test_only_the_papers_format_is_taken_for_the_papers() -> None:
+    assert "format is that of ImageNet at 256 px, without d14, d16" in not_shown(STUDY)[-1]
+    last = not_shown(with_model(STUDY, num_classes=10, patch_nums=(1, 2, 4)))[-1]
+    assert "not the paper's data (10 classes, 21 tokens an image)" in last
+    d30 = training_flops(VARConfig(30)) * 200 * 1_281_167 / FLOPS_PER_PFLOP
+    low = float(last.split("between ")[1].split(" ")[0].replace(",", ""))
+    assert d30 < low < 4 * d30
+
+
+def test_report_writes_its_files_and_hands_them_to_mlflow_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published: list[Path] = []
+    drawn: list[tuple[str, int]] = []
+    monkeypatch.setattr(study_report, "publish", published.append)
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT))
+    for name in ("draw_size_laws", "draw_compute_laws"):
+        monkeypatch.setattr(study_report, name, lambda path, runs, fit: drawn.append((path.name, len(runs))))
+    config = study_config(tmp_path, RUNS, tracking=UNTRACKED)
+    launch_report(command(config))
+    assert drawn == [(FIGURE_5, len(RUNS)), (FIGURE_6, len(RUNS))] and (tmp_path / REPORT).is_file() and not published
+    launch_report(command(replace(config, tracking=TrackingConfig())))
+    assert published == [tmp_path] and "wrote" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_report_is_made_from_run_folders_alone(tmp_path: Path) -> None:
+    runs = planted_runs(noise=1e-3)
+    for run in runs:
+        write_run(tmp_path, run)
+    launch_report(command(study_config(tmp_path, runs, tracking=UNTRACKED)))
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in (REPORT, FIGURE_5, FIGURE_6))
+    report = (tmp_path / REPORT).read_text()
+    assert "loss_last falls with every size" in report and "nan" not in report
+
+
+def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, planted_run(6))
+    launch_report(command(study_config(tmp_path, [planted_run(6), planted_run(8)]), dry_run=True))
+    assert "not there yet: d8-seed0; would write report.md" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["d6-seed0"]
