@@ -1,4 +1,4 @@
-"""The config of a scaling study: one file for all of its verbs, launchers/scaling_study.py run, fit, report, plan, sync."""
+"""The config of a scaling study: one file for all verbs of launchers/scaling_study.py."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class StudyConfig:
     start: tuple[str, ...] = ("deepspeed",)  # the command before launchers/train.py; `python` trains on one process
     attempts: int = 3  # starts of a run without a new checkpoint between, before it is left as failed
     slurm: bool = False  # write and submit job scripts instead of training here
-    sbatch: tuple[str, ...] = ()  # options of sbatch for all sizes, such as --nodes=8, or for some, `d26,d30: --nodes=16`
+    sbatch: tuple[str, ...] = ()  # options of sbatch for all sizes, such as --nodes=8, or for some, `d30: --nodes=16`
     known_entropy: str = ""  # source.json of synthetic data, whose irreducible losses are known
     fit: FitConfig = field(default_factory=FitConfig)
     plan: PlanConfig = field(default_factory=PlanConfig)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +41,7 @@ def write_run(folder: Path, depth: int, tracking: TrackingConfig, *, last_step: 
         model=model,
         data=DataConfig(train="data/train", validation="data/val"),
         loop=LoopConfig(global_batch=BATCH, epochs=1.0),
-        tracking=replace(tracking, uri=tracking.uri),
+        tracking=tracking,
     )
     steps = sorted({round(step) for step in np.geomspace(STEPS * 1e-3, STEPS, POINTS)})
     record = RunRecord(folder)

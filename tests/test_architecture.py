@@ -27,6 +27,7 @@ DOORS = {
     "braceexpand": {"data_pipeline/indexing.py"},
     "webdataset": {"data_pipeline/shards.py", "launchers/benchmark.py"},  # to write, and to be compared with
     "matplotlib": {"launchers/figures.py", "launchers/scaling_figures.py"},
+    "scipy": {"training/power_law.py"},
     "sklearn": {"launchers/demo.py", "data_pipeline/sources.py"},
 }
 MODELS_MAY_IMPORT = {"models", "torch", "collections", "dataclasses", "itertools", "math", "re", "__future__"}

@@ -56,3 +56,11 @@ def test_values_of_another_kind_are_left_out(tmp_path: Path) -> None:
 def test_a_state_that_is_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "mlflow.json")
     assert read_state(tmp_path) is None
+
+
+def test_what_is_noted_of_another_tracker_goes_and_what_is_the_runs_own_stays(tmp_path: Path) -> None:
+    state = ViewState(tmp_path)
+    state.note("http://a", "sizes", run_id="1", status="FAILED", git="0123")
+    assert state.is_of("http://a") and not state.is_of("http://b")
+    state.note("http://b", "moved")
+    assert state.values == {"uri": "http://b", "experiment": "moved", "status": "FAILED", "git": "0123"}

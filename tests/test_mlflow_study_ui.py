@@ -27,11 +27,11 @@ READ_CHART = """card => {
 }"""
 
 
-def read_chart(page: Page, title: str) -> dict[str, Any]:
-    """The types of a chart's axes, and the points of its curves by their names, once all runs are drawn."""
+def read_chart(page: Page, title: str, *, num_points: int) -> dict[str, Any]:
+    """The types of a chart's axes, and the points of its curves with their names, once so many are drawn."""
     card = page.get_by_test_id(CARD).filter(has=page.get_by_text(title, exact=True))
     card.scroll_into_view_if_needed()
-    page.wait_for_function(ARE_DRAWN, arg=[card.element_handle(), len(DEPTHS)])
+    page.wait_for_function(ARE_DRAWN, arg=[card.element_handle(), num_points])
     return card.evaluate(READ_CHART)
 
 
@@ -47,8 +47,9 @@ def test_the_saved_view_shows_all_sizes_against_compute_on_logarithmic_axes(tmp_
         for depth in DEPTHS:
             page.get_by_role("link", name=f"d{depth}-seed0", exact=True).wait_for()
         for metric in CURVES:
-            assert_drawn(read_chart(page, f"curve/{metric}"), Path(config.folder), metric)
-        scatter = read_chart(page, "final/n_billion vs. final/loss_last")
+            chart = read_chart(page, f"curve/{metric}", num_points=len(DEPTHS) * POINTS)
+            assert_drawn(chart, Path(config.folder), metric)
+        scatter = read_chart(page, "final/n_billion vs. final/loss_last", num_points=len(DEPTHS))
         [sizes] = scatter["curves"]
         assert len(set(sizes["x"])) == len(DEPTHS)
         tidy(page)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from tiny import command
-from trackers import FakeMLflow, points_of, record_of, train_record
+from trackers import FakeMLflow, points_of, record_of, train_record, validation_record
 
 from launchers import sync_mlflow
 from launchers.command_line import parse, settings_as_overrides
@@ -18,6 +18,7 @@ from training import mlflow_uploader
 from training.checkpoint import flatten
 from training.mlflow_state import ViewState, read_state
 from training.mlflow_tracker import TrackerUnavailable
+from training.tracking import TrackingConfig
 
 URI = "http://tracker:5000"
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
@@ -96,6 +97,17 @@ def test_another_tracker_is_named_on_the_command_line_and_stays_the_runs(
     assert "http://other/#/" in sync(run, capsys)
     assert client.experiments.keys() == {"study", "moved"}
     assert read_state(run)["uri"] == "http://other"
+
+
+def test_what_is_drawn_is_what_the_run_would_have_sent_itself(
+    run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = "tracking: {uri: http://tracker:5000, every: 20, curve_unit: MFLOP, study: sizes}\n"
+    (run / "config.yaml").write_text(settings)
+    record = record_of(run, validation_record(80, pflop=2.0))
+    sync(run, capsys)
+    assert client.history() == points_of(record.read(), TrackingConfig(every=20, curve_unit="MFLOP"))
+    assert client.active()[0].data.tags["study"] == "sizes"
 
 
 def test_a_tracker_that_is_away_is_said_to_be_and_changes_nothing(

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from training.power_law import r_squared, resample
+from training.power_law import MAX_LOG_SCALE, r_squared, resample
 from training.robust_fit import Problem, costs_of, minimise, redraw
 from training.study_curves import SizeCurve
 from training.study_fit import ParametricFit, PowerLaw
@@ -68,12 +68,18 @@ def compute_exponents(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarra
 
 
 def parametric_frontier(fit: ParametricFit, pflop_per_billions: float) -> PowerLaw:
-    """The lowest loss by compute that the law allows, where C = pflop_per_billions N D."""
+    """The lowest loss by compute that the law allows, where C = pflop_per_billions N D.
+
+    Raises ValueError where it does not change enough with compute for a power law.
+    """
     a, b, gamma = fit.parameter_exponent, fit.token_exponent, fit.compute_exponent
     # C = k N D: the best N is G (C / k)^(b / (a + b)), the best D the rest of the budget
     best = (a * fit.parameter_factor / (b * fit.token_factor)) ** (1 / (a + b))
     factor = fit.parameter_factor * best**-a + fit.token_factor * best**b
-    return PowerLaw(-gamma, factor ** (-1 / gamma) / pflop_per_billions, fit.irreducible)
+    log_scale = -math.log(factor) / gamma - math.log(pflop_per_billions)
+    if abs(log_scale) > MAX_LOG_SCALE:
+        raise ValueError("the best loss does not change enough with compute for a power law")
+    return PowerLaw(-gamma, math.exp(log_scale), fit.irreducible)
 
 
 def _problem(log_n: np.ndarray, log_d: np.ndarray, target: np.ndarray, irreducible: float | None) -> Problem:
@@ -86,7 +92,7 @@ def _problem(log_n: np.ndarray, log_d: np.ndarray, target: np.ndarray, irreducib
     def model(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         constant = parameters[:, :1] if irreducible is None else irreducible
         c, a, d, b = (column[:, None] for column in parameters[:, -4:].T)
-        by_n, by_d = np.exp(np.minimum(c - a * n, MAX_EXPONENT)), np.exp(np.minimum(d - b * m, MAX_EXPONENT))
+        by_n, by_d = (np.exp(np.clip(term, -MAX_EXPONENT, MAX_EXPONENT)) for term in (c - a * n, d - b * m))
         total = constant + by_n + by_d
         columns = [by_n, -n * by_n, by_d, -m * by_d]
         if irreducible is None:

@@ -175,7 +175,7 @@ def _problem(points: Points, irreducible: float | None) -> Problem:
     offsets = np.log(points.x) - np.log(points.x).mean()
 
     def with_constant(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        reducible = np.exp(np.minimum(parameters[:, :1] + parameters[:, 1:] * offsets, MAX_EXPONENT))
+        reducible = np.exp(np.clip(parameters[:, :1] + parameters[:, 1:] * offsets, -MAX_EXPONENT, MAX_EXPONENT))
         share = reducible / (irreducible + reducible)
         return np.log(irreducible + reducible), np.stack([share, share * offsets], axis=-1)
 
@@ -183,7 +183,7 @@ def _problem(points: Points, irreducible: float | None) -> Problem:
         centre, slope, exponent = parameters[:, :1], parameters[:, 1:2], parameters[:, 2:]
         power = np.exp(np.minimum(exponent * offsets, MAX_EXPONENT))
         bend = (power - 1) / exponent
-        relative = np.maximum(1 + slope * bend, 1e-300)  # no law is negative: a step that far is refused by its cost
+        relative = np.maximum(1 + slope * bend, 1e-12)  # no law is negative: its cost refuses a step that far
         columns = [np.ones_like(bend), bend / relative, slope * (offsets * power - bend) / exponent / relative]
         return centre + np.log(relative), np.stack(columns, axis=-1)
 

@@ -106,11 +106,11 @@ def analyse(runs: Sequence[TrainedSize], config: FitConfig, known: Mapping[str, 
     by_compute, frontiers, parametric = [], [], []
     for metric in METRICS:
         constant = constants[metric]
-        surface = _parametric(curves.sizes, constant.value, metric, config, notes) if metric in LOSSES else None
         law, estimates = _law_of_compute(curves, constant, metric, by_size[metric], config, notes)
-        if surface:
-            parametric.append(surface)
-            estimates.append(_parametric_estimate(surface, curves.sizes))
+        if metric in LOSSES:
+            surfaces, more = _parametric(curves.sizes, constant.value, metric, config, notes)
+            parametric += surfaces
+            estimates += more
         by_compute.append(law)
         frontiers.append((metric, tuple(estimates)))
     laws = tuple(law for law in (*by_size.values(), *by_compute) if law)
@@ -200,21 +200,22 @@ def _law_of_compute(
 
 def _parametric(
     sizes: Sequence[SizeCurve], irreducible: float | None, metric: str, config: FitConfig, notes: list[str]
-) -> ParametricFit | None:
-    rng = _generator(config, metric, PARAMETRIC)
+) -> tuple[list[ParametricFit], list[FrontierLaw]]:
+    """L(N, D) and the frontier that follows from it; no more of the two than the study tells."""
+    surfaces, estimates = [], []
     try:
-        return fit_parametric(sizes, metric, irreducible, draws=config.draws, rng=rng)
+        rng = _generator(config, metric, PARAMETRIC)
+        surface = fit_parametric(sizes, metric, irreducible, draws=config.draws, rng=rng)
+        surfaces.append(surface)
+        # PFLOP per billion parameters and billion tokens drift with size: their geometric mean stands for all sizes
+        ratios = [size.pflop[-1] / (size.parameters * size.tokens[-1]) for size in sizes if len(size.pflop)]
+        law = parametric_frontier(surface, float(np.exp(np.mean(np.log(ratios)))))
+        draws = np.asarray(surface.draws)
+        interval = percentiles(-compute_exponents(draws[:, 2], draws[:, 4]))
+        estimates.append(FrontierLaw(PARAMETRIC, law, interval))
     except ValueError as error:
-        notes.append(f"There is no law of {metric} by parameters and tokens: {error}.")
-        return None
-
-
-def _parametric_estimate(fit: ParametricFit, sizes: Sequence[SizeCurve]) -> FrontierLaw:
-    """PFLOP per billion parameters and billion tokens drift with size; their geometric mean stands for all sizes."""
-    ratios = [size.pflop[-1] / (size.parameters * size.tokens[-1]) for size in sizes if len(size.pflop)]
-    law = parametric_frontier(fit, float(np.exp(np.mean(np.log(ratios)))))
-    draws = np.asarray(fit.draws)
-    return FrontierLaw(PARAMETRIC, law, percentiles(-compute_exponents(draws[:, 2], draws[:, 4])))
+        notes.append(f"There is no law of {metric} by parameters and tokens, or no frontier by it: {error}.")
+    return surfaces, estimates
 
 
 def _seed_noise(sizes: Sequence[SizeCurve]) -> tuple[SeedNoise, ...]:

@@ -98,7 +98,7 @@ class FrontierLaw:
 
 @dataclass(frozen=True)
 class ParametricFit:
-    """L(N, D) = E + A N^-a + B D^-b (Hoffmann et al. 2022, eq. 2), N in billions of parameters, D in billions of tokens."""
+    """L(N, D) = E + A N^-a + B D^-b (Hoffmann et al. 2022, eq. 2), N and D in billions of parameters and of tokens."""
 
     metric: str
     irreducible: float
