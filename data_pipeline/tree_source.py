@@ -22,7 +22,8 @@ from dataclasses import dataclass
 import numpy as np
 
 NUM_LAWS = 3  # of the parent; of parent and class; of parent, class and grandparent
-MAX_TABLE = 2**26  # numbers in one table: 512 MiB
+MAX_TABLE = 2**24  # numbers in one table: 128 MiB
+MAX_ZIPF = 20  # no probability may round to 0
 
 
 @dataclass(frozen=True)
@@ -50,8 +51,8 @@ class TreeSourceConfig:
                 f"num_classes {self.num_classes} and vocab_size {self.vocab_size} make tables of"
                 f" {self.num_classes * self.vocab_size ** 3} numbers, at most {MAX_TABLE} are accepted; take fewer"
             )
-        if not 0 <= self.zipf < math.inf:
-            raise ValueError(f"zipf is {self.zipf}; it must be 0 (all tokens alike) or more")
+        if not 0 <= self.zipf <= MAX_ZIPF:
+            raise ValueError(f"zipf is {self.zipf}; accepted: 0 (all tokens alike) to {MAX_ZIPF}")
         if len(self.mixture) != NUM_LAWS or min(self.mixture) < 0 or not math.isclose(sum(self.mixture), 1):
             raise ValueError(f"mixture is {self.mixture}; it holds {NUM_LAWS} shares, 0 or more, that add up to 1")
 
@@ -67,6 +68,7 @@ class TreeSource:
     def __init__(self, config: TreeSourceConfig) -> None:
         self.config = config
         self.tables = tuple(_tables(config))  # of scale k: (Y, G, P, V) float64, rows that add up to 1
+        self._limits = tuple(_limits(table) for table in self.tables)
         sizes = [side * side for side in config.patch_nums]
         self._token_shares = np.array(sizes) / config.num_tokens  # (K,)
         self._ends = np.cumsum(sizes)[:-1]
@@ -93,8 +95,7 @@ class TreeSource:
         parts: list[np.ndarray] = []
         for k, table in enumerate(self.tables):
             rows = np.ravel_multi_index(self._rows(k, parts, labels), table.shape[:-1])  # (B, p_k^2)
-            limits = table.reshape(-1, table.shape[-1]).cumsum(axis=-1) + np.arange(table[..., 0].size)[:, None]
-            found = np.searchsorted(limits.ravel(), rows + random.random(rows.shape), side="right")
+            found = np.searchsorted(self._limits[k], rows + random.random(rows.shape), side="right")
             parts.append(np.minimum(found - rows * table.shape[-1], table.shape[-1] - 1))  # a row may end below 1
         return np.concatenate(parts, axis=1), labels
 
@@ -132,6 +133,12 @@ def _cells_around(cells: np.ndarray, side: int, coarser_side: int) -> np.ndarray
     """The cells of a coarser map in which the upper left corners of cells of a finer map lie, both row by row."""
     y, x = np.divmod(cells, side)
     return (y * coarser_side // side) * coarser_side + x * coarser_side // side
+
+
+def _limits(table: np.ndarray) -> np.ndarray:
+    """The cumulative rows of a table, row r raised by r, one after another: one search finds row and token."""
+    rows = table.reshape(-1, table.shape[-1])
+    return (rows.cumsum(axis=1) + np.arange(len(rows))[:, None]).ravel()
 
 
 def _tables(config: TreeSourceConfig) -> Iterator[np.ndarray]:

@@ -21,6 +21,7 @@ from training.stopping import STOP_FILE
 
 LOG, LOCK = "log.txt", ".run.lock"
 TRAIN = Path(__file__).resolve().parent / "train.py"
+HEADING = "=== "  # of each start in it
 LAST_BYTES = 4096  # of a log, in which a run says why it has ended
 
 
@@ -89,7 +90,7 @@ class TrainingProcess:
         try:
             (run.folder / STOP_FILE).unlink(missing_ok=True)  # of somebody who was killed before it was read
             with (run.folder / LOG).open("ab") as log:
-                log.write(f"=== {time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n".encode())
+                log.write(f"{HEADING}{time.strftime('%Y-%m-%d %H:%M:%S')}: {shlex.join(command)}\n".encode())
                 log.flush()
                 self._process = subprocess.Popen(
                     command,
@@ -120,8 +121,9 @@ def last_words(run: PlannedRun) -> str:
     try:
         with (run.folder / LOG).open("rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
-            lines = [line.strip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            text = file.read().decode(errors="replace").rpartition(HEADING)[2]
     except FileNotFoundError:
         return ""
+    lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # the first is the heading's
     errors = [line for line in lines if line.startswith("error: ")]
-    return (errors or lines or [""])[-1]
+    return (errors or lines or ["no word of its own"])[-1]

@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launchers import study_process, study_run
+from launchers import study_process, study_run, study_state
+from launchers.config import TrainConfig
+from launchers.config_files import build_config
 from launchers.study_config import StudyConfig
+from launchers.yaml_files import parse_yaml
 from training.commit import FORMAT, folder_name, sealed
 from training.tracking import TrackingConfig
 
@@ -74,6 +78,24 @@ def manifest(step: int) -> bytes:
     return sealed(facts | {"world_size": 1, "model": {}, "identity": {}, "config": {}, "engines": {}, "files": {}})
 
 
+@cache
+def parsed(file: str, settings: tuple[str, ...]) -> TrainConfig:
+    return build_config(TrainConfig, [parse_yaml(file, "file"), *map(setting_as_layer, settings)], source="tests")
+
+
+def setting_as_layer(setting: str) -> dict[str, Any]:
+    name, _, value = setting.partition("=")
+    section, _, rest = name.partition(".")
+    return {section: {rest: parse_yaml(value, name)} if rest else parse_yaml(value, name)}
+
+
+def load_quickly(schema: type[TrainConfig], file: str, settings: Sequence[str]) -> TrainConfig:
+    """load_config that parses a size once, not for every run and test: that is where these tests spent their time."""
+    run, seed = (next(text for text in settings if text.startswith(name)) for name in ("run=", "seed="))
+    others = tuple(text for text in settings if not text.startswith(("run=", "seed=", "tracking.")))
+    return replace(parsed(Path(file).read_text(), (*others, "run=any")), run=run[4:], seed=int(seed[5:]))
+
+
 class StudyTraining:
     """A study of sizes `a` and `b` in a folder, and what its runs do at each start."""
 
@@ -85,12 +107,13 @@ class StudyTraining:
         self.config = StudyConfig(
             folder=str(folder / "study"),
             sizes=(str(folder / "a.yaml"), str(folder / "b.yaml")),
-            start=("python",),
+            start=("python", "-S", "-E"),  # in no time: the script needs nothing installed
             tracking=TrackingConfig(mlflow=False),
         )
         self.plan(a=[["step:10"]], b=[["step:10"]])
         monkeypatch.setattr(study_process, "TRAIN", folder / "train.py")
         monkeypatch.setattr(study_run, "LOOK_SECONDS", 0.01)
+        monkeypatch.setattr(study_state, "load_config", load_quickly)
 
     def plan(self, **deeds: Sequence[Sequence[str]]) -> None:
         """What the runs do, by size: a list of deeds for each start, the last one also for those after it."""

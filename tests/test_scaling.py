@@ -116,7 +116,7 @@ def test_a_law_that_cannot_be_told_is_absent_with_a_note() -> None:
     assert any("no law of error_avg by parameters: it does not change" in note for note in fit.notes)
     assert any("no law of loss_avg by parameters" in note for note in fit.notes)
     assert law(fit, "loss_last", PARAMETERS).held_out == ()
-    assert any("loss_last by parameters is tested on 0 held-out sizes, not 2" in note for note in fit.notes)
+    assert any("loss_last by parameters could hold out 0 of the 2 largest sizes" in note for note in fit.notes)
 
 
 @pytest.mark.parametrize("runs", [[], study(num_sizes=2), [replace(run, is_finished=False) for run in study()]])

@@ -55,7 +55,7 @@ def test_a_program_that_is_not_there_is_refused(run: PlannedRun, start: list[str
 @pytest.mark.parametrize("deed, code", [("step:1", 0), ("exit:70", 70), ("exit:75", 75)])
 def test_the_code_is_that_of_the_run(training: StudyTraining, run: PlannedRun, deed: str, code: int) -> None:
     training.plan(a=[[deed]])
-    assert end_of(TrainingProcess(["python"], run)) == code
+    assert end_of(TrainingProcess(training.config.start, run)) == code
 
 
 def test_a_killed_run_has_a_shells_code(training: StudyTraining, run: PlannedRun) -> None:
@@ -66,10 +66,10 @@ def test_a_killed_run_has_a_shells_code(training: StudyTraining, run: PlannedRun
 def test_a_run_is_trained_by_one_process_at_a_time(training: StudyTraining, run: PlannedRun) -> None:
     training.plan(a=[["wait", "exit:75"]])
     assert not is_trained_elsewhere(run)
-    process = TrainingProcess(["python"], run)
+    process = TrainingProcess(training.config.start, run)
     assert is_trained_elsewhere(run)
     with pytest.raises(BlockingIOError, match="a-seed0: another process trains this run"):
-        TrainingProcess(["python"], run)
+        TrainingProcess(training.config.start, run)
     ask_to_stop(run)
     assert end_of(process) == 75
     assert not is_trained_elsewhere(run)
@@ -77,7 +77,7 @@ def test_a_run_is_trained_by_one_process_at_a_time(training: StudyTraining, run:
 
 def test_the_run_holds_its_lock_when_the_study_is_gone(training: StudyTraining, run: PlannedRun) -> None:
     training.plan(a=[["wait"]])
-    process = TrainingProcess(["python"], run)
+    process = TrainingProcess(training.config.start, run)
     assert not list_descriptors(run.folder / LOCK), "all that the study holds ends with the study"
     assert is_trained_elsewhere(run)
     ask_to_stop(run)
@@ -93,7 +93,7 @@ def test_a_wish_to_stop_that_nobody_has_seen_is_taken_back(training: StudyTraini
     training.plan(a=[["exit:1"]])
     run.folder.mkdir(parents=True)
     ask_to_stop(run)
-    process = TrainingProcess(["python"], run)
+    process = TrainingProcess(training.config.start, run)
     assert not (run.folder / "stop").exists()
     while process.exit_code() is None:
         time.sleep(0.01)
@@ -104,7 +104,7 @@ def test_a_wish_to_stop_that_nobody_has_seen_is_taken_back(training: StudyTraini
 
 def test_a_run_that_is_left_behind_is_asked_to_save_and_end(training: StudyTraining, run: PlannedRun) -> None:
     training.plan(a=[["wait", "exit:75"]])
-    process = TrainingProcess(["python"], run)
+    process = TrainingProcess(training.config.start, run)
     process.close()
     while process.exit_code() is None:
         time.sleep(0.01)
@@ -113,10 +113,12 @@ def test_a_run_that_is_left_behind_is_asked_to_save_and_end(training: StudyTrain
 
 def test_last_words_are_the_error_if_there_is_one(training: StudyTraining, run: PlannedRun) -> None:
     assert last_words(run) == ""
-    training.plan(a=[["say:hello", "exit:1"], ["say:error: no data", "say:[INFO] exits with return code = 64"]])
-    end_of(TrainingProcess(["python"], run))
+    training.plan(a=[["say:hello", "exit:1"], ["exit:1"], ["say:error: no data", "say:[INFO] exits"]])
+    end_of(TrainingProcess(training.config.start, run))
     assert last_words(run) == "hello"
-    end_of(TrainingProcess(["python"], run))
+    end_of(TrainingProcess(training.config.start, run))
+    assert last_words(run) == "no word of its own"
+    end_of(TrainingProcess(training.config.start, run))
     assert last_words(run) == "error: no data"
 
 

@@ -62,9 +62,9 @@ def test_a_study_may_grow_but_its_begun_runs_stay_what_they_were(training: Study
 
 def test_a_run_that_gets_on_is_started_again_and_again(training: StudyTraining) -> None:
     training.change(attempts=1)
-    training.plan(a=[[f"step:{step}", "exit:1"] for step in range(1, 10)] + [["step:10"]], b=[["step:10"]])
+    training.plan(a=[[f"step:{step}", "exit:1"] for step in (2, 5, 7)] + [["step:10"]], b=[["step:10"]])
     go(training)
-    assert len(training.starts("a-seed0")) == 10
+    assert len(training.starts("a-seed0")) == 4
 
 
 def test_a_run_that_does_not_get_on_is_left_and_the_others_are_trained(
@@ -101,8 +101,9 @@ def test_a_signal_is_handed_to_the_run_which_saves(training: StudyTraining, numb
     with pytest.raises(Stopped, match=f"{number.name} on rank 0, at step 4 of a-seed0; checkpoint .*step-00000004;"):
         go(training)
     assert not training.starts("b-seed0") and not (training.folder / "study" / "a-seed0" / "stop").exists()
-    go(training)
-    assert len(training.starts("a-seed0")) == 2 and len(training.starts("b-seed0")) == 1
+    if number == signal.SIGINT:  # the same command again goes on
+        go(training)
+        assert len(training.starts("a-seed0")) == 2 and len(training.starts("b-seed0")) == 1
 
 
 def test_a_signal_that_comes_with_the_end_of_a_run_stops_before_the_next(training: StudyTraining) -> None:
@@ -134,7 +135,7 @@ def test_a_run_that_was_stopped_stops_the_study(training: StudyTraining) -> None
 def test_a_run_that_has_outlived_its_study_is_waited_for(training: StudyTraining) -> None:
     training.plan(a=[["wait", "step:10", "exit:0"]], b=[["step:10"]])
     run = plan_runs(training.config)[0]
-    orphan = TrainingProcess(["python"], run)
+    orphan = TrainingProcess(training.config.start, run)
     threading.Timer(0.3, (run.folder / "stop").touch).start()
     go(training)
     assert orphan.exit_code() == 0 and len(training.starts("a-seed0")) == 1

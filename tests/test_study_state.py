@@ -37,7 +37,9 @@ TWELVE = ["d6", "d8", "d10", "d12", "d14", "d16", "d18", "d20", "d22", "d24", "d
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
-    return StudyTraining(tmp_path, monkeypatch).config
+    config = StudyTraining(tmp_path, monkeypatch).config
+    monkeypatch.setattr(study_state, "load_config", load_config)  # the real one
+    return config
 
 
 def test_the_study_of_the_paper_has_twelve_sizes_each_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,7 +110,7 @@ def write_config(config: StudyConfig, *settings: str) -> None:
     (run.folder / "config.yaml").write_text(to_yaml(run.train))
 
 
-@pytest.mark.parametrize("setting", ["optimizer.base_lr=1e-3", "loop.epochs=2", "label_drop=0.2"])
+@pytest.mark.parametrize("setting", ["optimizer.base_lr=1e-3", "loop.epochs=2"])
 def test_a_begun_run_that_would_become_another_one_is_refused_by_name(config: StudyConfig, setting: str) -> None:
     write_config(config, setting)
     a, b = plan_runs(config)
@@ -117,9 +119,8 @@ def test_a_begun_run_that_would_become_another_one_is_refused_by_name(config: St
     refuse_changed_settings(b)
 
 
-@pytest.mark.parametrize("setting", ["watch.timeout_seconds=60", "data.workers=0", "engine.micro_batch=2", "seed=0"])
-def test_what_changes_no_loss_may_change(config: StudyConfig, setting: str) -> None:
-    write_config(config, *[] if setting == "seed=0" else [setting])
+def test_what_changes_no_loss_may_change(config: StudyConfig) -> None:
+    write_config(config, "watch.timeout_seconds=60", "data.workers=0", "engine.micro_batch=2", "loop.keep_every=7")
     refuse_changed_settings(plan_runs(config)[0])
 
 

@@ -16,15 +16,19 @@ from data_pipeline.datasets import CodeDataset
 from data_pipeline.tree_source import TreeSource, TreeSourceConfig
 from launchers import synthesize_codes
 from launchers.config import TrainConfig
+from launchers.config_files import load_config
 from launchers.data_config import DataConfig
 from launchers.loading import load_tokenizer
+from launchers.study_config import StudyConfig
 from launchers.synthesize_codes import SynthesizeConfig, typical_stream
+from models.generation import check_configs_agree
 from models.var import VARConfig
 from training.engine import EngineConfig
 from training.loop_config import LoopConfig
 from training.optim import OptimizerConfig
 from training.tracking import TrackingConfig
 
+CONFIGS = Path(__file__).resolve().parent.parent / "configs" / "synthetic"
 SOURCE = TreeSourceConfig(patch_nums=(1, 2), vocab_size=4, num_classes=3, zipf=2.0)
 
 
@@ -102,6 +106,20 @@ def test_a_transformer_learns_them_and_stays_above_the_entropy(made: Path, tmp_p
     least = facts["validation_loss_avg"]
     assert least < min(losses)
     assert losses[-1] - least < (math.log(4) - least) / 2  # an untrained one loses ln V
+
+
+def test_the_configs_of_the_embedded_study_fit_together() -> None:
+    source = load_config(SynthesizeConfig, str(CONFIGS / "source.yaml"))
+    study = load_config(StudyConfig, str(CONFIGS / "scaling_study.yaml"))
+    assert study.known_entropy == f"{source.out}/source.json" and len(study.sizes) >= 6
+    for name, file in study.names().items():
+        size = load_config(TrainConfig, str(CONFIGS.parent.parent / file))
+        check_configs_agree(size.model, source.tokenizer)
+        assert size.model.num_classes == source.source.num_classes
+        assert name == f"d{size.model.depth}"
+        assert (size.data.train, size.data.validation) == (f"{source.out}/train", f"{source.out}/val")
+        assert size.tokenizer == f"{source.out}/tokenizer"
+        assert size.loop.epochs <= 1  # every image is new
 
 
 def test_a_dry_run_says_how_much_would_be_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -232,7 +232,7 @@ def _remarks(laws: Sequence[LawFit], config: FitConfig) -> list[str]:
     for fit in laws:
         name = f"The law of {fit.metric} by {fit.variable}"
         if len(fit.held_out) < config.held_out:
-            remarks.append(f"{name} is tested on {len(fit.held_out)} held-out sizes, not {config.held_out}: too few.")
+            remarks.append(f"{name} could hold out {len(fit.held_out)} of the {config.held_out} largest sizes: too few")
         if fit.source_of_irreducible == FITTED and fit.law.irreducible == 0:
             remarks.append(f"{name} has the irreducible part 0, the bound: its points do not bend, so they tell none.")
         if fit.law.exponent >= 0:
