@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from tiny import command, train_var
 from workers import content
 
@@ -23,6 +24,7 @@ from launchers.study_config import StudyConfig
 from launchers.synthesize_codes import SynthesizeConfig, typical_stream
 from models.generation import check_configs_agree
 from models.var import VARConfig
+from models.vqvae import VQVAE
 from training.engine import EngineConfig
 from training.loop_config import LoopConfig
 from training.optim import OptimizerConfig
@@ -86,10 +88,10 @@ def test_the_validation_images_are_more_typical_than_images_drawn_anyhow() -> No
     assert excess[0] < sorted(excess)[len(excess) // 10]
 
 
-def test_a_transformer_learns_them_and_stays_above_the_entropy(made: Path, tmp_path: Path) -> None:
-    """One epoch of fresh images by launchers/train.py's own parts. A model that saw what it predicts would go below."""
+def validation_losses(made: Path, run: Path) -> list[float]:
+    """One epoch of fresh images by launchers/train.py's own parts: loss_avg at each evaluation, in nats."""
     config = TrainConfig(
-        run=str(tmp_path / "run"),
+        run=str(run),
         tokenizer=str(made / "tokenizer"),
         model=VARConfig(depth=1, patch_nums=(1, 2), vocab_size=4, code_width=8, num_classes=3),
         data=DataConfig(train=str(made / "train"), validation=str(made / "val"), workers=0),
@@ -100,12 +102,28 @@ def test_a_transformer_learns_them_and_stays_above_the_entropy(made: Path, tmp_p
         label_drop=0.0,
     )
     train_var(config)
-    records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    losses = [record["loss_avg"] for record in records if record["kind"] == "validation"]
-    facts = json.loads((made / "source.json").read_text())
-    least = facts["validation_loss_avg"]
+    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [record["loss_avg"] for record in records if record["kind"] == "validation"]
+
+
+def test_a_transformer_learns_them_and_stays_above_the_entropy(made: Path, tmp_path: Path) -> None:
+    losses = validation_losses(made, tmp_path / "run")
+    least = json.loads((made / "source.json").read_text())["validation_loss_avg"]
     assert least < min(losses)
     assert losses[-1] - least < (math.log(4) - least) / 2  # an untrained one loses ln V
+
+
+def test_a_transformer_that_sees_what_it_predicts_goes_below_the_entropy(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bound would show a leak: here each token of the second scale is the input of its own position."""
+
+    def leak(tokenizer: VQVAE, codes: torch.Tensor) -> torch.Tensor:
+        return tokenizer.quantizer.codebook[codes[:, 1:]]
+
+    monkeypatch.setattr(VQVAE, "teacher_forcing_inputs", leak)
+    least = json.loads((made / "source.json").read_text())["validation_loss_avg"]
+    assert min(validation_losses(made, tmp_path / "run")) < least
 
 
 def test_the_configs_of_the_embedded_study_fit_together() -> None:
