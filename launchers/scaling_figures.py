@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, M
 
 from data_pipeline.files import atomic_file
 from launchers.figures import GREY
+from training.study_curves import size_name
 from training.study_data import METRICS, TrainedSize
 from training.study_fit import COMPUTE, PARAMETERS, LawFit, StudyFit
 
@@ -53,7 +54,7 @@ KEY_INCHES = 2.1  # of the legend below, for one key
 LEGEND_SHARE = 0.14  # of a panel's height that is kept free below the curves for the equation
 LOG_TICKS_FROM = 30.0  # ratio of an axis's ends above which its ticks are powers of ten
 
-Colours = dict[int, tuple[float, ...]]  # by depth
+Colours = dict[str, tuple[float, ...]]  # by the name of the size
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,24 @@ def _draw_sizes(panel: Panel, law: LawFit, runs: Sequence[TrainedSize], colours:
     held_out = [point.name for point in law.held_out]
     named = law.names[:: -1 - (len(law.names) > CROWDED)]
     for name, x, y, residual in zip(law.names, law.x, law.y, law.residuals, strict=True):
-        depth = _depth_of(name, runs)
-        look = {"marker": "o", "markersize": 6.5, "color": colours[depth], "markeredgewidth": 1.4, "zorder": 5}
-        look["markerfacecolor"] = "white" if name in held_out else colours[depth]
+        size = name.rsplit("-seed", 1)[0]
+        look = {"marker": "o", "markersize": 6.5, "color": colours[size], "markeredgewidth": 1.4, "zorder": 5}
+        look["markerfacecolor"] = "white" if name in held_out else colours[size]
         panel.main.plot(x, y - panel.irreducible, **look)
         panel.strip.plot(x, 100 * np.expm1(residual), **look)
         if name in named:
             place = {"xytext": (4, 6), "textcoords": "offset points"}
-            panel.main.annotate(f"d{depth}", (x, y - panel.irreducible), fontsize=7.5, color=GREY, **place)
+            panel.main.annotate(size, (x, y - panel.irreducible), fontsize=7.5, color=GREY, **place)
 
 
 def _draw_curves(panel: Panel, runs: Sequence[TrainedSize], accounting: str, colours: Colours) -> None:
     first_seed = min(run.seed for run in runs)
-    for run in sorted(runs, key=lambda run: run.depth):
+    for run in sorted(runs, key=lambda run: run.num_parameters):
         heights = run.metrics[panel.metric] - panel.irreducible
         is_seen = np.isfinite(heights) & (heights > 0)
         x, y = run.compute(accounting)[is_seen], heights[is_seen]
         width = 1.3 if run.seed == first_seed else 0.6
-        panel.main.plot(x, y, color=colours[run.depth], linewidth=width, marker="o", markersize=2.2, zorder=2)
+        panel.main.plot(x, y, color=colours[size_name(run)], linewidth=width, marker="o", markersize=2.2, zorder=2)
 
 
 def _draw_frontier(panel: Panel, law: LawFit) -> None:
@@ -191,8 +192,8 @@ def _number(value: float) -> str:
 
 def _draw_other_seeds(panel: Panel, runs: Sequence[TrainedSize], counted: str) -> None:
     """Each seed of a size that was repeated, as a dash."""
-    depths = [run.depth for run in runs]
-    several = [run for run in runs if depths.count(run.depth) > 1 and run.is_finished]
+    names = [size_name(run) for run in runs]
+    several = [run for run, name in zip(runs, names, strict=True) if names.count(name) > 1 and run.is_finished]
     x = [(run.num_parameters if counted == "total" else run.eq8_parameters) / 1e9 for run in several]
     y = [run.final(panel.metric) - panel.irreducible for run in several]
     panel.main.plot(x, y, "_", color=FRONTIER, markersize=11, markeredgewidth=0.9, zorder=6)
@@ -244,14 +245,14 @@ def _set_ticks(axis: Axis) -> None:
 
 
 def _colours(runs: Sequence[TrainedSize]) -> Colours:
-    """A colour for each depth, by its rank."""
-    depths = sorted({run.depth for run in runs})
-    return {depth: SIZES(0.88 * rank / max(len(depths) - 1, 1)) for rank, depth in enumerate(depths)}
+    """A colour for each size, by its rank."""
+    sizes = _sizes(runs)
+    return {name: SIZES(0.88 * rank / max(len(sizes) - 1, 1)) for rank, name in enumerate(sizes)}
 
 
-def _depth_of(name: str, runs: Sequence[TrainedSize]) -> int:
-    """The depth of the point with a run's name, or with a size's where seeds were averaged."""
-    return next(run.depth for run in runs if run.name == name or run.name.startswith(f"{name}-seed"))
+def _sizes(runs: Sequence[TrainedSize]) -> dict[str, int]:
+    """The parameters of each size, smallest first."""
+    return {size_name(run): run.num_parameters for run in sorted(runs, key=lambda run: run.num_parameters)}
 
 
 def _size_keys(laws: Sequence[LawFit]) -> list[Line2D]:
@@ -276,10 +277,9 @@ def _frontier_keys() -> list[Line2D]:
 
 
 def _line_keys(runs: Sequence[TrainedSize], colours: Colours) -> list[Line2D]:
-    sizes = {run.depth: run.num_parameters for run in sorted(runs, key=lambda run: run.depth)}
     return [
-        Line2D([], [], color=colours[depth], linewidth=2, label=f"d{depth}, {count / 1e6:,.1f}M")
-        for depth, count in sizes.items()
+        Line2D([], [], color=colours[name], linewidth=2, label=f"{name}, {count / 1e6:,.1f}M")
+        for name, count in _sizes(runs).items()
     ]
 
 

@@ -8,7 +8,8 @@ verbs
   paper   whether the laws that the paper prints fit together; takes no settings
   sync    rebuild the study's pages in MLflow from its folder
 
-`scaling_study.py VERB FOLDER` takes the settings that `run` has left in the study's folder.
+`scaling_study.py VERB FOLDER` takes the settings that `run` has left in the study's folder. Paths in them,
+such as those of sizes and known_entropy, are relative to where the command is typed.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from launchers.study_mlflow import launch_sync  # noqa: E402
 from launchers.study_plan import launch_paper, launch_plan  # noqa: E402
 from launchers.study_report import launch_report  # noqa: E402
 from launchers.study_run import launch_run  # noqa: E402
+from launchers.study_state import as_setting  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,15 @@ def take_verb(arguments: list[str]) -> tuple[str, list[str]]:
         said = f"'{verb}' is no verb; {nearest(verb, known)}" if verb else f"no verb given; known: {', '.join(known)}"
         raise ValueError(f"{said}; write scaling_study.py VERB --config FILE, --help explains them")
     if rest and not rest[0].startswith("-") and not SETTING.match(rest[0]):
+        if VERBS[verb][0] is NoSettings:
+            raise ValueError(f"{verb} takes no folder, got {rest[0]}; write scaling_study.py {verb}")
         settings = Path(rest[0]) / STUDY
         if not settings.is_file():
             raise ValueError(
                 f"{rest[0]}: is not the folder of a study, which has a {STUDY} after its first `run`; name one, or "
                 "--config FILE"
             )
-        rest = ["--config", str(settings), *rest[1:]]
+        rest = ["--config", str(settings), as_setting("folder", rest[0]), *rest[1:]]
     return verb, rest
 
 

@@ -28,7 +28,7 @@ class StudyConfig:
 
     folder: str  # of the study: one run folder a size and seed, fit.json, report.md, the figures
     sizes: tuple[str, ...]  # configs of launchers/train.py, one a size; a file's name without .yaml is the size's
-    seeds: tuple[int, ...] = (0,)  # the first is that of every size
+    seeds: tuple[int, ...] = (0,)  # the first is that of every size, the others of those in repeated
     repeated: tuple[str, ...] = ()  # names of the sizes that are trained with every seed
     settings: tuple[str, ...] = ()  # a.b=c, for all runs, on top of their configs
     start: tuple[str, ...] = ("deepspeed",)  # the command before launchers/train.py; `python` trains on one process

@@ -52,15 +52,33 @@ def launch_fit(command: Command[StudyConfig]) -> None:
 
 
 def fitted_study(config: StudyConfig) -> FittedStudy:
-    """The study with its fit.json, which is made where it is missing or of other points or settings."""
+    """The study with its fit.json; one that is missing, damaged or of other points or settings is made anew."""
     study = read_study(config)
-    file = Path(config.folder) / FIT
-    wanted = {"points_sha256": bytes_sha256(points_csv(study)), "settings": _settings(config, study)}
-    if file.is_file():
-        content = read_json(file, max_bytes=MAX_BYTES)
-        if isinstance(content, dict) and all(content.get(name) == value for name, value in wanted.items()):
-            return FittedStudy(study, read_fit(Path(config.folder)))
+    folder = Path(config.folder)
+    if (folder / FIT).is_file():
+        try:
+            fit = read_fit(folder)
+            outdated = _what_differs(folder, config, study)
+        except ValueError as error:
+            outdated = str(error)
+        if not outdated:
+            return FittedStudy(study, fit)
+        say(f"{outdated}; fitted anew")
     return FittedStudy(study, fit_study(config, study))
+
+
+def _what_differs(folder: Path, config: StudyConfig, study: Study) -> str:
+    """What a readable fit.json was made of that is not so now; empty where all is the same."""
+    content = read_json(folder / FIT, max_bytes=MAX_BYTES)
+    if content.get("points_sha256") != bytes_sha256(points_csv(study)):
+        return f"{folder / FIT}: is of other points"
+    made_with, asked = content.get("settings", {}), _settings(config, study)
+    if made_with.get("known") != asked["known"]:
+        return f"{folder / FIT}: was made with another known entropy"
+    before = made_with.get("fit", {})
+    changes = [f"fit.{name}={before.get(name)}, not {value}" for name, value in asked["fit"].items()
+               if before.get(name) != value]
+    return f"{folder / FIT}: was made with {', '.join(changes)}" if changes else ""
 
 
 def fit_study(config: StudyConfig, study: Study) -> StudyFit:
@@ -83,7 +101,10 @@ def read_fit(folder: Path) -> StudyFit:
     """
     file = folder / FIT
     try:
-        return _from_plain(StudyFit, read_json(file, max_bytes=MAX_BYTES)["fit"])
+        fit = _from_plain(StudyFit, read_json(file, max_bytes=MAX_BYTES)["fit"])
+        if fit.schema != StudyFit.schema:
+            raise ValueError(f"schema {fit.schema}, not {StudyFit.schema}")
+        return fit
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: is not there yet; make it with scaling_study.py fit {folder}") from None
     except (KeyError, TypeError, ValueError) as error:
@@ -126,8 +147,9 @@ def _law_line(fit: LawFit) -> str:
     law, interval = fit.law, fit.exponent_interval
     gate = ""
     if fit.held_out:
-        worst = max(abs(point.share) for point in fit.held_out)
-        gate = f", gate {'passed' if all(point.passed for point in fit.held_out) else 'FAILED'} ({worst:.2%})"
+        share, of_gain = (max(getattr(p, name) for p in fit.held_out) for name in ("share", "share_of_gain"))
+        verdict = "passed" if all(point.passed for point in fit.held_out) else "FAILED"
+        gate = f", gate {verdict} ({share:.2%} of the reducible part, {of_gain:.0%} of the gain)"
     return (
         f"{fit.variable:>10}: E {law.irreducible:.5g} ({fit.source_of_irreducible}), exponent {law.exponent:.5g} "
         f"[{interval.low:.5g}, {interval.high:.5g}], beta {law.scale:.5g}, r {fit.pearson:.5f}{gate}"

@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from launchers.command_line import Command, say
-from launchers.config_files import load_config, read_settings
+from launchers.config_files import read_settings
 from launchers.loading import refuse_several_ranks
-from launchers.study_config import STUDY, StudyConfig
+from launchers.study_config import StudyConfig
 from launchers.study_fitting import FIT, POINTS, read_fit
 from launchers.study_reading import MeasuredRun, planned_runs, read_run
 from launchers.study_state import study_name
@@ -59,13 +59,8 @@ def close_parent(config: StudyConfig, status: str) -> bool:
     return _best_effort(config, show)
 
 
-def publish(folder: str | Path) -> bool:
+def publish(config: StudyConfig) -> bool:
     """Put what `fit` and `report` have made on the study's page; whether that could be done."""
-    try:
-        config = load_config(StudyConfig, str(Path(folder) / STUDY))
-    except (FileNotFoundError, ValueError) as error:
-        say(f"mlflow: {error}; the report is on disk only")
-        return False
 
     def show(view: StudyView) -> None:
         runs = read_runs(config)
@@ -83,7 +78,8 @@ def launch_sync(command: Command[StudyConfig]) -> None:
     """Bring MLflow up to the study's folders, all of it from them alone; doing it twice changes nothing.
 
     Raises:
-        FileNotFoundError: no run is there. ValueError: tracking.mlflow is false. BlockingIOError: somebody is at it.
+        FileNotFoundError: no run is there. ValueError: tracking.mlflow is false, or a record or fit.json is damaged.
+        BlockingIOError: somebody is at it.
         TrackerUnavailable: the tracker cannot be reached, or does not take it.
     """
     refuse_several_ranks("scaling_study.py")
@@ -97,11 +93,13 @@ def launch_sync(command: Command[StudyConfig]) -> None:
         number = sum(len(points_of(record, tracking)) for run in runs for record in RunRecord(run).read())
         say(f"{config.folder}: would send what is missing of {number} points in {len(runs)} runs to {tracking.uri}")
         return
+    if (Path(config.folder) / FIT).is_file():
+        read_fit(Path(config.folder))  # what is damaged is the study's fault, not the tracker's
     with opened(config) as view:
         sent = [send_run(run, tracking) for run in runs]
+        read = read_runs(config)
         try:
             view.describe(facts_of_study(config))
-            read = read_runs(config)
             show_children(view, read)
             show_results(view, config)
             noted = view.state.values.get("status")

@@ -10,13 +10,16 @@ from typing import Any
 
 from launchers.command_line import Command, say
 from launchers.study_config import PlanConfig, StudyConfig
-from launchers.study_fitting import fitted_study
+from launchers.study_fitting import FittedStudy, fitted_study
 from launchers.study_reading import Study
+from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from training.allocation import Allocation, Candidate, allocate, pflop_of_gpu_days, study_range
+from training.complexity import eq21, generation_costs, geometric_var_pairs
 from training.paper_laws import PAPER_LAWS, PAPER_MODELS, Laws, TrainedModel, growth, implied_compute, notes
 from training.study_data import METRICS
 from training.study_fit import ParametricFit, StudyFit
 
+MAX_PFLOP = 1e15  # a million times the paper's largest training
 NEIGHBOURS = 2  # sizes shown on either side of those that may be the best
 
 
@@ -32,17 +35,21 @@ def launch_plan(command: Command[StudyConfig]) -> None:
         )
     for law in found.fit.parametric:
         allocation = allocate_with(law, found.study, found.fit, command.config.plan, pflop)
-        say("\n" + "\n".join(plan_lines(allocation, shows_all=bool(command.config.plan.depths))))
+        lines = plan_lines(allocation, shows_all=bool(command.config.plan.depths))
+        say("\n" + "\n".join([*lines, *(f"warning: {text}" for text in warnings(allocation, law, found))]))
 
 
 def budget(config: PlanConfig) -> float:
-    """PFLOP, however they were given. Raises ValueError where none or two budgets were."""
+    """PFLOP, however they were given. Raises ValueError where none or two budgets were, or one out of range."""
     if bool(config.pflop) == bool(config.gpu_days):
         given = "both plan.pflop and plan.gpu_days are" if config.pflop else "no budget is"
         raise ValueError(f"{given} given; write plan.pflop=NUMBER or plan.gpu_days=NUMBER")
+    pflop = config.pflop
     if config.gpu_days:
-        return pflop_of_gpu_days(config.gpu_days, tflops=config.gpu_tflops, utilisation=config.utilisation)
-    return config.pflop
+        pflop = pflop_of_gpu_days(config.gpu_days, tflops=config.gpu_tflops, utilisation=config.utilisation)
+    if not 0 < pflop <= MAX_PFLOP:
+        raise ValueError(f"the budget is {pflop:g} PFLOP; accepted: above 0, up to {MAX_PFLOP:g}")
+    return pflop
 
 
 def allocate_with(law: ParametricFit, study: Study, fit: StudyFit, config: PlanConfig, pflop: float) -> Allocation:
@@ -72,6 +79,19 @@ def plan_lines(allocation: Allocation, *, shows_all: bool) -> list[str]:
     header = ("size", "parameters", "images", "tokens", "epochs", "loss", "95 %", "best in", "beyond the study")
     lines += aligned([header, *(_row(candidate) for candidate in shown)])
     return [*lines, *(f"note: {note}" for note in allocation.notes)]
+
+
+def warnings(allocation: Allocation, law: ParametricFit, found: FittedStudy) -> list[str]:
+    """Why this plan should not be followed: what the fit says against its law, and losses that cannot be."""
+    texts = [note for note in found.fit.notes if note.startswith(f"L(N, D) of {law.metric}")]
+    entropy = found.study.source.entropy.get(law.metric)
+    impossible = [f"d{each.depth}" for each in allocation.candidates if entropy is not None and each.loss < entropy]
+    if impossible:
+        texts.append(
+            f"the losses predicted for {', '.join(impossible)} lie below the source's entropy, {entropy:.5f} nats: no "
+            "model can have them"
+        )
+    return texts
 
 
 def _near(candidates: Sequence[Candidate], depths: Sequence[int]) -> Sequence[Candidate]:
@@ -116,6 +136,24 @@ def paper_lines(laws: Laws, models: Sequence[TrainedModel]) -> list[str]:
         *aligned(sizes),
         "",
         *(f"note: {note}" for note in notes(laws, models)),
+        "",
+        *appendix_b_lines(),
+    ]
+
+
+def appendix_b_lines() -> list[str]:
+    """Attention pairs of an image in raster order and by scales (Appendix B), and whether eq. 21 is right."""
+    rows = [("side", "way", "pairs of a layer and head", "steps", "tokens")]
+    for patch_nums in (PATCH_NUMS_256, PATCH_NUMS_512):
+        for cost in generation_costs(Scales(patch_nums)):
+            rows.append((f"{patch_nums[-1]}", cost.name, f"{cost.pairs:,}", f"{cost.steps:,}", f"{cost.tokens:,}"))
+    whole, printed = geometric_var_pairs(5, 2), eq21(16, 2)
+    return [
+        "Attention pairs of an image of 256 and of 512 px, exactly (Appendix B compares those without a cache):",
+        *aligned(rows),
+        "",
+        f"note: eq. 21 is right as printed: for sides 1, 2, 4, 8, 16 it gives {printed:,.0f}, the sum of eq. 20 "
+        f"{float(whole):,.0f}.",
     ]
 
 

@@ -119,6 +119,7 @@ def read_run(folder: Path) -> MeasuredRun | None:
         images=np.array([point["step"] for point in points]) * config.loop.global_batch,
         metrics={metric: np.array([_number(point, metric) for point in points]) for metric in METRICS},
         is_finished=last >= total,
+        planned_images=total * config.loop.global_batch,
         untrained_loss=math.log(config.model.vocab_size),
     )
     training = {metric: float(np.mean([_number(record, metric) for record in newest])) for metric in METRICS if newest}

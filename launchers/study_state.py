@@ -106,7 +106,7 @@ def _plan_run(config: StudyConfig, size: str, seed: int, file: str) -> PlannedRu
 
 def study_name(config: StudyConfig) -> str:
     """What a study is called where several are."""
-    return Path(config.folder).name
+    return Path(config.folder).resolve().name
 
 
 def as_setting(name: str, value: Any) -> str:

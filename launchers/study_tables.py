@@ -117,11 +117,12 @@ def left_out_lines(laws: Sequence[LawFit]) -> list[str]:
 
 def held_out_table(laws: Sequence[LawFit]) -> str | None:
     """What the laws of the smaller sizes say of the largest; None where none was held out."""
-    header = ["metric", "held out", "measured", "predicted", "95 %", "error", "of the reducible part", "gate"]
+    header = ["metric", "held out", "measured", "predicted", "95 %", "error", "of the reducible part"]
+    header += ["of the predicted fall", "gate"]
     rows = [
         [
             *(law.metric, point.name, point.measured, point.predicted, point.interval, f"{point.nats:+.6f}"),
-            *(f"{abs(point.share):.3%}", "passed" if point.passed else "**failed**"),
+            *(f"{point.share:.3%}", f"{point.share_of_gain:.1%}", "passed" if point.passed else "**failed**"),
         ]
         for law in laws
         for point in law.held_out
@@ -130,7 +131,7 @@ def held_out_table(laws: Sequence[LawFit]) -> str | None:
 
 
 def sensitivity_table(laws: Sequence[LawFit]) -> str | None:
-    """How the exponent moves with E; None where E was not a question."""
+    """How the exponent moves with the E that is assumed; None where no other E tells a law."""
     header = ["metric", "E assumed", "exponent", "r", "worst error of the held-out sizes"]
     rows = [
         [law.metric, row.irreducible, row.exponent, row.pearson, row.held_out_nats]
@@ -166,7 +167,7 @@ def parametric_table(fit: StudyFit) -> str | None:
 def seeds_table(fit: StudyFit) -> str | None:
     """How much seeds differ; None where no size was repeated."""
     rows = [
-        [f"d{noise.depth}", noise.metric, len(noise.values), min(noise.values), max(noise.values)]
+        [noise.size, noise.metric, len(noise.values), min(noise.values), max(noise.values)]
         + [f"{noise.relative_deviation:.4%}"]
         for noise in fit.seeds
     ]

@@ -16,6 +16,7 @@ from models.var import VARConfig
 from training.flops import eq8_parameters, flops_per_image
 from training.loop_config import LoopConfig
 from training.scaling import FitConfig
+from training.study_curves import size_name
 from training.study_data import METRICS, TrainedSize
 from training.study_fit import (
     COMPUTE,
@@ -88,7 +89,8 @@ def law_through(metric: str, variable: str, names: Sequence[str], x: np.ndarray,
     residuals = np.log((y - irreducible) / law.reducible(x))
     is_loss, last = irreducible > 0, float(y[-1])
     around = Interval(law.exponent * 1.05, law.exponent * 0.95)
-    held_out = HeldOut(names[-1], float(x[-1]), last, last + 0.01, Interval(last - 0.02, last + 0.03), 0.01, 0.01, True)
+    interval = Interval(last - 0.02, last + 0.03)
+    held_out = HeldOut(names[-1], float(x[-1]), last, last + 0.01, interval, 0.01, 0.01, 0.1, True)
     return LawFit(
         metric=metric,
         variable=variable,
@@ -130,7 +132,7 @@ def planted_fit(runs: Sequence[TrainedSize]) -> StudyFit:
     a, b = rest[1], rest[3]
     draws = tuple((irreducible + shift, *rest) for shift in (-0.01, 0.0, 0.01))
     parametric = ParametricFit("loss_avg", irreducible, *rest, a * b / (a + b), draws, 300, 0.9991)
-    seeds = (SeedNoise(first[0].depth, "loss_avg", (6.1, 6.102, 6.101), 0.00016),)
+    seeds = (SeedNoise(size_name(first[0]), "loss_avg", (6.1, 6.102, 6.101), 0.00016),)
     sizes = tuple(run.name for run in first)
     return StudyFit(tuple(laws), frontiers, (parametric,), seeds, "exact", "total", sizes, ("A note of the fit.",))
 

@@ -73,6 +73,17 @@ def test_a_run_that_ends_too_early_and_one_that_begins_too_late_are_named() -> N
     assert f"curves of {NAMES[6]} begin" in interior_minima(late, "loss_avg").notes[0]
 
 
+def test_a_frontier_never_rises_with_compute() -> None:
+    """Where the best run has ended, the others are not on the frontier until they are as low."""
+    sizes = curves()
+    sizes[3] = part_of(sizes[3], slice(0, 20))
+    sizes[3].metrics["loss_avg"][:] -= 0.3
+    found = interior_minima(sizes, "loss_avg")
+    assert (np.diff(found.points.y) <= 0).all() and (np.diff(found.points.x) > 0).all()
+    assert "where a run that has ended was lower with less" in found.left_out[1]
+    assert len(interior_minima(curves(), "loss_avg").left_out) == 1
+
+
 def test_two_sizes_have_no_interior() -> None:
     with pytest.raises(ValueError, match="2 sizes have curves of two evaluations; 3 or more"):
         interior_minima(curves()[:2], "loss_avg")

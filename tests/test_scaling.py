@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from planted import BILLIONS, COMPUTE_EXPONENT, SURFACE, run
 
-from training.scaling import BORROWED, PRESETS, FitConfig, analyse
+from training.scaling import BORROWED, PRESETS, FitConfig, analyse, surface_remarks
 from training.study_data import LOSSES, METRICS, TrainedSize
 from training.study_fit import COMPUTE, FITTED, PARAMETERS, LawFit, StudyFit
 
@@ -72,7 +72,7 @@ def test_seeds_are_one_point_and_a_measure_of_noise(fit: StudyFit) -> None:
     ends = [run(0, seed=seed, noise=1e-3 * (seed > 0)).final("loss_avg") for seed in range(3)]
     assert law(fit, "loss_avg", PARAMETERS).y[0] == pytest.approx(np.mean(ends))
     noise = next(noise for noise in fit.seeds if noise.metric == "loss_avg")
-    assert noise.depth == 6
+    assert noise.size == "d6"
     assert noise.relative_deviation == pytest.approx(np.std(ends, ddof=1) / np.mean(ends))
 
 
@@ -100,6 +100,19 @@ def test_an_unfinished_size_is_in_the_frontier_and_not_in_the_laws_of_size() -> 
     assert by_compute.law.irreducible == law(fit, "loss_avg", PARAMETERS).law.irreducible
     assert by_compute.source_of_irreducible == BORROWED
     assert any("d12" in reason for reason in law(fit, "loss_avg", PARAMETERS).left_out)
+
+
+def test_a_surface_that_fails_or_tells_no_irreducible_part_is_not_to_be_planned_by(fit: StudyFit) -> None:
+    assert not any("Do not plan by it" in note for note in fit.notes)
+    assert all(len(surface.held_out) == 2 for surface in fit.parametric)
+    raised = [
+        replace(run, metrics={**run.metrics, "loss_avg": run.metrics["loss_avg"] + 0.3}) if run.depth == 30 else run
+        for run in planted_study()
+    ]
+    [note] = [note for note in analyse(raised, QUICK).notes if "L(N, D) of loss_avg, fitted without" in note]
+    assert "at d30" in note and note.endswith("Do not plan by it.")
+    bound = replace(fit.parametric[0], irreducible=0.0)
+    assert surface_remarks([bound], QUICK)[0].endswith("tell no irreducible part. Do not plan by it.")
 
 
 def test_a_law_that_cannot_be_told_is_absent_with_a_note() -> None:

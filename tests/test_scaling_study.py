@@ -25,11 +25,13 @@ def call(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
 
 def test_a_folder_stands_for_the_settings_that_lie_in_it(tmp_path: Path) -> None:
     (tmp_path / STUDY).write_text("")
-    settings = ["--config", str(tmp_path / STUDY)]
+    settings = ["--config", str(tmp_path / STUDY), f"folder={tmp_path}"]  # wherever the folder was when it was made
     assert take_verb(["plan", str(tmp_path), "plan.pflop=3"]) == ("plan", [*settings, "plan.pflop=3"])
     assert take_verb(["run", "--config", "x.yaml"]) == ("run", ["--config", "x.yaml"])
     assert take_verb(["run", "folder=x"]) == ("run", ["folder=x"])
     assert take_verb(["paper"]) == ("paper", [])
+    with pytest.raises(ValueError, match="paper takes no folder"):
+        take_verb(["paper", str(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ def test_warm_up_is_left_out_once_for_all_sizes() -> None:
     assert len(found.left_out) == 1 and found.left_out[0].startswith("d6, d8: ")
 
 
+def test_warm_up_is_a_share_of_the_whole_run_not_of_what_has_been_done() -> None:
+    whole = replace(run(0), planned_images=int(run(0).images[-1]))
+    half = replace(
+        whole, is_finished=False, images=whole.images[:12], metrics={m: v[:12] for m, v in whole.metrics.items()}
+    )
+    done, under_way = (curves(each, warm_up=0.021).sizes[0] for each in (whole, half))
+    assert under_way.tokens[0] == done.tokens[0]
+
+
 def test_models_that_know_nothing_are_left_out() -> None:
     ceiling = float(run(0).metrics["loss_avg"][0]) / 0.95
     found = curves(replace(run(0), untrained_loss=ceiling), untrained=0.9)

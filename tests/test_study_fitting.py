@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,7 +65,9 @@ def test_a_file_that_is_no_fit_is_refused_in_one_line(tmp_path: Path, content: s
         read_fit(tmp_path)
 
 
-def test_a_fit_is_made_again_when_points_or_settings_are_others(tmp_path: Path, fits: list[FitConfig]) -> None:
+def test_a_fit_is_made_again_when_points_or_settings_are_others(
+    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
     runs = [planted_run(6), planted_run(8), planted_run(10)]
     config = study_config(tmp_path, runs)
     for run in runs[:2]:
@@ -77,6 +80,26 @@ def test_a_fit_is_made_again_when_points_or_settings_are_others(tmp_path: Path, 
     fitted_study(other)
     fitted_study(other)
     assert [fit.accounting for fit in fits] == ["exact", "exact", "six_nt"]
+    said = capsys.readouterr().out
+    assert said.count("fitted anew") == 2
+    assert "is of other points; fitted anew" in said
+    assert "was made with fit.accounting=exact, not six_nt; fitted anew" in said
+
+
+@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace('"schema": ', '"schema": 7')])
+def test_a_damaged_fit_or_one_of_another_version_is_made_again(
+    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str], damage: Callable[[str], str]
+) -> None:
+    runs = [planted_run(6), planted_run(8), planted_run(10)]
+    config = study_config(tmp_path, runs)
+    for run in runs:
+        write_run(tmp_path, run)
+    first = fitted_study(config)
+    (tmp_path / FIT).write_text(damage((tmp_path / FIT).read_text()))
+    with pytest.raises(ValueError, match="fit.json: is no fit of this version .*make it anew: scaling_study.py fit"):
+        read_fit(tmp_path)
+    assert fitted_study(config).fit == first.fit and len(fits) == 2
+    assert "fit.json: is no fit of this version" in capsys.readouterr().out
 
 
 def test_every_point_is_in_the_csv_with_all_its_digits() -> None:
@@ -108,8 +131,8 @@ def test_fit_says_what_was_read_and_found_and_a_dry_run_writes_nothing(
 def test_a_gate_that_fails_is_said_to() -> None:
     fit = planted_fit(planted_runs((6, 8)))
     law = fit.laws[0]
-    failed = replace(law, held_out=(replace(law.held_out[0], share=-0.2, passed=False),))
-    assert "gate FAILED (20.00%)" in summary(replace(fit, laws=(failed,)))[0]
+    failed = replace(law, held_out=(replace(law.held_out[0], share=0.02, share_of_gain=0.5, passed=False),))
+    assert "gate FAILED (2.00% of the reducible part, 50% of the gain)" in summary(replace(fit, laws=(failed,)))[0]
 
 
 def test_planted_laws_are_found_from_the_run_folders(tmp_path: Path) -> None:

@@ -108,7 +108,7 @@ def test_twice_changes_nothing(config: StudyConfig, client: FakeMLflow) -> None:
     sync(config)
     before = state_of(client)
     sync(config)
-    publish(config.folder)
+    publish(config)
     assert state_of(client) == before
 
 
@@ -230,7 +230,7 @@ def test_results_lie_on_the_page_of_the_study(
     for name in (FIT, "report.md", "fig5.png", "notes.txt"):
         (folder / name).write_text(name)
     monkeypatch.setattr(study_mlflow, "read_fit", lambda folder: type("Fit", (), {"laws": (a_law(),)}))
-    assert publish(folder) and publish(str(folder))
+    assert publish(config)
     [parent] = of_role(client, "study").values()
     assert {name for run, name in client.artifacts if run == parent.info.run_id} == {FIT, "report.md", "fig5.png"}
     numbers = parent.data.metrics
@@ -267,7 +267,7 @@ def a_law() -> LawFit:
 def test_a_finished_study_is_finished_once_it_is_reported(config: StudyConfig, client: FakeMLflow) -> None:
     config = without_the_last(config)
     open_parent(config)
-    publish(config.folder)
+    publish(config)
     assert [run.info.status for run in of_role(client, "study").values()] == ["FINISHED"]
     assert read_state(Path(config.folder))["status"] == "FINISHED"
 
@@ -276,7 +276,7 @@ def test_a_tracker_that_is_away_costs_one_line_and_only_sync_fails(
     config: StudyConfig, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
 ) -> None:
     client.fail = lambda call: "refused"
-    for show in (lambda: open_parent(config), lambda: close_parent(config, "FINISHED"), lambda: publish(config.folder)):
+    for show in (lambda: open_parent(config), lambda: close_parent(config, "FINISHED"), lambda: publish(config)):
         assert not show()
         [line] = capsys.readouterr().out.splitlines()
         assert line.startswith("mlflow: ") and f"`scaling_study.py sync {config.folder}`" in line
@@ -316,7 +316,7 @@ def test_a_folder_without_runs_has_nothing_to_send(tmp_path: Path, client: FakeM
     config = StudyConfig(folder=str(tmp_path), sizes=("configs/d6.yaml",))
     with pytest.raises(FileNotFoundError, match="has no run folder with a record"):
         sync(config)
-    assert not publish(tmp_path) and client.calls == []
+    assert publish(config) and "fit" not in str(client.points)
 
 
 def test_a_dry_run_sends_nothing(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from tiny import command
 from launchers import study_plan
 from launchers.study_config import PlanConfig
 from launchers.study_fitting import FittedStudy
-from launchers.study_plan import allocate_with, budget, launch_paper, launch_plan, plan_lines
+from launchers.study_plan import allocate_with, budget, launch_paper, launch_plan, plan_lines, warnings
+from launchers.study_reading import Source
 from models.var import VARConfig
 from training.flops import training_flops
 from training.study_fit import ParametricFit
@@ -26,6 +28,30 @@ def test_a_budget_is_given_in_pflop_or_in_gpu_days_and_never_twice() -> None:
         budget(PlanConfig(pflop=1, gpu_days=1))
     with pytest.raises(ValueError, match="no budget is given; write plan.pflop=NUMBER or plan.gpu_days=NUMBER"):
         budget(PlanConfig())
+
+
+@pytest.mark.parametrize("pflop", [-5.0, 1e300, math.inf, math.nan])
+def test_a_budget_that_means_nothing_is_refused_before_anything_is_said(
+    pflop: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = command(study_config(tmp_path, planted_runs(), plan=PlanConfig(pflop=pflop)))
+    with pytest.raises(ValueError, match="the budget is .* PFLOP; accepted: above 0, up to 1e"):
+        launch_plan(asked)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_plan_by_a_law_that_failed_or_below_the_entropy_comes_with_a_warning() -> None:
+    runs = planted_runs()
+    fit, study = planted_fit(runs), planted_study(runs)
+    law = fit.parametric[0]
+    found = allocate_with(law, study, fit, PlanConfig(pflop=1e5), 1e5)
+    assert warnings(found, law, FittedStudy(study, fit)) == []
+    above_best = replace(study, source=Source(entropy={law.metric: found.best.loss + 1e-6}))
+    [impossible] = warnings(found, law, FittedStudy(above_best, fit))
+    assert f"d{found.best.depth}" in impossible and "below the source's entropy" in impossible
+    remark = f"L(N, D) of {law.metric} has E = 0, the bound"
+    failed = replace(fit, notes=(remark, "L(N, D) of another is good"))
+    assert warnings(found, law, FittedStudy(study, failed)) == [remark]
 
 
 def test_the_plan_spends_the_budget_on_the_size_that_the_law_prefers() -> None:
@@ -77,5 +103,6 @@ def test_the_papers_laws_come_with_what_does_not_fit_together(
     said = capsys.readouterr().out
     assert "(2.5 N)^-0.2" in said and "(1.5e-05 C)^-0.16" in said
     assert "swapped" in said and "not training FLOPs" in said
+    assert "286,434" in said and "eq. 21 is right as printed" in said  # Appendix B
     d30 = next(line.split() for line in said.splitlines() if line.startswith("d30"))
     assert float(d30[3]) / float(d30[1]) > 100  # as labelled the last scale's error and loss name other computes

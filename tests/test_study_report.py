@@ -11,11 +11,13 @@ from study_examples import planted_fit, planted_run, planted_runs, planted_study
 from tiny import command
 
 from launchers import study_report
+from launchers.study_config import StudyConfig
 from launchers.study_fitting import FittedStudy
 from launchers.study_reading import Source, Study
 from launchers.study_report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
 from models.var import VARConfig
 from training.flops import FLOPS_PER_PFLOP, training_flops
+from training.study_fit import COMPUTE
 from training.tracking import TrackingConfig
 
 RUNS = planted_runs((6, 8, 10, 12), noise=1e-4)
@@ -102,7 +104,7 @@ def test_only_the_papers_format_is_taken_for_the_papers() -> None:
 def test_report_writes_its_files_and_hands_them_to_mlflow_if_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    published: list[Path] = []
+    published: list[StudyConfig] = []
     drawn: list[tuple[str, int]] = []
     monkeypatch.setattr(study_report, "publish", published.append)
     monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT))
@@ -111,8 +113,22 @@ def test_report_writes_its_files_and_hands_them_to_mlflow_if_asked(
     config = study_config(tmp_path, RUNS, tracking=UNTRACKED)
     launch_report(command(config))
     assert drawn == [(FIGURE_5, len(RUNS)), (FIGURE_6, len(RUNS))] and (tmp_path / REPORT).is_file() and not published
-    launch_report(command(replace(config, tracking=TrackingConfig())))
-    assert published == [tmp_path] and "wrote" in capsys.readouterr().out
+    tracked = replace(config, tracking=TrackingConfig())
+    launch_report(command(tracked))
+    assert published == [tracked] and "wrote" in capsys.readouterr().out
+
+
+def test_a_study_without_a_law_in_parameters_has_a_report_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = replace(FIT, laws=tuple(law for law in FIT.laws if law.variable == COMPUTE))
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, fit))
+    (tmp_path / FIGURE_5).write_bytes(b"of an earlier report")
+    launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FIGURE_6, REPORT]
+    text = (tmp_path / REPORT).read_text()
+    assert FIGURE_5 not in text and FIGURE_6 in text and "No law was found; the notes say why." in text
+    assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -82,6 +82,6 @@ def test_the_lowest_loss_of_each_run_stands_beside_the_entropy() -> None:
 
 def test_a_failed_gate_stands_out() -> None:
     law = FIT.laws[0]
-    failed = replace(law, held_out=(replace(law.held_out[0], passed=False, nats=-0.02, share=0.03),))
+    failed = replace(law, held_out=(replace(law.held_out[0], passed=False, nats=-0.02, share=0.03, share_of_gain=0.5),))
     row = cells(tables.held_out_table([failed]) or "")[2]
-    assert row[-3:] == ["-0.020000", "3.000%", "**failed**"] and set(METRICS) >= {row[0]}
+    assert row[-4:] == ["-0.020000", "3.000%", "50.0%", "**failed**"] and set(METRICS) >= {row[0]}

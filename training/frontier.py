@@ -16,6 +16,7 @@ from training.power_law import Points
 from training.study_curves import SizeCurve
 
 GRID_POINTS = 400  # of compute, log-spaced over all curves
+HAIR = 1e-9  # of a value, which rounding may add
 MIN_SIZES = 3  # with a curve: a size is inside when a smaller one and a larger one lie beside it
 
 
@@ -43,8 +44,8 @@ def interior_minima(curves: Sequence[SizeCurve], metric: str) -> Frontier:
     """The lowest curve at log-spaced compute, where neither the smallest nor the largest size is it.
 
     Curves are interpolated in log-log, each inside its own range. Where the smallest size is best, a smaller one would
-    be better, and the same of the largest, so those points lie above the frontier. Raises ValueError where fewer than
-    three sizes have curves.
+    be better, and the same of the largest, so those points lie above the frontier; and so do those where the best run
+    has ended and the others are not yet as low as it was. Raises ValueError where fewer than three sizes have curves.
     """
     curves = [curve for curve in curves if len(curve.pflop) > 1]
     if len(curves) < MIN_SIZES:
@@ -55,13 +56,18 @@ def interior_minima(curves: Sequence[SizeCurve], metric: str) -> Frontier:
     logs = np.stack([_log_values(curve, metric, grid) for curve in curves])  # (sizes, GRID_POINTS)
     winners, lowest = logs.argmin(axis=0), np.exp(logs.min(axis=0))
     is_inside = (winners > 0) & (winners < len(curves) - 1) & np.isfinite(lowest)
-    names = tuple(curves[index].name for index in winners[is_inside])
+    is_reached = lowest <= np.minimum.accumulate(lowest) * (1 + HAIR)
+    kept = is_inside & is_reached
+    names = tuple(curves[index].name for index in winners[kept])
     ends = [int((winners == index).sum()) for index in (0, len(curves) - 1)]
-    left_out = (
-        f"{GRID_POINTS - len(names)} of {GRID_POINTS} points of compute, where the best size lies at the study's edge: "
-        f"at {ends[0]} it is {curves[0].name}, the smallest, at {ends[1]} it is {curves[-1].name}, the largest"
-    )
-    return Frontier(Points(names, grid[is_inside], lowest[is_inside]), (left_out,), _cut_short(curves, winners, grid))
+    left_out = [
+        f"{GRID_POINTS - int(is_inside.sum())} of {GRID_POINTS} points of compute, where the best size lies at the "
+        f"study's edge: at {ends[0]} it is {curves[0].name}, the smallest, at {ends[1]} it is {curves[-1].name}, the "
+        "largest"
+    ]
+    if above := int((is_inside & ~is_reached).sum()):
+        left_out.append(f"{above} of {GRID_POINTS} points of compute, where a run that has ended was lower with less")
+    return Frontier(Points(names, grid[kept], lowest[kept]), tuple(left_out), _cut_short(curves, winners, grid))
 
 
 def _log_values(curve: SizeCurve, metric: str, grid: np.ndarray) -> np.ndarray:

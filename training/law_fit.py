@@ -102,9 +102,10 @@ def hold_out(
         drawn = fit.predictions(x) * np.exp(rng.choice(noise, size=trust.draws))
         error = predicted - measured
         share = abs(error) / (measured - reference)
+        share_of_gain = abs(error) / gain if gain > 0 else np.inf
         # an error rate hardly moves: 2.5 % of it is most of what all sizes gain, and a law of no change would pass
-        passed = share <= trust.gate and abs(error) <= trust.gate_of_gain * gain
-        results.append(HeldOut(name, x, measured, predicted, percentiles(drawn), error, share, passed))
+        passed = share <= trust.gate and share_of_gain <= trust.gate_of_gain
+        results.append(HeldOut(name, x, measured, predicted, percentiles(drawn), error, share, share_of_gain, passed))
     return tuple(results)
 
 

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from training.law_fit import Trust
 from training.power_law import MAX_LOG_SCALE, r_squared, resample
 from training.robust_fit import Problem, costs_of, minimise, redraw
 from training.study_curves import SizeCurve
-from training.study_fit import ParametricFit, PowerLaw
+from training.study_fit import ParametricFit, PowerLaw, SurfaceCheck
 
 DELTA = 1e-3  # of log L
 MIN_SIZES, MIN_POINTS = 4, 10
@@ -60,6 +61,28 @@ def fit_parametric(
         num_points=len(losses),
         r_squared=r_squared(problem.residuals(solution), losses),
     )
+
+
+def hold_out_surface(
+    curves: Sequence[SizeCurve], metric: str, irreducible: float | None, surface: ParametricFit, *, trust: Trust
+) -> tuple[SurfaceCheck, ...]:
+    """What the law without the largest sizes says of their ends; empty where too few sizes would be left.
+
+    Passed within trust.gate of what was measured above the surface's own E.
+    """
+    curves = [curve for curve in curves if len(curve.tokens)]
+    held = curves[max(MIN_SIZES, len(curves) - trust.held_out) :]
+    try:
+        kept = curves[: len(curves) - len(held)]
+        fit = fit_parametric(kept, metric, irreducible, draws=1, rng=np.random.default_rng(0))
+    except ValueError:
+        return ()
+    checks = []
+    for curve in held:
+        measured, predicted = float(curve.metrics[metric][-1]), float(fit(curve.parameters, curve.tokens[-1]))
+        share = abs(predicted - measured) / (measured - surface.irreducible)
+        checks.append(SurfaceCheck(curve.name, measured, predicted, share, share <= trust.gate))
+    return tuple(checks)
 
 
 def compute_exponents(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from training.flops import ACCOUNTINGS
 from training.frontier import interior_minima, non_dominated
 from training.law_fit import Irreducible, Trust, fit_law
-from training.parametric_law import compute_exponents, fit_parametric, parametric_frontier
+from training.parametric_law import compute_exponents, fit_parametric, hold_out_surface, parametric_frontier
 from training.power_law import Points, bootstrap, num_free, percentiles
 from training.study_curves import CurveRules, SizeCurve, StudyCurves, study_curves
 from training.study_data import LOSSES, METRICS, TrainedSize
@@ -114,7 +114,7 @@ def analyse(runs: Sequence[TrainedSize], config: FitConfig, known: Mapping[str, 
         by_compute.append(law)
         frontiers.append((metric, tuple(estimates)))
     laws = tuple(law for law in (*by_size.values(), *by_compute) if law)
-    notes += _remarks(laws, config)
+    notes += _remarks(laws, config) + surface_remarks(parametric, config)
     return StudyFit(
         laws=laws,
         frontiers=tuple(frontiers),
@@ -206,6 +206,7 @@ def _parametric(
     try:
         rng = _generator(config, metric, PARAMETRIC)
         surface = fit_parametric(sizes, metric, irreducible, draws=config.draws, rng=rng)
+        surface = replace(surface, held_out=hold_out_surface(sizes, metric, irreducible, surface, trust=config.trust))
         surfaces.append(surface)
         # PFLOP per billion parameters and billion tokens drift with size: their geometric mean stands for all sizes
         ratios = [size.pflop[-1] / (size.parameters * size.tokens[-1]) for size in sizes if len(size.pflop)]
@@ -220,7 +221,7 @@ def _parametric(
 
 def _seed_noise(sizes: Sequence[SizeCurve]) -> tuple[SeedNoise, ...]:
     return tuple(
-        SeedNoise(size.depth, metric, size.ends[metric], float(np.std(size.ends[metric], ddof=1)) / size.end(metric))
+        SeedNoise(size.name, metric, size.ends[metric], float(np.std(size.ends[metric], ddof=1)) / size.end(metric))
         for size in sizes
         for metric in METRICS
         if len(size.ends[metric]) > 1
@@ -237,6 +238,25 @@ def _remarks(laws: Sequence[LawFit], config: FitConfig) -> list[str]:
             remarks.append(f"{name} has the irreducible part 0, the bound: its points do not bend, so they tell none.")
         if fit.law.exponent >= 0:
             remarks.append(f"{name} rises: it shows no scaling.")
+    return remarks
+
+
+def surface_remarks(surfaces: Sequence[ParametricFit], config: FitConfig) -> list[str]:
+    """What speaks against planning by a surface."""
+    remarks = []
+    for surface in surfaces:
+        name = f"L(N, D) of {surface.metric}"
+        if config.irreducible == FITTED and surface.irreducible == 0:
+            remarks.append(f"{name} has E = 0, the bound: its points tell no irreducible part. Do not plan by it.")
+        failed = [check for check in surface.held_out if not check.passed]
+        if failed:
+            errors = ", ".join(f"{check.predicted:.5g} for {check.measured:.5g} at {check.name}" for check in failed)
+            remarks.append(
+                f"{name}, fitted without the largest sizes, says {errors}: wrong by more than {config.gate:.2%} of the "
+                "reducible part. Do not plan by it."
+            )
+        elif not surface.held_out:
+            remarks.append(f"{name} could hold out no size: too few. Nothing tests a plan by it.")
     return remarks
 
 

@@ -115,7 +115,7 @@ def _size_curve(
         for metric in METRICS
     }
     ends = {metric: tuple(run.final(metric) for run in finished) for metric in METRICS}
-    kept = _trained(name, images, metrics, first.untrained_loss, rules, left_out)
+    kept = _trained(first, images, metrics, rules, left_out)
     images, metrics = images[kept], {metric: values[kept] for metric, values in metrics.items()}
     counted = first.num_parameters if rules.counted_parameters == "total" else first.eq8_parameters
     return SizeCurve(
@@ -130,11 +130,12 @@ def _size_curve(
 
 
 def _trained(
-    name: str, images: np.ndarray, metrics: dict[str, np.ndarray], untrained_loss: float, rules: CurveRules,
+    run: TrainedSize, images: np.ndarray, metrics: dict[str, np.ndarray], rules: CurveRules,
     left_out: dict[str, list[str]],
 ) -> np.ndarray:
     """(P,) True where warm-up is over and both losses are clearly below that of an untrained model."""
-    is_warm = images >= rules.warm_up * (images[-1] if len(images) else 0)
+    name, untrained_loss = size_name(run), run.untrained_loss
+    is_warm = images >= rules.warm_up * (run.planned_images or max(images, default=0))
     highest = np.maximum(metrics["loss_last"], metrics["loss_avg"])
     is_trained = highest <= rules.untrained * untrained_loss
     if not is_warm.all():

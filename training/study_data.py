@@ -31,6 +31,7 @@ class TrainedSize:
     images: np.ndarray  # (P,) int64, seen in training before each evaluation, increasing
     metrics: Mapping[str, np.ndarray]  # (P,) float64 for each of METRICS
     is_finished: bool
+    planned_images: int = 0  # of the whole run; 0: not known, and the last evaluation counts as the end
     untrained_loss: float = math.inf  # nats, ln V: the loss of a model that knows nothing; infinite: not known
 
     def compute(self, accounting: str) -> np.ndarray:

@@ -49,6 +49,7 @@ class HeldOut:
     interval: Interval  # of the prediction
     nats: float  # predicted - measured
     share: float  # of the measured reducible part
+    share_of_gain: float  # of the fall that the law predicts, from the sizes it knows to the largest
     passed: bool
 
 
@@ -97,6 +98,17 @@ class FrontierLaw:
 
 
 @dataclass(frozen=True)
+class SurfaceCheck:
+    """The end of one of the largest sizes beside what L(N, D) says of it, fitted without them."""
+
+    name: str
+    measured: float
+    predicted: float
+    share: float  # of the error, of the measured part above the fitted E
+    passed: bool
+
+
+@dataclass(frozen=True)
 class ParametricFit:
     """L(N, D) = E + A N^-a + B D^-b (Hoffmann et al. 2022, eq. 2), N and D in billions of parameters and of tokens."""
 
@@ -110,6 +122,7 @@ class ParametricFit:
     draws: tuple[tuple[float, float, float, float, float], ...]  # bootstrapped (E, A, a, B, b)
     num_points: int
     r_squared: float
+    held_out: tuple[SurfaceCheck, ...] = ()  # empty where there are too few sizes
 
     def __call__(self, parameters: np.ndarray | float, tokens: np.ndarray | float) -> np.ndarray:
         """The loss at N billions of parameters and D billions of tokens."""
@@ -121,7 +134,7 @@ class ParametricFit:
 class SeedNoise:
     """How much the final metric of one size differs between seeds."""
 
-    depth: int
+    size: str
     metric: str
     values: tuple[float, ...]
     relative_deviation: float  # standard deviation over mean
@@ -139,4 +152,4 @@ class StudyFit:
     counted_parameters: str  # "total" or "eq8"
     sizes: tuple[str, ...]
     notes: tuple[str, ...]  # what a reader must know: too few points, sizes left out, extrapolations
-    schema: int = 1
+    schema: int = 2
