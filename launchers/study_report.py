@@ -31,9 +31,11 @@ PAPER_EPOCHS = (200, 350)  # the least and the most, Sec. 5.2
 IMAGENET_IMAGES = 1_281_167
 FRONTIER = (
     "The frontier is the lowest curve at log-spaced compute, curves interpolated between their evaluations, where a "
-    "size inside the study has it. So it has more points than were measured; its intervals are drawn over sizes. They "
-    "leave out the estimator's own bias, up to 1 % of the exponent where the truth is planted, which with little noise "
-    "is more than they are wide: compare the three estimators."
+    "size inside the study has it and less compute has not reached a lower value. So it has more points than were "
+    "measured; its intervals are drawn over sizes. Draws know nothing of the estimator's own bias, 0.2 to 0.7 % of the "
+    "exponent on planted studies of twelve sizes: so the bootstrap's interval of an exponent has on both sides its "
+    "distance to that of L(N, D) added, or to that of the non-dominated evaluations where there is none. Student's "
+    "interval, the bands and the interval of beta leave the bias out."
 )
 
 
@@ -114,7 +116,10 @@ def _laws(laws: Sequence[LawFit], config: FitConfig) -> list[str]:
         gate = (
             "The gate: laws fitted without the largest sizes, and what they say of them. It is passed by an error of "
             f"at most {config.gate:.2%} of the measured reducible part and, since an error rate hardly falls at all, "
-            f"at most {config.gate_of_gain:.0%} of the fall that the law predicts from the sizes it was fitted to."
+            f"at most {config.gate_of_gain:.0%} of the fall that the law predicts from the sizes it was fitted to. It "
+            "sees a large error of E only: of planted studies with twelve sizes and noise of 0.1 %, 1 in 10 passes "
+            "with an E too low by 70 % or too high by 30 % of what the largest size has above it, but 8 in 10 with one "
+            "too low by 30 % or too high by 15 %, whose exponents are 15 and 9 % wrong."
         )
         parts += [gate, held_out]
     if sensitivity := tables.sensitivity_table(laws):

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
 
-from training.frontier import GRID_POINTS, interior_minima, non_dominated
-from training.power_law import fit_power_law
+from training.frontier import GRID_POINTS, interior_minima, non_dominated, widened
+from training.parametric_law import fit_parametric
+from training.power_law import bootstrap, fit_power_law, percentiles
 from training.study_curves import SizeCurve
+from training.study_fit import Interval
 
 
 def drawn(name: str, x: list[float], y: list[float]) -> SizeCurve:
@@ -58,6 +60,33 @@ def test_the_frontier_falls_with_ab_over_a_plus_b(growth: float, noise: float) -
     if not noise:
         assert fit_power_law(interior, SURFACE[0]).exponent == pytest.approx(COMPUTE_EXPONENT, rel=0.003)
         assert fit_power_law(interior, None).exponent == pytest.approx(COMPUTE_EXPONENT, rel=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("noise", "irreducible"), [(1e-3, SURFACE[0]), (1e-3, None), (2e-4, SURFACE[0])])
+def test_the_interval_of_the_exponent_holds_the_truth_though_the_estimator_has_a_bias(
+    noise: float, irreducible: float | None
+) -> None:
+    """30 studies: the bias is below 1 % of the exponent, and 27 or more of the widened intervals hold the truth."""
+    rng, exponents, held = np.random.default_rng(3), [], []
+    for _ in range(30):
+        sizes = [
+            replace(size, metrics={"loss_avg": size.metrics["loss_avg"] * np.exp(noise * rng.standard_normal(25))})
+            for size in curves()
+        ]
+        fit = bootstrap(interior_minima(sizes, "loss_avg").points, irreducible, draws=100, rng=rng)
+        surface = fit_parametric(sizes, "loss_avg", irreducible, draws=2, rng=rng)
+        exponents.append(fit.law.exponent)
+        interval = widened(percentiles(fit.exponent_draws), fit.law.exponent, -surface.compute_exponent)
+        held.append(interval.low <= COMPUTE_EXPONENT <= interval.high)
+    assert abs(np.mean(exponents) / COMPUTE_EXPONENT - 1) < 0.01
+    assert np.mean(held) >= 0.9
+
+
+def test_an_interval_is_widened_by_the_distance_to_another_estimator() -> None:
+    for other in (-0.21, -0.19):
+        found = widened(Interval(-0.204, -0.198), -0.2, other)
+        assert (found.low, found.high) == pytest.approx((-0.214, -0.188))
 
 
 def part_of(size: SizeCurve, part: slice) -> SizeCurve:

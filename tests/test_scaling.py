@@ -61,6 +61,13 @@ def test_the_parametric_frontier_lies_on_the_measured_one(fit: StudyFit) -> None
     assert estimate.law(x) == pytest.approx(by_compute.law(x), rel=2e-3)
 
 
+def test_the_interval_of_a_frontiers_exponent_has_its_bias(fit: StudyFit) -> None:
+    estimates = {law.estimator: law for law in dict(fit.frontiers)["loss_avg"]}
+    interior, exponent = estimates["interior minima"], estimates["parametric"].law.exponent
+    assert interior.interval == law(fit, "loss_avg", COMPUTE).exponent_interval
+    assert interior.interval.low <= exponent <= interior.interval.high
+
+
 def test_error_rates_have_no_irreducible_part(fit: StudyFit) -> None:
     for found in fit.laws:
         is_loss = found.metric.startswith("loss")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from training.flops import ACCOUNTINGS
-from training.frontier import interior_minima, non_dominated
+from training.frontier import interior_minima, non_dominated, widened
 from training.law_fit import Irreducible, Trust, fit_law
 from training.parametric_law import compute_exponents, fit_parametric, hold_out_surface, parametric_frontier
 from training.power_law import Points, bootstrap, num_free, percentiles
@@ -111,6 +111,7 @@ def analyse(runs: Sequence[TrainedSize], config: FitConfig, known: Mapping[str, 
             surfaces, more = _parametric(curves.sizes, constant.value, metric, config, notes)
             parametric += surfaces
             estimates += more
+        law, estimates = _with_bias(law, estimates)
         by_compute.append(law)
         frontiers.append((metric, tuple(estimates)))
     laws = tuple(law for law in (*by_size.values(), *by_compute) if law)
@@ -196,6 +197,20 @@ def _law_of_compute(
     except ValueError as error:
         notes.append(f"There is no law of {metric} by compute: {error}.")
     return law, estimates
+
+
+def _with_bias(law: LawFit | None, estimates: list[FrontierLaw]) -> tuple[LawFit | None, list[FrontierLaw]]:
+    """The law of the interior minima with an interval that has the distance to another estimator in it.
+
+    That is the surface's, which has the least bias; the non-dominated evaluations' where there is no surface.
+    """
+    exponents = {each.estimator: each.law.exponent for each in estimates}
+    other = exponents.get(PARAMETRIC, exponents.get(NON_DOMINATED))
+    if law is None or other is None:
+        return law, estimates
+    interval = widened(law.exponent_interval, law.law.exponent, other)
+    estimates = [replace(each, interval=interval) if each.estimator == INTERIOR else each for each in estimates]
+    return replace(law, exponent_interval=interval), estimates
 
 
 def _parametric(
