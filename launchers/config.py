@@ -24,7 +24,7 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
-BENCHMARKS = ("data",)
+BENCHMARKS = ("data", "attention")
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -276,7 +276,7 @@ class SyncConfig:
 class BenchmarkConfig:
     """launchers/benchmark.py: what is measured, and on what. `what` may be given without its name."""
 
-    what: str = field(metadata={"is_bare": True})  # data: reading shards, with and without checks
+    what: str = field(metadata={"is_bare": True})  # data: reading shards, with and without checks; attention
     folder: str = ""  # packed data to read; empty: made for the purpose
     repeats: int = 7
     out: str = ""  # a .json file for the figures; empty: none

@@ -45,7 +45,10 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
         config, World.from_environment(), tokenizer_sha256=sha256, data=dataset.index.fingerprint
     )
     model = build_var(
-        config.model, seed=config.seed, activation_checkpointing=config.engine.activation_checkpointing
+        config.model,
+        seed=config.seed,
+        attention=config.engine.attention,
+        activation_checkpointing=config.engine.activation_checkpointing,
     )
     initialize(model, config, checkpoints)
     world = join_world(timeout_seconds=config.watch.start_seconds)

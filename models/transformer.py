@@ -9,16 +9,20 @@ Shapes: B batch, n tokens in this call, m tokens that may be seen (n in training
 width, H heads, D/H head width, K scales.
 """
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from models.attention import full_attention
+
 NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(4)
 NUM_MODULATIONS = 6
+Attend = Callable[..., Tensor]    # q, k, v (B, H, n or m, D/H), softmax_scale= -> (B, H, n, D/H)
 
 
 @dataclass
@@ -52,11 +56,6 @@ class KVCache:
         self.position += num_tokens
 
 
-def block_causal_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, softmax_scale: float) -> Tensor:
-    """Softmax attention: q (B, H, n, D/H), k and v (B, H, m, D/H), mask (n, m) bool, True = may attend."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
-
-
 class UnitNorm(nn.Module):
     """Queries and keys as unit vectors, queries times a learned scale per head (Sec. 4; ablated in Table 3)."""
 
@@ -85,7 +84,7 @@ class SelfAttention(nn.Module):
         self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
         qkv = self.qkv(x)                                                           # (B, n, 3D)
         qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
@@ -95,7 +94,7 @@ class SelfAttention(nn.Module):
             q, k = self.qk_norm(q, k)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)                                   # (B, H, m, D/H)
-        heads = block_causal_attention(q, k, v, mask, softmax_scale=self.softmax_scale)     # (B, H, n, D/H)
+        heads = attend(q, k, v, softmax_scale=self.softmax_scale)                  # (B, H, n, D/H)
         return self.proj(heads.transpose(1, 2).flatten(2))                          # (B, n, D)
 
 
@@ -166,7 +165,7 @@ class AdaLNBlock(nn.Module):
         self.attention = SelfAttention(width, num_heads, layer=layer, qk_norm=qk_norm)
         self.feed_forward = FeedForward(width, hidden_width)
 
-    def forward(self, x: Tensor, condition: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None,
+    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None,
                 residual_scale: Tensor | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D).
 
@@ -174,7 +173,7 @@ class AdaLNBlock(nn.Module):
         feed-forward branches are multiplied by; 0 or 1 / keep gives stochastic depth.
         """
         m = self.modulation(condition)
-        h = self.attention(modulate(x, m.attention_scale, m.attention_shift), mask=mask, cache=cache)
+        h = self.attention(modulate(x, m.attention_scale, m.attention_shift), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * m.attention_gate * h
         h = self.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
         return x + branch_factor(residual_scale, 1, x) * m.feed_forward_gate * h
@@ -190,10 +189,10 @@ class LayerNormBlock(nn.Module):
         self.feed_forward_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.feed_forward = FeedForward(width, hidden_width)
 
-    def forward(self, x: Tensor, condition: Tensor, *, mask: Tensor | None = None, cache: KVCache | None = None,
+    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None,
                 residual_scale: Tensor | None = None) -> Tensor:
         """As AdaLNBlock, but the condition is not looked at: the class is in the start token alone."""
-        h = self.attention(self.attention_norm(x), mask=mask, cache=cache)
+        h = self.attention(self.attention_norm(x), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * h
         h = self.feed_forward(self.feed_forward_norm(x))
         return x + branch_factor(residual_scale, 1, x) * h

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from models.attention import PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, Scales
 from models.transformer import (
     INITIAL_LOG_SCALE,
@@ -110,6 +111,7 @@ class VAR(nn.Module):
         self.config = config
         self.scales = config.scales
         self.checkpoint_activations = False     # set from outside: recompute each block in the backward pass
+        self.attention = PER_SCALE                   # set from outside: one of models.attention.ATTENTIONS
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)      # the last row is the null class
         self.start_position = nn.Parameter(torch.empty(self.scales.first_tokens, width))
@@ -180,10 +182,10 @@ class VAR(nn.Module):
         x = torch.cat([self._start_tokens(condition), self._embed_inputs(inputs)], dim=1)       # (B, L, D)
         x = x + self.position_embedding + self.scale_embedding(self.scales.scale_ids(x.device))
         block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
-        mask = self.scales.block_causal_mask(x.device)                      # (L, L)
+        attend = BlockCausalAttention(self.scales, self.attention)
         for layer, block in enumerate(self.blocks):
             branch_scale = None if residual_scale is None else residual_scale[layer]            # (2, B)
-            x = self._run_block(block, x, block_condition, mask=mask, residual_scale=branch_scale)
+            x = self._run_block(block, x, block_condition, attend=attend, residual_scale=branch_scale)
         return self.head(self.final_norm(x, condition)).float()             # (B, L, V)
 
     def forward_scale(self, inputs: Tensor | None, labels: Tensor, k: int, cache: KVCache) -> Tensor:
@@ -227,11 +229,11 @@ class VAR(nn.Module):
             return condition
         return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
 
-    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, mask: Tensor,
+    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, attend: BlockCausalAttention,
                    residual_scale: Tensor | None) -> Tensor:
         if not (self.checkpoint_activations and torch.is_grad_enabled()):
-            return block(x, condition, mask=mask, residual_scale=residual_scale)
-        return checkpoint(block, x, condition, mask=mask, residual_scale=residual_scale, use_reentrant=False,
+            return block(x, condition, attend=attend, residual_scale=residual_scale)
+        return checkpoint(block, x, condition, attend=attend, residual_scale=residual_scale, use_reentrant=False,
                           preserve_rng_state=False)     # the blocks draw no random numbers
 
 

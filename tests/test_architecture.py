@@ -30,7 +30,9 @@ DOORS = {
     "scipy": {"training/power_law.py"},
     "sklearn": {"launchers/demo.py", "data_pipeline/sources.py"},
 }
-MODELS_MAY_IMPORT = {"models", "torch", "collections", "dataclasses", "itertools", "math", "re", "__future__"}
+MODELS_MAY_IMPORT = {
+    "models", "torch", "collections", "dataclasses", "functools", "itertools", "math", "re", "__future__"
+}
 TESTED_ELSEWHERE = {"training/distributed.py": "tests/test_distributed_world.py"}  # test_distributed.py needs two ranks
 FILES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
 

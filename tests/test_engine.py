@@ -125,6 +125,7 @@ def test_a_micro_batch_that_does_not_fit_is_answered_with_those_that_do() -> Non
     [
         ({"zero_stage": 4}, "engine.zero_stage is 4; accepted: 0, 1, 2, 3"),
         ({"zero_stage": 0, "precision": "bf16"}, "engine.precision bf16 needs engine.zero_stage 1, 2 or 3"),
+        ({"attention": "fast"}, "engine.attention is 'fast'; accepted: per_scale, flex, masked"),
         ({"precision": "tf32"}, "engine.precision is 'tf32'; accepted: fp32, bf16, fp16"),
         ({"micro_batch": 0}, "engine.micro_batch is 0"),
         ({"gradient_clipping": -1.0}, "engine.gradient_clipping is -1.0"),

@@ -12,8 +12,10 @@ import pytest
 import torch
 from distributed_worker import TOKENIZER, TRANSFORMER
 
+from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.generation import generate, generate_scales, known_part
 from models.sampling import Sampling, gumbel_noise
+from models.scales import PATCH_NUMS_256, Scales
 from models.var import VAR
 from training.tokenizer_loop import build_tokenizer
 
@@ -33,6 +35,19 @@ def test_logits_on_a_gpu_equal_those_on_the_cpu() -> None:
     on_cpu = var(inputs, labels)
     on_gpu = var.cuda()(inputs.cuda(), labels.cuda()).cpu()
     assert torch.allclose(on_cpu, on_gpu, atol=1e-4)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("way", [PER_SCALE, FLEX])
+@pytest.mark.parametrize("patch_nums", [(1, 2, 3), PATCH_NUMS_256])
+def test_attention_on_a_gpu_is_that_of_the_dense_mask(way: str, patch_nums: tuple[int, ...]) -> None:
+    scales, found = Scales(patch_nums), {}
+    for each in (MASKED, way):
+        drawn = torch.randn(3, 2, 3, scales.num_tokens, 64, generator=torch.Generator().manual_seed(0)).cuda()
+        drawn.requires_grad_()
+        out = BlockCausalAttention(scales, each)(*drawn.unbind(0), softmax_scale=0.3)
+        found[each] = (out, *torch.autograd.grad(out.square().sum(), drawn))
+    for ours, plain in zip(found[way], found[MASKED], strict=True):
+        assert (ours - plain).norm() < 1e-2 * plain.norm()  # products may be in TF32
 
 
 def test_sampling_runs_on_a_gpu() -> None:

@@ -13,7 +13,6 @@ from models.transformer import (
     SelfAttention,
     SharedModulation,
     UnitNorm,
-    block_causal_attention,
     modulate,
 )
 
@@ -40,13 +39,6 @@ def test_the_learned_length_of_queries_stops_at_100() -> None:
 def test_attention_without_unit_norm_takes_a_quarter_of_the_usual_scale() -> None:
     assert SelfAttention(WIDTH, HEADS, layer=0, qk_norm=False).softmax_scale == 0.25 / math.sqrt(16)
     assert SelfAttention(WIDTH, HEADS, layer=0, qk_norm=True).softmax_scale == 1.0
-
-
-def test_block_causal_attention_is_softmax_over_what_the_mask_allows() -> None:
-    q, k, v = torch.randn(3, BATCH, HEADS, TOKENS, 16).unbind(0)
-    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()
-    weights = (0.3 * q @ k.transpose(2, 3)).masked_fill(~mask, -torch.inf).softmax(dim=-1)
-    torch.testing.assert_close(block_causal_attention(q, k, v, mask, softmax_scale=0.3), weights @ v)
 
 
 def test_attention_has_biases_for_queries_and_values_and_none_for_keys() -> None:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from models.attention import MASKED, PER_SCALE
 from models.var import VAR, VARConfig
 
 BATCH = 3
@@ -221,3 +222,21 @@ def test_inputs_of_another_length_are_refused() -> None:
 def test_an_impossible_model_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         VARConfig(**({"depth": 2} | change))
+
+
+def test_twenty_steps_take_the_same_losses_with_and_without_a_dense_mask(config: VARConfig) -> None:
+    inputs, labels = make_batch(config)
+    losses = {}
+    for way in (MASKED, PER_SCALE):
+        var = make_var(config)
+        var.attention = way
+        optimizer = torch.optim.SGD(var.parameters(), lr=0.05)
+        losses[way] = []
+        for _ in range(20):
+            loss = var(inputs, labels).logsumexp(dim=2).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[way].append(loss.item())
+    assert losses[PER_SCALE] == pytest.approx(losses[MASKED], rel=1e-5)
+    assert losses[PER_SCALE][-1] < losses[PER_SCALE][0]

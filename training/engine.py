@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.attention import ATTENTIONS, PER_SCALE
 from training.distributed import World, barrier
 from training.foreign_weights import forbid_unpickling
 from training.optim import set_schedule
@@ -39,6 +40,7 @@ class EngineConfig:
     zero_stage: int = 1
     precision: str = "bf16"
     micro_batch: int = 16  # images per GPU and forward pass; accumulation follows from the global batch
+    attention: str = PER_SCALE  # or flex, one fused kernel on CUDA; masked, the plain one with a dense mask
     activation_checkpointing: bool = False
     gradient_clipping: float = 2.0
     reduce_bucket_size: int = 200_000_000
@@ -50,6 +52,8 @@ class EngineConfig:
             raise ValueError(f"engine.zero_stage is {self.zero_stage}; accepted: 0, 1, 2, 3")
         if self.precision not in PRECISIONS:
             raise ValueError(f"engine.precision is '{self.precision}'; accepted: {', '.join(PRECISIONS)}")
+        if self.attention not in ATTENTIONS:
+            raise ValueError(f"engine.attention is '{self.attention}'; accepted: {', '.join(ATTENTIONS)}")
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
                 f"engine.precision {self.precision} needs engine.zero_stage 1, 2 or 3: without ZeRO DeepSpeed does not "

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.attention import PER_SCALE
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
 from training.distributed import World, sum_over_ranks
@@ -117,9 +118,10 @@ class VARStage:
         )
 
 
-def build_var(config: VARConfig, *, seed: int, activation_checkpointing: bool) -> VAR:
+def build_var(config: VARConfig, *, seed: int, attention: str = PER_SCALE, activation_checkpointing: bool) -> VAR:
     """The transformer with its initial weights, a function of the seed alone."""
     model = VAR(config, seed=seed)
+    model.attention = attention
     if activation_checkpointing:
         model.enable_activation_checkpointing()
     return model

@@ -1,0 +1,48 @@
+"""`benchmark.py attention`: forward and backward passes of block-causal attention, each way beside the dense mask."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
+from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
+
+HEAD_DIM = 64
+SCHEDULES = ((PATCH_NUMS_256, 4, 8), (PATCH_NUMS_512, 1, 8), (PATCH_NUMS_1024, 1, 2))  # sides, images, heads
+ON_CUDA = ((PATCH_NUMS_256, 64, 16), (PATCH_NUMS_512, 16, 16), (PATCH_NUMS_1024, 2, 16))
+
+
+def attention_calls(
+    schedules: tuple[tuple[tuple[int, ...], int, int], ...] | None = None,
+) -> Iterator[dict[str, Callable[[], int]]]:
+    """For each schedule the calls to compare, the dense mask first; each gives back how many images it has handled.
+
+    On the CPU in float32, where FlexAttention has no gradients; on CUDA in bfloat16, with it.
+    """
+    on_cuda = torch.cuda.is_available()
+    device, dtype = ("cuda", torch.bfloat16) if on_cuda else ("cpu", torch.float32)
+    ways = (MASKED, PER_SCALE, FLEX) if on_cuda else (MASKED, PER_SCALE)
+    for patch_nums, batch, heads in schedules or (ON_CUDA if on_cuda else SCHEDULES):
+        scales = Scales(patch_nums)
+        shape = (3, batch, heads, scales.num_tokens, HEAD_DIM)
+        inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
+        yield {
+            f"{scales.num_tokens} tokens, {way}": forward_and_backward(BlockCausalAttention(scales, way), inputs)
+            for way in ways
+        }
+
+
+def forward_and_backward(attend: BlockCausalAttention, inputs: Tensor) -> Callable[[], int]:
+    """A call that ends when the device has."""
+
+    def call() -> int:
+        inputs.grad = None
+        attend(*inputs.unbind(0), softmax_scale=1.0).sum().backward()
+        if inputs.is_cuda:
+            torch.cuda.synchronize()
+        return inputs.shape[1]
+
+    return call

@@ -1,0 +1,88 @@
+"""Block-causal attention: queries of scale k see the keys of scales up to k (Sec. 3.2, Fig. 4), without a dense mask.
+
+Three ways to the same numbers. `per_scale` makes one unmasked call for each scale, with its queries and the keys that
+they may see: nothing is computed that is thrown away, and it runs everywhere. `flex` is one fused kernel that skips
+what is masked (FlexAttention). `masked` is the plain one, with a dense mask: the specification of the other two.
+
+Shapes: B batch, L tokens of all scales, H heads, D/H head width.
+"""
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from models.scales import Scales
+
+PER_SCALE, FLEX, MASKED = "per_scale", "flex", "masked"
+ATTENTIONS = (PER_SCALE, FLEX, MASKED)
+FLEX_BLOCK = 128        # queries and keys that FlexAttention keeps or skips together
+
+
+def full_attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
+    """Softmax attention of all queries (B, H, n, D/H) to all keys (B, H, m, D/H): (B, H, n, D/H)."""
+    return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
+
+
+@dataclass(frozen=True)
+class BlockCausalAttention:
+    """Attention over the tokens of all scales of a schedule, all at once."""
+
+    scales: Scales
+    way: str = PER_SCALE
+
+    def __post_init__(self) -> None:
+        if self.way not in ATTENTIONS:
+            raise ValueError(f"attention '{self.way}' is not one of {', '.join(ATTENTIONS)}")
+
+    def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
+        """q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
+        way = {PER_SCALE: per_scale, FLEX: flex, MASKED: masked}[self.way]
+        return way(self.scales, q, k, v, softmax_scale)
+
+
+def per_scale(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """One unmasked call for each scale."""
+    parts = [full_attention(q[:, :, tokens], k[:, :, :tokens.stop], v[:, :, :tokens.stop], softmax_scale=softmax_scale)
+             for tokens in scales.slices]
+    return torch.cat(parts, dim=2)
+
+
+def masked(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """One call over all pairs, with an (L, L) mask."""
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=scales.block_causal_mask(q.device), scale=softmax_scale)
+
+
+def flex(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+    """One fused call that skips the blocks of pairs that are masked. On the CPU it has no gradient and no speed."""
+    call = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
+    return call(q, k, v, block_mask=flex_block_mask(scales, q.device), scale=softmax_scale)
+
+
+@lru_cache(maxsize=1)
+def compiled_flex_attention():  # noqa: ANN201 -- torch's type of a compiled function is private
+    """Without compilation FlexAttention computes all pairs."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@lru_cache(maxsize=8)
+def flex_block_mask(scales: Scales, device: torch.device) -> BlockMask:
+    """Which blocks of FLEX_BLOCK x FLEX_BLOCK pairs are seen whole, which in part; never a mask of all pairs."""
+    ends = torch.cat([torch.full((tokens.stop - tokens.start,), tokens.stop) for tokens in scales.slices])  # (L,)
+    starts = torch.arange(0, scales.num_tokens, FLEX_BLOCK)
+    stops = starts + FLEX_BLOCK                                 # of the last block beyond the tokens: never whole
+    whole = (stops[None, :] <= ends[starts][:, None]) & (stops <= scales.num_tokens)[:, None]   # by all its queries
+    touched = starts[None, :] < ends[stops.clamp(max=scales.num_tokens) - 1][:, None]           # by its last query
+    seen_until = ends.to(device)
+    return BlockMask.from_kv_blocks(*_block_lists(touched & ~whole, device), *_block_lists(whole, device),
+                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, query, key: key < seen_until[query],
+                                    seq_lengths=(scales.num_tokens, scales.num_tokens))
+
+
+def _block_lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """How many blocks of keys each block of queries has, and their numbers, those first: int32, (1, 1, rows[, all])."""
+    counts = chosen.sum(dim=1, dtype=torch.int32)
+    order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
+    return counts[None, None].to(device), order[None, None].to(device)

@@ -1,0 +1,39 @@
+"""The attention benchmark: the ways that it times, side by side, are those that a model can take."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import command
+
+from launchers import benchmark, benchmark_attention
+from launchers.benchmark_attention import SCHEDULES, attention_calls, forward_and_backward
+from launchers.config import BenchmarkConfig
+from models.attention import MASKED, PER_SCALE, BlockCausalAttention
+from models.scales import Scales
+
+TINY = (((1, 2, 3), 2, 1), ((1, 2), 3, 2))
+
+
+def test_the_ways_are_timed_beside_the_dense_mask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark_attention, "SCHEDULES", TINY)
+    monkeypatch.setattr(benchmark_attention, "ON_CUDA", TINY)
+    benchmark.launch(command(BenchmarkConfig(what="attention", repeats=2, out=str(tmp_path / "b.json"))))
+    rows = json.loads((tmp_path / "b.json").read_text())["rows"]
+    names = [row["name"] for row in rows]
+    assert names[:2] == [f"14 tokens, {MASKED}", f"14 tokens, {PER_SCALE}"] and f"5 tokens, {MASKED}" in names
+    assert all(row["ratio"] == 1.0 for row in rows if MASKED in row["name"])
+
+
+def test_each_call_handles_its_images_and_leaves_a_gradient() -> None:
+    assert [{call() for call in calls.values()} for calls in attention_calls(TINY)] == [{2}, {3}]
+    inputs = torch.randn(3, 2, 1, 14, 64, requires_grad=True)
+    assert forward_and_backward(BlockCausalAttention(Scales((1, 2, 3))), inputs)() == 2
+    assert inputs.grad is not None and inputs.grad.abs().sum() > 0
+
+
+def test_the_token_counts_are_those_of_256_512_and_1024_pixels() -> None:
+    assert [Scales(patch_nums).num_tokens for patch_nums, *_ in SCHEDULES] == [680, 2240, 9451]
