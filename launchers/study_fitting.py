@@ -1,7 +1,7 @@
 """The verb `fit` of launchers/scaling_study.py: the laws of a study, from its run folders to FOLDER/fit.json.
 
-Beside it FOLDER/points.csv has every point that was measured, used or not. fit.json is made anew by `fit`; the verbs
-that only show it take it as it is while points and settings are those it was made of.
+Beside it FOLDER/points.csv has every point that was measured, used or not. The verbs that only show laws take fit.json
+as it is while points and settings are those it was made of, and otherwise fit anew; `fit` and `report` write it.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class FittedStudy:
 
     study: Study
     fit: StudyFit
+    is_new: bool = False  # not in fit.json yet
 
 
 def launch_fit(command: Command[StudyConfig]) -> None:
@@ -52,45 +53,55 @@ def launch_fit(command: Command[StudyConfig]) -> None:
 
 
 def fitted_study(config: StudyConfig) -> FittedStudy:
-    """The study with its fit.json; one that is missing, damaged or of other points or settings is made anew."""
+    """The study with its fit.json; where that is missing, damaged or of other points or settings, with a new fit."""
     study = read_study(config)
-    folder = Path(config.folder)
-    if (folder / FIT).is_file():
+    file = Path(config.folder) / FIT
+    if file.is_file():
         try:
-            fit = read_fit(folder)
-            outdated = _what_differs(folder, config, study)
+            content = read_json(file, max_bytes=MAX_BYTES)
+            fit, outdated = _fit_in(content), _what_differs(content, config, study)
+            if not outdated:
+                return FittedStudy(study, fit)
         except ValueError as error:
-            outdated = str(error)
-        if not outdated:
-            return FittedStudy(study, fit)
-        say(f"{outdated}; fitted anew")
-    return FittedStudy(study, fit_study(config, study))
+            outdated = f"is no fit of this version ({_shortened(error)})"
+        say(f"{file}: {outdated}; fitted anew")
+    return FittedStudy(study, analyse(study.sizes, config.fit, study.source.entropy), is_new=True)
 
 
-def _what_differs(folder: Path, config: StudyConfig, study: Study) -> str:
-    """What a readable fit.json was made of that is not so now; empty where all is the same."""
-    content = read_json(folder / FIT, max_bytes=MAX_BYTES)
+def _what_differs(content: dict[str, Any], config: StudyConfig, study: Study) -> str:
+    """What a fit.json was made of that is not so now; empty where all is the same."""
     if content.get("points_sha256") != bytes_sha256(points_csv(study)):
-        return f"{folder / FIT}: is of other points"
-    made_with, asked = content.get("settings", {}), _settings(config, study)
+        return "is of other points"
+    made_with, asked = content.get("settings"), _settings(config, study)
+    if not isinstance(made_with, dict) or not isinstance(made_with.get("fit"), dict):
+        return "does not say with which settings it was made"
     if made_with.get("known") != asked["known"]:
-        return f"{folder / FIT}: was made with another known entropy"
-    before = made_with.get("fit", {})
-    changes = [f"fit.{name}={before.get(name)}, not {value}" for name, value in asked["fit"].items()
-               if before.get(name) != value]
-    return f"{folder / FIT}: was made with {', '.join(changes)}" if changes else ""
+        return "was made with another known entropy"
+    before = made_with["fit"]
+    changes = [
+        f"fit.{name}={before.get(name)}, not {value}"
+        for name, value in asked["fit"].items()
+        if before.get(name) != value
+    ]
+    return f"was made with {', '.join(changes)} (give the same settings here to keep it)" if changes else ""
 
 
 def fit_study(config: StudyConfig, study: Study) -> StudyFit:
     """Fit a study and write its fit.json and points.csv. Raises ValueError where there are too few points."""
     fit = analyse(study.sizes, config.fit, study.source.entropy)
-    points = points_csv(study)
-    content = {"points_sha256": bytes_sha256(points), "settings": _settings(config, study), "fit": asdict(fit)}
+    write_fit(config, FittedStudy(study, fit))
+    return fit
+
+
+def write_fit(config: StudyConfig, found: FittedStudy) -> None:
+    """The study's fit.json and points.csv."""
+    points = points_csv(found.study)
+    content = {"points_sha256": bytes_sha256(points), "settings": _settings(config, found.study)}
+    content["fit"] = asdict(found.fit)
     with atomic_file(Path(config.folder) / POINTS) as file:
         file.write(points)
     with atomic_file(Path(config.folder) / FIT) as file:
         file.write(_to_json(content).encode())
-    return fit
 
 
 def read_fit(folder: Path) -> StudyFit:
@@ -101,15 +112,30 @@ def read_fit(folder: Path) -> StudyFit:
     """
     file = folder / FIT
     try:
-        fit = _from_plain(StudyFit, read_json(file, max_bytes=MAX_BYTES)["fit"])
-        if fit.schema != StudyFit.schema:
-            raise ValueError(f"schema {fit.schema}, not {StudyFit.schema}")
-        return fit
+        return _fit_in(read_json(file, max_bytes=MAX_BYTES))
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: is not there yet; make it with scaling_study.py fit {folder}") from None
-    except (KeyError, TypeError, ValueError) as error:
-        what = " ".join(str(error).split())[:80]
-        raise ValueError(f"{file}: is no fit of this version ({what}); make it anew: scaling_study.py fit") from None
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: is no fit of this version ({_shortened(error)}); make it anew: scaling_study.py fit {folder}"
+        ) from None
+
+
+def _fit_in(content: Any) -> StudyFit:
+    """The fit in what fit.json holds. Raises ValueError where there is none, or one of another version."""
+    fit = content.get("fit") if isinstance(content, dict) else None
+    if not isinstance(fit, dict):
+        raise ValueError("it holds no fit")
+    if fit.get("schema") != StudyFit.schema:
+        raise ValueError(f"schema is {fit.get('schema')!r}, accepted: {StudyFit.schema}")
+    try:
+        return _from_plain(StudyFit, fit)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
+
+
+def _shortened(error: ValueError) -> str:
+    return " ".join(str(error).split())[:120]
 
 
 def points_csv(study: Study) -> bytes:
@@ -182,7 +208,7 @@ def _from_plain(kind: Any, value: Any) -> Any:
     """
     if is_dataclass(kind):
         hints = typing.get_type_hints(kind)
-        if set(value) != {field.name for field in fields(kind)}:
+        if not isinstance(value, dict) or set(value) != {field.name for field in fields(kind)}:
             raise ValueError(f"{kind.__name__} has {', '.join(hints)}")
         return kind(**{name: _from_plain(hints[name], item) for name, item in value.items()})
     if typing.get_origin(kind) is tuple:

@@ -15,9 +15,10 @@ from launchers import study_tables as tables
 from launchers.command_line import Command, say
 from launchers.scaling_figures import draw_compute_laws, draw_size_laws
 from launchers.study_config import StudyConfig
-from launchers.study_fitting import FIT, POINTS, FittedStudy, describe_study, fitted_study
+from launchers.study_fitting import FIT, POINTS, FittedStudy, describe_study, fitted_study, write_fit
 from launchers.study_mlflow import publish
 from launchers.study_reading import Study, read_study
+from launchers.study_state import study_name
 from models.var import VARConfig
 from training.flops import FLOPS_PER_PFLOP, training_flops
 from training.scaling import FitConfig
@@ -46,6 +47,8 @@ def launch_report(command: Command[StudyConfig]) -> None:
         say(f"{describe_study(read_study(config))}; would write {REPORT}, {FIGURE_5} and {FIGURE_6} to {folder}")
         return
     found = fitted_study(config)
+    if found.is_new:
+        write_fit(config, found)
     has_size_laws = bool(tables.laws_of(found.fit, PARAMETERS))
     if has_size_laws:
         draw_size_laws(folder / FIGURE_5, found.study.sizes, found.fit)
@@ -65,7 +68,7 @@ def compose_report(found: FittedStudy, config: StudyConfig) -> str:
     study, fit = found.study, found.fit
     by_size = tables.laws_of(fit, PARAMETERS)
     parts = [
-        *(f"# Scaling study {Path(config.folder).name}", *_measured(study, fit)),
+        *(f"# Scaling study {study_name(config)}", *_measured(study, fit)),
         "## Loss and error against model size",
         f"![the laws in parameters]({FIGURE_5})" if by_size else "",
         *_laws(by_size, config.fit),
@@ -156,8 +159,8 @@ def _checks(study: Study, fit: StudyFit) -> list[str]:
 
 
 def _at_random(study: Study) -> str:
-    """What the runs' training does at random; stochastic depth is at least that of a single block, which is none."""
-    drops_labels = any(run.config.label_drop > 0 for run in study.runs)
+    """What the runs' training does at random. The first block is never skipped: stochastic depth grows from 0 there."""
+    drops_labels = any(run.config.label_drop > 0 and run.config.model.is_conditional for run in study.runs)
     skips = any(run.config.model.depth > 1 for run in study.runs)
     done = [*(["labels dropped"] if drops_labels else []), *(["blocks skipped"] if skips else [])]
     return f"{' and '.join(done)} at random" if done else "weights that still change"

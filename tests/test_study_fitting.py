@@ -14,10 +14,21 @@ from study_examples import PLANTED, planted_fit, planted_run, planted_runs, plan
 from tiny import command
 
 from launchers import study_fitting
-from launchers.study_fitting import FIT, POINTS, fit_study, fitted_study, launch_fit, points_csv, read_fit, summary
+from launchers.study_config import StudyConfig
+from launchers.study_fitting import (
+    FIT,
+    POINTS,
+    fit_study,
+    fitted_study,
+    launch_fit,
+    points_csv,
+    read_fit,
+    summary,
+    write_fit,
+)
 from training.scaling import FitConfig
 from training.study_data import METRICS
-from training.study_fit import PARAMETERS
+from training.study_fit import PARAMETERS, StudyFit
 
 
 @pytest.fixture
@@ -56,7 +67,7 @@ def test_a_number_that_is_none_is_null_and_comes_back(
     assert json.loads((tmp_path / FIT).read_text())["fit"]["laws"][0]["pearson"] is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"fit": 3}', '{"fit": {"laws": []}}'])
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"fit": 3}', '{"fit": {"laws": []}}'])
 def test_a_file_that_is_no_fit_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
     with pytest.raises(FileNotFoundError, match="make it with scaling_study.py fit"):
         read_fit(tmp_path)
@@ -65,7 +76,7 @@ def test_a_file_that_is_no_fit_is_refused_in_one_line(tmp_path: Path, content: s
         read_fit(tmp_path)
 
 
-def test_a_fit_is_made_again_when_points_or_settings_are_others(
+def test_a_fit_is_made_again_and_left_to_be_written_when_points_or_settings_are_others(
     tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
     runs = [planted_run(6), planted_run(8), planted_run(10)]
@@ -73,33 +84,61 @@ def test_a_fit_is_made_again_when_points_or_settings_are_others(
     for run in runs[:2]:
         write_run(tmp_path, run)
     first = fitted_study(config)
-    assert fitted_study(config).fit == first.fit and len(fits) == 1
+    assert first.is_new and list(tmp_path.glob("*.*")) == []
+    write_fit(config, first)
+    assert fitted_study(config).fit == first.fit and not fitted_study(config).is_new and len(fits) == 1
     write_run(tmp_path, runs[2])
-    assert len(fitted_study(config).study.runs) == 3 and len(fits) == 2
-    other = replace(config, fit=replace(config.fit, accounting="six_nt"))
-    fitted_study(other)
-    fitted_study(other)
-    assert [fit.accounting for fit in fits] == ["exact", "exact", "six_nt"]
-    said = capsys.readouterr().out
-    assert said.count("fitted anew") == 2
-    assert "is of other points; fitted anew" in said
-    assert "was made with fit.accounting=exact, not six_nt; fitted anew" in said
+    more = fitted_study(config)
+    assert len(more.study.runs) == 3 and more.is_new and len(fits) == 2
+    write_fit(config, more)
+    before = (tmp_path / FIT).read_bytes()
+    assert fitted_study(replace(config, fit=replace(config.fit, accounting="six_nt"))).is_new
+    assert [fit.accounting for fit in fits] == ["exact", "exact", "six_nt"] and (tmp_path / FIT).read_bytes() == before
+    first_said, then_said = capsys.readouterr().out.splitlines()
+    assert first_said == f"{tmp_path / FIT}: is of other points; fitted anew"
+    assert "was made with fit.accounting=exact, not six_nt (give the same settings here to keep it)" in then_said
 
 
-@pytest.mark.parametrize("damage", [lambda text: text[:-9], lambda text: text.replace('"schema": ', '"schema": 7')])
+@pytest.mark.parametrize(
+    "damage, words",
+    [
+        (lambda text: text[:-9], "is not valid JSON"),
+        (lambda text: text.replace('"schema": ', '"schema": 7'), f"schema is 7{StudyFit.schema}, accepted: "),
+        (lambda text: text.replace('"laws": ', '"lore": '), "StudyFit has laws, "),
+    ],
+)
 def test_a_damaged_fit_or_one_of_another_version_is_made_again(
-    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str], damage: Callable[[str], str]
+    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str], damage: Callable[[str], str], words: str
 ) -> None:
-    runs = [planted_run(6), planted_run(8), planted_run(10)]
-    config = study_config(tmp_path, runs)
-    for run in runs:
-        write_run(tmp_path, run)
+    config = written_study(tmp_path)
     first = fitted_study(config)
+    write_fit(config, first)
     (tmp_path / FIT).write_text(damage((tmp_path / FIT).read_text()))
-    with pytest.raises(ValueError, match="fit.json: is no fit of this version .*make it anew: scaling_study.py fit"):
+    with pytest.raises(ValueError, match=f"fit.json: is no fit of this version .{words}.*make it anew: scaling_study"):
         read_fit(tmp_path)
     assert fitted_study(config).fit == first.fit and len(fits) == 2
-    assert "fit.json: is no fit of this version" in capsys.readouterr().out
+    [said] = capsys.readouterr().out.splitlines()
+    assert said.startswith(f"{tmp_path / FIT}: is no fit of this version ({words}") and said.endswith("; fitted anew")
+
+
+def test_a_fit_of_unknown_settings_is_made_again(
+    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = written_study(tmp_path)
+    write_fit(config, fitted_study(config))
+    content = json.loads((tmp_path / FIT).read_text())
+    for settings in (None, [], {"known": {}, "fit": 3}):
+        (tmp_path / FIT).write_text(json.dumps(content | {"settings": settings}))
+        assert fitted_study(config).is_new
+        assert "does not say with which settings it was made; fitted anew" in capsys.readouterr().out
+
+
+def written_study(folder: Path) -> StudyConfig:
+    """Three sizes in their run folders."""
+    runs = [planted_run(6), planted_run(8), planted_run(10)]
+    for run in runs:
+        write_run(folder, run)
+    return study_config(folder, runs)
 
 
 def test_every_point_is_in_the_csv_with_all_its_digits() -> None:

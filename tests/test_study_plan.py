@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_examples import PLANTED, planted_fit, planted_runs, planted_study, study_config
+from study_examples import PLANTED, planted_fit, planted_runs, planted_study, study_config, write_run
 from tiny import command
 
-from launchers import study_plan
+from launchers import study_fitting, study_plan
 from launchers.study_config import PlanConfig
 from launchers.study_fitting import FittedStudy
 from launchers.study_plan import allocate_with, budget, launch_paper, launch_plan, plan_lines, warnings
@@ -94,6 +94,18 @@ def test_plan_answers_for_every_law_and_refuses_where_there_is_none(
     assert "budget: 100,000 PFLOP" in said and "by loss_avg: train" in said and "by loss_last: train" in said
     with pytest.raises(ValueError, match="too few for L.N, D.*train more sizes"):
         launch_plan(asked)
+
+
+def test_plan_answers_and_leaves_the_folder_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = planted_runs((6, 8))
+    for run in runs:
+        write_run(tmp_path, run)
+    monkeypatch.setattr(study_fitting, "analyse", lambda *_: planted_fit(runs))
+    launch_plan(command(study_config(tmp_path, runs, plan=PlanConfig(pflop=1e5))))
+    assert "by loss_avg: train" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(run.name for run in runs)
 
 
 def test_the_papers_laws_come_with_what_does_not_fit_together(

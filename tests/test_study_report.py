@@ -12,7 +12,7 @@ from tiny import command
 
 from launchers import study_report
 from launchers.study_config import StudyConfig
-from launchers.study_fitting import FittedStudy
+from launchers.study_fitting import FittedStudy, read_fit
 from launchers.study_reading import Source, Study
 from launchers.study_report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
 from models.var import VARConfig
@@ -129,6 +129,47 @@ def test_a_study_without_a_law_in_parameters_has_a_report_too(
     text = (tmp_path / REPORT).read_text()
     assert FIGURE_5 not in text and FIGURE_6 in text and "No law was found; the notes say why." in text
     assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_fit_that_the_report_has_made_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
+) -> None:
+    for name in ("draw_size_laws", "draw_compute_laws"):
+        monkeypatch.setattr(study_report, name, lambda *_: None)
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT, is_new))
+    launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
+    written = {"fit.json", "points.csv"} if is_new else set()
+    assert {path.name for path in tmp_path.iterdir()} == {REPORT} | written
+    assert not is_new or read_fit(tmp_path) == FIT
+
+
+@pytest.mark.parametrize(
+    "label_drop, depths, words",
+    [
+        (0.1, (6, 8), "with labels dropped and blocks skipped at random, which"),
+        (0.0, (6, 8), "with blocks skipped at random, which"),
+        (0.1, (1, 1), "with labels dropped at random, which"),
+        (0.0, (1, 1), "with weights that still change, which"),
+    ],
+)
+def test_training_differs_from_validation_by_what_the_runs_did(
+    label_drop: float, depths: tuple[int, int], words: str
+) -> None:
+    runs = tuple(
+        replace(run, config=replace(run.config, label_drop=label_drop, model=VARConfig(depth)))
+        for run, depth in zip(STUDY.runs, depths)
+    )
+    assert words in compose_report(FittedStudy(replace(STUDY, runs=runs), FIT), study_config(Path("mine"), RUNS))
+
+
+def test_an_unfinished_study_is_named_by_its_folder_and_says_once_what_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    report = compose_report(FittedStudy(replace(STUDY, absent=("d14-seed0",)), FIT), study_config(Path("."), RUNS))
+    assert report.startswith("# Scaling study mine\n") and report.count("d14-seed0") == 1
 
 
 @pytest.mark.slow
