@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launchers import scaling_study
-from launchers.config_files import to_yaml
+from launchers.config_files import load_config, to_yaml
 from launchers.scaling_study import VERBS, take_verb
 from launchers.study_config import STUDY, StudyConfig
 
@@ -68,6 +68,20 @@ def test_a_verb_gets_its_config_with_the_overrides(
     assert "gpu_days: 2.0" in capsys.readouterr().out
     assert call(monkeypatch, "run", str(tmp_path)) == 64
     assert capsys.readouterr().err.startswith("error: a.yaml: no such config file")
+
+
+@pytest.mark.parametrize("name", ["other", "007", "a b", "true"])
+def test_a_study_that_was_moved_works_in_its_new_folder(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path(name).mkdir()
+    (tmp_path / name / STUDY).write_text(to_yaml(StudyConfig(folder="runs/first", sizes=("a.yaml",))))
+    assert call(monkeypatch, "report", name, "--print-config") == 0
+    said = capsys.readouterr().out
+    Path("shown.yaml").write_text(said)
+    assert load_config(StudyConfig, "shown.yaml").folder == name
+    assert call(monkeypatch, "report", name) == 64 and f"{name}: no run there" in capsys.readouterr().err
 
 
 def test_the_papers_laws_need_no_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

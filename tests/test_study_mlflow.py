@@ -272,6 +272,28 @@ def test_a_finished_study_is_finished_once_it_is_reported(config: StudyConfig, c
     assert read_state(Path(config.folder))["status"] == "FINISHED"
 
 
+def test_a_report_goes_to_the_tracker_that_was_asked_for(
+    config: StudyConfig, client: FakeMLflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    for module in ("training.mlflow_tracker", "training.mlflow_study"):
+        monkeypatch.setattr(f"{module}.open_client", lambda uri: asked.append(uri) or client)
+    (Path(config.folder) / STUDY).unlink()
+    assert publish(replace(config, tracking=replace(config.tracking, uri="http://other:5000")))
+    assert set(asked) == {"http://other:5000"} and "http://other:5000/#/" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("file", [FIT, "d6-seed0/config.yaml"])
+def test_a_damaged_file_of_the_study_is_not_blamed_on_the_tracker(
+    config: StudyConfig, client: FakeMLflow, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    monkeypatch.setattr(study_mlflow, "read_run", read_run)  # the real one
+    (Path(config.folder) / file).write_text("{model: 3}")
+    with pytest.raises(ValueError, match=f"{file}: ") as caught:
+        sync(config)
+    assert URI not in str(caught.value)
+
+
 def test_a_tracker_that_is_away_costs_one_line_and_only_sync_fails(
     config: StudyConfig, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
 ) -> None:

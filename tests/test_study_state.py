@@ -27,6 +27,7 @@ from launchers.study_state import (
     refuse_changed_settings,
     row_of,
     saved_step,
+    study_name,
 )
 from launchers.yaml_files import parse_yaml
 from training.tracking import TrackingConfig
@@ -51,6 +52,15 @@ def test_the_study_of_the_paper_has_twelve_sizes_each_in_its_folder(monkeypatch:
     assert {run.train.loop.validate_per_decade for run in runs} == {8.0}
     assert {run.train.tracking for run in runs} == {replace(config.tracking, study="scaling")}
     assert [run.train.run for run in runs] == [f"runs/scaling/{size}-seed0" for size in TWELVE]
+
+
+def test_a_study_is_called_as_its_folder_however_that_is_written(
+    config: StudyConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine" / "deeper").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    written = (".", "deeper/..", "../mine", str(tmp_path / "mine"))
+    assert {study_name(replace(config, folder=folder)) for folder in written} == {"mine"}
 
 
 def test_what_is_repeated_comes_after_all_sizes(config: StudyConfig) -> None:
