@@ -44,9 +44,15 @@ class BlockCausalAttention:
 
 
 def per_scale(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """One unmasked call for each scale."""
-    parts = [full_attention(q[:, :, tokens], k[:, :, :tokens.stop], v[:, :, :tokens.stop], softmax_scale=softmax_scale)
-             for tokens in scales.slices]
+    """One unmasked call for each scale.
+
+    Keys and values are joined again for each, rather than cut from the whole: the gradient of a cut is the whole
+    sequence again, zeros and all, which costs more than the copies.
+    """
+    qs, ks, vs = (part.split(scales.scale_sizes, dim=2) for part in (q, k, v))
+    seen = range(1, scales.num_scales + 1)
+    parts = [full_attention(qs[n - 1], torch.cat(ks[:n], dim=2), torch.cat(vs[:n], dim=2), softmax_scale=softmax_scale)
+             for n in seen]
     return torch.cat(parts, dim=2)
 
 
