@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from models.attention import MASKED, PER_SCALE
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from models.var import VAR, VARConfig
 from training.flops import (
@@ -52,10 +53,7 @@ def test_forward_macs_are_what_a_counter_sees(patch_nums: tuple[int, ...], norm:
         labels = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         model(inputs, labels)
-    # the counter sees attention over the full square, of which the mask leaves only some pairs any information
-    unused_pairs = config.scales.num_tokens**2 - attention_pairs(config.scales)
-    expected = forward_macs(config) + 2 * unused_pairs * config.width * config.depth
-    assert counter.get_total_flops() == 2 * expected
+    assert counter.get_total_flops() == 2 * forward_macs(config)
 
 
 @pytest.mark.parametrize("depth, flops", [(6, 5.77e10), (16, 8.96e11), (20, 1.72e12), (24, 2.93e12), (30, 5.65e12)])
@@ -74,22 +72,25 @@ def test_adaln_is_counted_once_per_image_not_per_token() -> None:
     assert forward_macs(own) - forward_macs(shared) == 15 * 6 * own.width**2
 
 
+@pytest.mark.parametrize(("way", "accounting"), [(PER_SCALE, EXACT), (MASKED, DENSE_MASK)])
 @pytest.mark.parametrize("name", COUNTED)
-def test_dense_mask_is_what_torch_counts_for_a_training_step(name: str) -> None:
+def test_torch_counts_the_same_for_a_training_step(name: str, way: str, accounting: str) -> None:
+    """`exact` is what attention without a mask does, not only what would be enough."""
     config = COUNTED[name]
-    forward, total = count_training_step(config)
+    forward, total = count_training_step(config, way)
+    pairs = {EXACT: attention_pairs(config.scales), DENSE_MASK: config.scales.num_tokens**2}[accounting]
+    assert forward["attention"] == 4 * pairs * config.width * config.depth
     linear = 2 * forward_macs(config) - 4 * attention_pairs(config.scales) * config.width * config.depth
-    attention = 4 * config.scales.num_tokens**2 * config.width * config.depth
-    assert forward["attention"] == attention
     assert forward["linear"] == linear
     # nothing flows back into the inputs, so that the backward pass is a little less than two forward passes
-    assert total == pytest.approx(flops_per_image(config)[DENSE_MASK], rel=5e-3)
+    assert total == pytest.approx(flops_per_image(config)[accounting], rel=5e-3)
 
 
-def count_training_step(config: VARConfig) -> tuple[dict[str, int], int]:
+def count_training_step(config: VARConfig, way: str) -> tuple[dict[str, int], int]:
     """FLOPs of one image by torch: of the forward pass by kind, and of the whole step."""
     with torch.device("meta"):
         model = VAR(config)
+        model.attention = way
         inputs = torch.empty(1, config.scales.num_tokens - config.scales.first_tokens, config.code_width)
         labels = torch.zeros(1, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
