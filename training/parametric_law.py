@@ -71,9 +71,11 @@ def hold_out_surface(
     Passed within trust.gate of what was measured above the surface's own E.
     """
     curves = [curve for curve in curves if len(curve.tokens)]
-    held = curves[max(MIN_SIZES, len(curves) - trust.held_out) :]
+    first_held = max(MIN_SIZES, len(curves) - trust.held_out)
+    kept, held = curves[:first_held], curves[first_held:]
+    if not held:
+        return ()
     try:
-        kept = curves[: len(curves) - len(held)]
         fit = fit_parametric(kept, metric, irreducible, draws=1, rng=np.random.default_rng(0))
     except ValueError:
         return ()

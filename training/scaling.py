@@ -270,7 +270,7 @@ def surface_remarks(surfaces: Sequence[ParametricFit], config: FitConfig) -> lis
                 f"{name}, fitted without the largest sizes, says {errors}: wrong by more than {config.gate:.2%} of the "
                 "reducible part. Do not plan by it."
             )
-        elif not surface.held_out:
+        elif config.held_out and not surface.held_out:
             remarks.append(f"{name} could hold out no size: too few. Nothing tests a plan by it.")
     return remarks
 
