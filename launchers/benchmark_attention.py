@@ -7,6 +7,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from launchers.benchmark_timing import Contestant, Row, time_in_turns
+from launchers.config import BenchmarkConfig
+from launchers.machine_limits import synchronize
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 
@@ -15,10 +18,15 @@ SCHEDULES = ((PATCH_NUMS_256, 4, 8), (PATCH_NUMS_512, 1, 8), (PATCH_NUMS_1024, 1
 ON_CUDA = ((PATCH_NUMS_256, 64, 16), (PATCH_NUMS_512, 16, 16), (PATCH_NUMS_1024, 2, 16))
 
 
-def attention_calls(
+def benchmark_attention(config: BenchmarkConfig) -> list[Row]:
+    """Images a second through one layer's attention, forward and backward, at 680, 2,240 and 9,451 tokens."""
+    return [row for compared in attention_contestants() for row in time_in_turns(compared, config.repeats)]
+
+
+def attention_contestants(
     schedules: tuple[tuple[tuple[int, ...], int, int], ...] | None = None,
-) -> Iterator[dict[str, Callable[[], int]]]:
-    """For each schedule the calls to compare, the dense mask first; each gives back how many images it has handled.
+) -> Iterator[list[Contestant]]:
+    """For each schedule what is compared, the dense mask first.
 
     On the CPU in float32, where FlexAttention has no gradients; on CUDA in bfloat16, with it.
     """
@@ -29,10 +37,10 @@ def attention_calls(
         scales = Scales(patch_nums)
         shape = (3, batch, heads, scales.num_tokens, HEAD_DIM)
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
-        yield {
-            f"{scales.num_tokens} tokens, {way}": forward_and_backward(BlockCausalAttention(scales, way), inputs)
-            for way in ways
-        }
+        yield [
+            Contestant(f"{scales.num_tokens} tokens, {attend.way}", forward_and_backward(attend, inputs))
+            for attend in (BlockCausalAttention(scales, way) for way in ways)
+        ]
 
 
 def forward_and_backward(attend: BlockCausalAttention, inputs: Tensor) -> Callable[[], int]:
@@ -41,8 +49,7 @@ def forward_and_backward(attend: BlockCausalAttention, inputs: Tensor) -> Callab
     def call() -> int:
         inputs.grad = None
         attend(*inputs.unbind(0), softmax_scale=1.0).sum().backward()
-        if inputs.is_cuda:
-            torch.cuda.synchronize()
+        synchronize()
         return inputs.shape[1]
 
     return call

@@ -9,6 +9,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from launchers.data_config import DataConfig, ViewConfig
+from models.scales import PATCH_NUMS_256
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.divergence import DivergenceConfig
@@ -24,7 +25,7 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
-BENCHMARKS = ("data", "attention")
+BENCHMARKS = ("train", "data", "attention")
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -276,12 +277,20 @@ class SyncConfig:
 class BenchmarkConfig:
     """launchers/benchmark.py: what is measured, and on what. `what` may be given without its name."""
 
-    what: str = field(metadata={"is_bare": True})  # data: reading shards, with and without checks; attention
-    folder: str = ""  # packed data to read; empty: made for the purpose
+    what: str = field(metadata={"is_bare": True})  # one of BENCHMARKS
+    folder: str = ""  # data: packed data to read; empty: made for the purpose
+    depth: int = 8  # of the transformer
+    patch_nums: tuple[int, ...] = PATCH_NUMS_256
+    tokenizer_width: int = 160  # that of the released one
+    batch: int = 4  # images at once
+    precision: str = "fp32"  # or bf16 or fp16
+    against: str = ""  # a clone of the public VAR code to measure beside; empty: none
     repeats: int = 7
     out: str = ""  # a .json file for the figures; empty: none
 
     def __post_init__(self) -> None:
         refuse_unknown(BENCHMARKS, what=self.what)
-        if self.repeats < 1:
-            raise ValueError(f"repeats is {self.repeats}; it must be 1 or more")
+        refuse_unknown(PRECISIONS, precision=self.precision)
+        for name in ("repeats", "batch", "depth"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")

@@ -1,4 +1,4 @@
-"""The benchmark compares in turns and reports medians; what it times is the real thing."""
+"""What is measured can be asked for by name, and goes to the screen and to a file."""
 
 from __future__ import annotations
 
@@ -6,29 +6,31 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import Study, command
+from tiny import command
 
 from launchers import benchmark
-from launchers.config import BenchmarkConfig
+from launchers.config import BENCHMARKS, BenchmarkConfig
 
 
-def test_reading_is_timed_with_and_without_checks(study: Study, tmp_path: Path) -> None:
-    folder, out = str(study.folder / "images/train"), str(tmp_path / "b.json")
-    config = BenchmarkConfig(what="data", folder=folder, repeats=2, out=out)
-    benchmark.launch(command(config))
-    rows = {row["name"]: row for row in json.loads((tmp_path / "b.json").read_text())["rows"]}
-    assert rows["images, checked"]["ratio"] == 1.0 and "images, webdataset in order" in rows
-    for row in rows.values():
-        assert 0 < row["slowest"] <= row["samples_per_second"] <= row["fastest"]
+def test_every_benchmark_that_can_be_asked_for_is_there() -> None:
+    assert tuple(benchmark.BENCHMARKED) == BENCHMARKS
 
 
-def test_calls_are_timed_in_turns_after_one_to_warm_up() -> None:
-    order: list[str] = []
-    calls = {name: lambda name=name: order.append(name) or 1 for name in "ab"}
-    rows = benchmark.time_in_turns(calls, repeats=3)
-    assert "".join(order) == "abababab" and [row["name"] for row in rows] == ["a", "b"]
+def test_rows_go_to_the_screen_and_to_a_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(benchmark.BENCHMARKED, "data", lambda config: [{"name": "a row", "peak_bytes": 2**30}])
+    benchmark.launch(command(BenchmarkConfig(what="data", out=str(tmp_path / "b.json"))))
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["rows"] == [{"name": "a row", "peak_bytes": 2**30}] and report["settings"]["depth"] == 8
+    assert "a row" in capsys.readouterr().out
 
 
-def test_unknown_benchmarks_are_refused() -> None:
-    with pytest.raises(ValueError, match="accepted: data, attention"):
-        BenchmarkConfig(what="everything")
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [({"what": "everything"}, "accepted: train"), ({"what": "train", "precision": "int8"}, "accepted: fp32"),
+     ({"what": "train", "batch": 0}, "batch is 0"), ({"what": "data", "repeats": 0}, "repeats is 0")],
+)
+def test_settings_that_mean_nothing_are_refused(settings: dict, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        BenchmarkConfig(**settings)

@@ -10,7 +10,7 @@ import torch
 from tiny import command
 
 from launchers import benchmark, benchmark_attention
-from launchers.benchmark_attention import SCHEDULES, attention_calls, forward_and_backward
+from launchers.benchmark_attention import SCHEDULES, attention_contestants, forward_and_backward
 from launchers.config import BenchmarkConfig
 from models.attention import MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import Scales
@@ -29,7 +29,7 @@ def test_the_ways_are_timed_beside_the_dense_mask(tmp_path: Path, monkeypatch: p
 
 
 def test_each_call_handles_its_images_and_leaves_a_gradient() -> None:
-    assert [{call() for call in calls.values()} for calls in attention_calls(TINY)] == [{2}, {3}]
+    assert [{each.call() for each in compared} for compared in attention_contestants(TINY)] == [{2}, {3}]
     inputs = torch.randn(3, 2, 1, 14, 64, requires_grad=True)
     assert forward_and_backward(BlockCausalAttention(Scales((1, 2, 3))), inputs)() == 2
     assert inputs.grad is not None and inputs.grad.abs().sum() > 0

@@ -1,0 +1,63 @@
+"""What this machine reaches at its best: floating point operations a second in matrix products, bytes copied a second.
+
+Measured here and now rather than taken from a data sheet: a share of the peak then says what the code leaves unused,
+not how the machine was sold, shared or cooled.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from training.engine import PRECISIONS
+
+MATMUL_SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # the best of these squares counts
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # more than any cache holds
+SECONDS = 0.5  # for each thing measured
+
+
+def device_type() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@lru_cache(maxsize=None)
+def matmul_flops_per_second(precision: str) -> float:
+    """FLOPs a second of large square matrix products in fp32, bf16 or fp16, by the settings of torch as they are."""
+    return max(_matmul_rate(side, PRECISIONS[precision]) for side in MATMUL_SIDES[device_type()])
+
+
+@lru_cache(maxsize=None)
+def copy_bytes_per_second() -> float:
+    """Bytes read and written a second by the copy of a large tensor."""
+    source = torch.ones(COPY_BYTES[device_type()], dtype=torch.uint8, device=device_type())
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best_seconds(lambda: target.copy_(source))
+
+
+def _matmul_rate(side: int, dtype: torch.dtype) -> float:
+    a, b = (torch.randn(side, side, device=device_type()).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * side**3 / _best_seconds(lambda: torch.mm(a, b, out=out))
+
+
+def _best_seconds(call: Callable[[], Tensor]) -> float:
+    """The shortest of many calls, after one to warm up: a peak is what nobody disturbed."""
+    call()
+    synchronize()
+    best, end = float("inf"), time.perf_counter() + SECONDS
+    while time.perf_counter() < end:
+        start = time.perf_counter()
+        call()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best
