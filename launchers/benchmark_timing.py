@@ -86,7 +86,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
     "peak_bytes": lambda value: f"{value / GIB:.2f} GiB",
     "predicted_bytes": lambda value: f"{value / GIB:.2f} GiB",
     "error": lambda value: f"{value:+.1%}",
-    "data_wait_share": lambda value: f"{value:.1%}",
+    "data_wait_ms": lambda value: f"{value:.1f} ms",
 }
 HEADINGS = {
     "tflops": "TFLOP/s",
@@ -95,7 +95,7 @@ HEADINGS = {
     "peak_bytes": "peak",
     "predicted_bytes": "predicted",
     "error": "error",
-    "data_wait_share": "data wait",
+    "data_wait_ms": "data wait",
 }
 
 

@@ -1,96 +1,159 @@
-"""`benchmark.py train`: one training step of the transformer, ours, a bare PyTorch loop, and the public code's.
+"""`benchmark.py train` and `switches`: one training step of the transformer, with all that training does in it.
 
-All have the same weights, batch, precision and device. Ours is the step that training takes, DeepSpeed and all.
+`train`: ours, a bare PyTorch loop, and the public code's step, on codes and on images that it encodes at each step.
+`switches`: ours with each setting that trades speed, memory or start-up time. All have the same weights, batch,
+precision and device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import repeat
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-from data_pipeline.loader import Batch
-from launchers.benchmark_models import code_batch, make_tokenizer, public_code, var_config
+from data_pipeline.loader import Batch, train_batches
+from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, public_code, var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 from launchers.config import BenchmarkConfig
 from launchers.machine_limits import device_type, synchronize
+from models.attention import FLEX, MASKED
+from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
 from training.engine import Engine, EngineConfig
 from training.flops import training_flops
 from training.optim import OptimizerConfig, build_optimizer
 from training.stage import StepContext
+from training.step_metrics import TimedIterator
 from training.var_loop import VARStage, build_var
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
-CONTEXT = StepContext(samples_seen=0, progress=0.5, learning_rate=LEARNING_RATE, weight_decay=WEIGHT_DECAY)
+SHARD_SAMPLES = 1024
 
 
 def benchmark_train(config: BenchmarkConfig) -> list[Row]:
     """Images a second; the first row is the public code's step on given codes, where it is there."""
-    world = join_world()
-    tokenizer = make_tokenizer(config).to(world.device)
-    model_config = var_config(config)
-    codes = code_batch(model_config, config.batch)
-    common = {"flops_per_image": training_flops(model_config), "precision": config.precision}
-    engine = EngineConfig(precision=config.precision, micro_batch=config.batch, zero_stage=1)
-    contestants = [
-        Contestant("ours, codes", our_step(config, engine, tokenizer, codes, world), **common),
-        Contestant("bare PyTorch loop, codes", bare_step(config, tokenizer, codes), **common),
-    ]
-    with public_code(config, build_var(model_config, seed=0, activation_checkpointing=False), tokenizer) as public:
+    world, tokenizer = join_world(), make_tokenizer(config)
+    engine = engine_config(config)
+    codes = code_batch(var_config(config), config.batch)
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        public_code(config, build_var(var_config(config), engine, seed=0), tokenizer) as public,
+    ):
+        tokenizer.to(world.device)
+        batches = TimedIterator(read_batches(config, Path(folder)))
+        ours = OurStep(config, engine, tokenizer, batches, world)
+        contestants = [
+            contestant(config, "ours, codes from shards", ours, extra=ours.data_wait),
+            contestant(config, "bare PyTorch loop, codes in memory", bare_step(config, tokenizer, codes)),
+        ]
         if public is not None:
+            on_codes, on_images = (
+                public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True)
+            )
             contestants = [
-                Contestant("public, codes", public.timed("train_step", batch=config.batch, encodes=False), **common),
+                contestant(config, "public, codes in memory", on_codes),
                 *contestants,
-                Contestant("public, images", public.timed("train_step", batch=config.batch, encodes=True), **common),
+                contestant(config, "public, images encoded anew", on_images, extra=public.peak),
             ]
         return time_in_turns(contestants, config.repeats)
 
 
-def our_step(
-    config: BenchmarkConfig, engine: EngineConfig, tokenizer: VQVAE, batch: Batch, world: World
-) -> Callable[[], int]:
-    """A step of VARStage, as training takes it."""
-    model_config = var_config(config)
-    model = build_var(model_config, seed=0, activation_checkpointing=False).to(world.device)
-    optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
-    stage = VARStage(
-        Engine(model, optimizer, engine, global_batch=config.batch, world=world),
-        model_config,
-        tokenizer,
-        label_drop=0.1,
-        global_batch=config.batch,
-        seed=0,
-        world=world,
-        validation=lambda: (),
-    )
-    batches = repeat(batch)
+def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
+    """Images a second of our step with each switch, beside the step without any."""
+    world, plain = join_world(), engine_config(config)
+    tokenizer = make_tokenizer(config).to(world.device)
+    changes: dict[str, dict[str, Any]] = {
+        "as it comes": {},
+        "dense mask": {"attention": MASKED},
+        "compiled blocks": {"compile": True},
+        "selective checkpointing": {"activation_checkpointing": SELECTIVE_CHECKPOINTING},
+        "full checkpointing": {"activation_checkpointing": FULL_CHECKPOINTING},
+        "ZeRO-3": {"zero_stage": 3},
+    }
+    if world.device.type == "cuda":
+        changes["FlexAttention"] = {"attention": FLEX}
+        changes["compiled blocks, FlexAttention"] = {"attention": FLEX, "compile": True}
+    batch = code_batch(var_config(config), config.batch)
+    contestants = [
+        contestant(config, name, OurStep(config, replace(plain, **change), tokenizer, repeat(batch), world))
+        for name, change in changes.items()
+    ]
+    return time_in_turns(contestants, config.repeats)
 
-    def call() -> int:
-        stage.train_step(batches, CONTEXT)
+
+def engine_config(config: BenchmarkConfig) -> EngineConfig:
+    return EngineConfig(precision=config.precision, micro_batch=config.batch, compile=config.compile)
+
+
+def contestant(
+    config: BenchmarkConfig, name: str, call: Callable[[], int], *, extra: Callable[[], Row] = dict
+) -> Contestant:
+    flops = training_flops(var_config(config))
+    return Contestant(name, call, flops_per_image=flops, precision=config.precision, extra=extra)
+
+
+def read_batches(config: BenchmarkConfig, folder: Path) -> Iterator[Batch]:
+    """What a run reads: random codes from shards, in a random order."""
+    dataset = code_shards(var_config(config), folder, SHARD_SAMPLES)
+    return train_batches(dataset, batch_size=config.batch, rank=0, world_size=1, samples_seen=0, seed=0)
+
+
+class OurStep:
+    """A step as training takes it, DeepSpeed and all."""
+
+    def __init__(
+        self, config: BenchmarkConfig, engine: EngineConfig, tokenizer: VQVAE, batches: Iterator[Batch], world: World
+    ) -> None:
+        model_config = var_config(config)
+        model = build_var(model_config, engine, seed=0).to(world.device)
+        optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
+        self.stage = VARStage(
+            Engine(model, optimizer, engine, global_batch=config.batch, world=world),
+            model_config,
+            tokenizer,
+            label_drop=0.1,
+            global_batch=config.batch,
+            seed=0,
+            world=world,
+            validation=lambda: (),
+        )
+        self.batch = config.batch
+        self.batches = batches
+        self.samples_seen = 0
+
+    def __call__(self) -> int:
+        self.stage.train_step(self.batches, StepContext(self.samples_seen, 0.5, LEARNING_RATE, WEIGHT_DECAY))
         synchronize()
-        return config.batch
+        if isinstance(self.batches, TimedIterator):
+            self.samples_seen += self.batch
+        return self.batch
 
-    return call
+    def data_wait(self) -> Row:
+        """Milliseconds that a step has waited for its data, over all steps."""
+        return {"data_wait_ms": 1000 * self.batches.take_waited() * self.batch / self.samples_seen}
 
 
 def bare_step(config: BenchmarkConfig, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
     """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours."""
-    model_config = var_config(config)
-    model = build_var(model_config, seed=0, activation_checkpointing=False).to(device_type())
+    model = VAR(var_config(config), seed=0).to(device_type())
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )
     batch = batch.to(device_type())
+    dtype, is_low = engine_config(config).dtype, config.precision != "fp32"
 
     def call() -> int:
         inputs = tokenizer.teacher_forcing_inputs(batch.data)
-        with torch.autocast(device_type(), dtype=engine_dtype(config), enabled=config.precision != "fp32"):
+        with torch.autocast(device_type(), dtype=dtype, enabled=is_low):
             logits = model(inputs, batch.labels)
-        F.cross_entropy(logits.flatten(0, 1), batch.data.flatten()).backward()
+        F.cross_entropy(logits.float().flatten(0, 1), batch.data.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -98,7 +161,3 @@ def bare_step(config: BenchmarkConfig, tokenizer: VQVAE, batch: Batch) -> Callab
         return config.batch
 
     return call
-
-
-def engine_dtype(config: BenchmarkConfig) -> torch.dtype:
-    return EngineConfig(precision=config.precision).dtype

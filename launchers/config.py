@@ -25,7 +25,7 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
-BENCHMARKS = ("train", "data", "attention")
+BENCHMARKS = ("train", "switches", "data", "attention")
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -284,6 +284,7 @@ class BenchmarkConfig:
     tokenizer_width: int = 160  # that of the released one
     batch: int = 4  # images at once
     precision: str = "fp32"  # or bf16 or fp16
+    compile: bool = False  # compile the transformer's blocks
     against: str = ""  # a clone of the public VAR code to measure beside; empty: none
     repeats: int = 7
     out: str = ""  # a .json file for the figures; empty: none

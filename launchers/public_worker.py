@@ -124,7 +124,7 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
         answer({"peak_bytes": torch.cuda.max_memory_allocated() if models.device == "cuda" else 0})
 
 
-def main() -> None:
+def serve_on_a_pipe() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the public code prints
 
@@ -135,4 +135,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    serve_on_a_pipe()

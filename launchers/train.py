@@ -44,12 +44,7 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
     checkpoints = open_checkpoints(
         config, World.from_environment(), tokenizer_sha256=sha256, data=dataset.index.fingerprint
     )
-    model = build_var(
-        config.model,
-        seed=config.seed,
-        attention=config.engine.attention,
-        activation_checkpointing=config.engine.activation_checkpointing,
-    )
+    model = build_var(config.model, config.engine, seed=config.seed)
     initialize(model, config, checkpoints)
     world = join_world(timeout_seconds=config.watch.start_seconds)
     model.to(world.device)

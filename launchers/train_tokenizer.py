@@ -44,8 +44,12 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
         raise ValueError(f"engine.precision is {engine.precision}; the tokenizer trains in fp32 only")
     if engine.zero_stage == 3:
         raise ValueError("engine.zero_stage is 3; the tokenizer (109 M parameters) trains with 0, 1 or 2")
-    if engine.activation_checkpointing:
-        raise ValueError("engine.activation_checkpointing is on; it has no effect on the tokenizer: set it to false")
+    plain = EngineConfig()
+    for name in ("activation_checkpointing", "compile"):
+        if getattr(engine, name) != getattr(plain, name):
+            raise ValueError(
+                f"engine.{name} is {getattr(engine, name)}; it has no effect on the tokenizer: leave it out"
+            )
 
 
 def train(config: TokenizerConfig, supervision: Supervision) -> None:

@@ -6,8 +6,9 @@ what is masked (FlexAttention). `masked` is the plain one, with a dense mask: th
 
 Shapes: B batch, L tokens of all scales, H heads, D/H head width.
 """
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -39,32 +40,40 @@ class BlockCausalAttention:
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
         """q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
-        way = {PER_SCALE: per_scale, FLEX: flex, MASKED: masked}[self.way]
-        return way(self.scales, q, k, v, softmax_scale)
+        return self.on(q.device)(q, k, v, softmax_scale=softmax_scale)
+
+    def on(self, device: torch.device) -> Callable[..., Tensor]:
+        """The same as a plain function, with what it needs made once: a block that is compiled need not look inside."""
+        if self.way == PER_SCALE:
+            return partial(per_scale, self.scales.scale_sizes)
+        if self.way == MASKED:
+            return partial(masked, self.scales.block_causal_mask(device))
+        return partial(flex, flex_block_mask(self.scales, device))
 
 
-def per_scale(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
-    """One unmasked call for each scale.
+def per_scale(scale_sizes: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
+    """One unmasked call for each scale, of `scale_sizes` tokens.
 
     Keys and values are joined again for each, rather than cut from the whole: the gradient of a cut is the whole
     sequence again, zeros and all, which costs more than the copies.
     """
-    qs, ks, vs = (part.split(scales.scale_sizes, dim=2) for part in (q, k, v))
-    seen = range(1, scales.num_scales + 1)
+    qs, ks, vs = (part.split(scale_sizes, dim=2) for part in (q, k, v))
+    seen = range(1, len(scale_sizes) + 1)
     parts = [full_attention(qs[n - 1], torch.cat(ks[:n], dim=2), torch.cat(vs[:n], dim=2), softmax_scale=softmax_scale)
              for n in seen]
     return torch.cat(parts, dim=2)
 
 
-def masked(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def masked(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
     """One call over all pairs, with an (L, L) mask."""
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=scales.block_causal_mask(q.device), scale=softmax_scale)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
 
 
-def flex(scales: Scales, q: Tensor, k: Tensor, v: Tensor, softmax_scale: float) -> Tensor:
+def flex(block_mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
     """One fused call that skips the blocks of pairs that are masked. On the CPU it has no gradient and no speed."""
-    call = flex_attention if q.device.type == "cpu" else compiled_flex_attention()
-    return call(q, k, v, block_mask=flex_block_mask(scales, q.device), scale=softmax_scale)
+    is_fused_by_caller = q.device.type == "cpu" or torch.compiler.is_compiling()
+    call = flex_attention if is_fused_by_caller else compiled_flex_attention()
+    return call(q, k, v, block_mask=block_mask, scale=softmax_scale)
 
 
 @lru_cache(maxsize=1)

@@ -8,11 +8,12 @@ added in that precision, where the public code adds them in float32; the logits 
 Shapes: B batch, K scales, L tokens, p_k side of token map k, C code width, D model width, V vocabulary.
 """
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from models.attention import PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, Scales
@@ -20,6 +21,7 @@ from models.transformer import (
     INITIAL_LOG_SCALE,
     NUM_MODULATIONS,
     AdaLNBlock,
+    Attend,
     FinalNorm,
     KVCache,
     LayerNormBlock,
@@ -29,6 +31,17 @@ from models.transformer import (
 HEAD_DIM = 64
 ADALN, SHARED_ADALN, LAYER_NORM = "adaln", "shared_adaln", "layer_norm"
 NORMS = (ADALN, SHARED_ADALN, LAYER_NORM)
+# what a block keeps for the backward pass: all; its input alone; its input and what matrix products and attention gave
+NO_CHECKPOINTING, FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING = "none", "full", "selective"
+CHECKPOINTINGS = (NO_CHECKPOINTING, FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING)
+KEPT_OPERATIONS = (
+    torch.ops.aten.mm.default,
+    torch.ops.aten.addmm.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+)
 
 
 @dataclass(frozen=True)
@@ -110,8 +123,8 @@ class VAR(nn.Module):
         super().__init__()
         self.config = config
         self.scales = config.scales
-        self.checkpoint_activations = False     # set from outside: recompute each block in the backward pass
-        self.attention = PER_SCALE                   # set from outside: one of models.attention.ATTENTIONS
+        self.checkpointing = NO_CHECKPOINTING   # set from outside: one of CHECKPOINTINGS
+        self.attention = PER_SCALE              # set from outside: one of models.attention.ATTENTIONS
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)      # the last row is the null class
         self.start_position = nn.Parameter(torch.empty(self.scales.first_tokens, width))
@@ -165,12 +178,16 @@ class VAR(nn.Module):
         exempt = ("start_position", "position_embedding", "scale_embedding.weight", "modulation.offset")
         return frozenset(name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(exempt))
 
-    def enable_activation_checkpointing(self) -> None:
-        """Trade memory for time: keep each block's input only and recompute the rest in the backward pass."""
-        self.checkpoint_activations = True
+    def compile_blocks(self) -> None:
+        """Let torch.compile fuse what lies between the matrix products of a block; all blocks share the compiled code.
+
+        The inside of each block is compiled: hooks around it, which gather partitioned weights, stay outside.
+        """
+        for block in self.blocks:
+            block.forward = torch.compile(block.forward, dynamic=False)
 
     def forward(self, inputs: Tensor, labels: Tensor, *, residual_scale: Tensor | None = None) -> Tensor:
-        """Logits of all scales from the true codes: (B, L, V) float32.
+        """Logits of all scales from the true codes: (B, L, V), in the precision of the weights.
 
         inputs: (B, L - p_1^2, C), the quantiser's teacher-forcing inputs. labels: (B,) int64, null_class where dropped.
         residual_scale: (depth, 2, B), see AdaLNBlock; None keeps every branch.
@@ -182,11 +199,11 @@ class VAR(nn.Module):
         x = torch.cat([self._start_tokens(condition), self._embed_inputs(inputs)], dim=1)       # (B, L, D)
         x = x + self.position_embedding + self.scale_embedding(self.scales.scale_ids(x.device))
         block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
-        attend = BlockCausalAttention(self.scales, self.attention)
+        attend = BlockCausalAttention(self.scales, self.attention).on(x.device)
         for layer, block in enumerate(self.blocks):
             branch_scale = None if residual_scale is None else residual_scale[layer]            # (2, B)
             x = self._run_block(block, x, block_condition, attend=attend, residual_scale=branch_scale)
-        return self.head(self.final_norm(x, condition)).float()             # (B, L, V)
+        return self.head(self.final_norm(x, condition))                     # (B, L, V)
 
     def forward_scale(self, inputs: Tensor | None, labels: Tensor, k: int, cache: KVCache) -> Tensor:
         """Logits of scale k, given in `cache` the scales before it: (B, p_k^2, V) float32. Moves the cache on.
@@ -229,12 +246,18 @@ class VAR(nn.Module):
             return condition
         return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
 
-    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, attend: BlockCausalAttention,
+    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, attend: Attend,
                    residual_scale: Tensor | None) -> Tensor:
-        if not (self.checkpoint_activations and torch.is_grad_enabled()):
+        if self.checkpointing == NO_CHECKPOINTING or not torch.is_grad_enabled():
             return block(x, condition, attend=attend, residual_scale=residual_scale)
+        chosen = {"context_fn": keep_products} if self.checkpointing == SELECTIVE_CHECKPOINTING else {}
         return checkpoint(block, x, condition, attend=attend, residual_scale=residual_scale, use_reentrant=False,
-                          preserve_rng_state=False)     # the blocks draw no random numbers
+                          preserve_rng_state=False, **chosen)   # the blocks draw no random numbers
+
+
+def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
+    """For `checkpoint`: keep what matrix products and attention gave, recompute what is cheap."""
+    return create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
 
 
 def make_block(config: VARConfig, layer: int) -> nn.Module:

@@ -74,7 +74,7 @@ class InMemory:
 
 
 def var_stage(world: World, engine: EngineConfig) -> VARStage:
-    model = build_var(TRANSFORMER, seed=0, activation_checkpointing=engine.activation_checkpointing).to(world.device)
+    model = build_var(TRANSFORMER, engine, seed=0).to(world.device)
     optimizer = build_optimizer(model, OPTIMIZER, undecayed=model.names_without_weight_decay())
     tokenizer = build_tokenizer(TOKENIZER, seed=0).eval().requires_grad_(False)
     return VARStage(
@@ -157,7 +157,7 @@ def float32(zero_stage: int) -> EngineConfig:
         zero_stage=zero_stage,
         precision="fp32",
         micro_batch=4,
-        activation_checkpointing=zero_stage == 3,
+        activation_checkpointing="full" if zero_stage == 3 else "none",
         reduce_bucket_size=1_000_000,
         prefetch_bucket_size=100_000,
         persistence_threshold=1000,
@@ -201,7 +201,7 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
 
 def initial_error(stage: VARStage, world: World) -> float:
     """How far the engine's float32 weights are from those the model was given, at the worst."""
-    wanted = build_var(TRANSFORMER, seed=0, activation_checkpointing=False).state_dict()
+    wanted = build_var(TRANSFORMER, EngineConfig(), seed=0).state_dict()
     found = {name: value.clone() for name, value in stage.engines["model"].state.tensors()}
     return max(float((found[f"weight/{name}"] - wanted[name]).abs().max()) for name in wanted)
 

@@ -22,12 +22,12 @@ def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.Mon
     monkeypatch.setattr(benchmark_timing, "matmul_flops_per_second", lambda precision: {"bf16": 400.0}[precision])
     monkeypatch.setattr(benchmark_timing, "copy_bytes_per_second", lambda: 50.0)
     contestant = Contestant(
-        "a", lambda: 1, 2.0, 5.0, precision="bf16", extra=lambda: {"data_wait_share": 0.5}
+        "a", lambda: 1, 2.0, 5.0, precision="bf16", extra=lambda: {"data_wait_ms": 0.5}
     )
     row = time_in_turns([contestant], repeats=1)[0]
     rate = row["samples_per_second"]
     assert row["mfu"] == pytest.approx(rate * 2 / 400) and row["bandwidth_share"] == pytest.approx(rate * 5 / 50)
-    assert row["data_wait_share"] == 0.5
+    assert row["data_wait_ms"] == 0.5
 
 
 def test_the_table_has_the_columns_that_any_row_has() -> None:

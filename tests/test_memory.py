@@ -41,7 +41,7 @@ def test_float32_without_zero_has_no_master_copy() -> None:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_checkpointing_reduces_activations_and_nothing_else(precision: str) -> None:
     plain = estimate(precision=precision)
-    checkpointed = estimate(precision=precision, activation_checkpointing=True)
+    checkpointed = estimate(precision=precision, activation_checkpointing="full")
     assert checkpointed.activations < plain.activations / 2
     assert plain.total - checkpointed.total == plain.activations - checkpointed.activations
 

@@ -149,3 +149,21 @@ def test_averaging_does_not_change_the_weights() -> None:
 def test_a_decay_of_one_is_refused() -> None:
     with pytest.raises(ValueError, match=r"optimizer.ema_decay is 1.0; it must lie in \[0, 1\)"):
         OptimizerConfig(ema_decay=1.0)
+
+
+@pytest.mark.parametrize("ema_decay", [0.0, 0.9])
+def test_twenty_fused_steps_are_those_of_the_plain_optimizer(ema_decay: float) -> None:
+    fused_model, plain_model = VAR(VAR_CONFIG, seed=1), VAR(VAR_CONFIG, seed=1)
+    config = OptimizerConfig(ema_decay=ema_decay)
+    fused, plain = (build_optimizer(model, config) for model in (fused_model, plain_model))
+    for group in plain.param_groups:
+        group["fused"] = False
+    for step in range(20):
+        for one, other in zip(fused_model.parameters(), plain_model.parameters()):
+            one.grad = torch.randn(one.shape, generator=torch.Generator().manual_seed(step))
+            other.grad = one.grad.clone()
+        for optimizer in (fused, plain):
+            set_schedule(optimizer, 1e-3, 0.05)
+            optimizer.step()
+    for one, other in zip(fused_model.parameters(), plain_model.parameters()):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)

@@ -26,7 +26,8 @@ def test_a_dry_run_of_the_tokenizer_reads_one_batch(study: Study, capsys: pytest
     [
         ({"precision": "bf16"}, "engine.precision is bf16"),
         ({"zero_stage": 3}, "engine.zero_stage is 3"),
-        ({"activation_checkpointing": True}, "engine.activation_checkpointing is on"),
+        ({"activation_checkpointing": "full"}, "engine.activation_checkpointing is full"),
+        ({"compile": True}, "engine.compile is True"),
     ],
 )
 def test_an_engine_that_does_not_fit_the_tokenizer_is_refused(change: dict[str, Any], message: str) -> None:

@@ -1,13 +1,15 @@
 """The VAR transformer: causality between scales, cached against full forward, initial weights."""
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.nn import functional as F
 
 from models.attention import MASKED, PER_SCALE
-from models.var import VAR, VARConfig
+from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR, VARConfig
 
 BATCH = 3
 KINDS = {
@@ -131,10 +133,11 @@ def test_plain_layer_norms_begin_with_weight_1_and_know_the_class_from_the_start
     assert torch.equal(var(inputs, torch.zeros(BATCH, dtype=torch.int64)), var(inputs, torch.ones(BATCH).long()))
 
 
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: VARConfig) -> None:
+@pytest.mark.parametrize("checkpointing", [FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: VARConfig, checkpointing: str) -> None:
     inputs, labels = make_batch(config)
     plain, checkpointed = make_var(config), make_var(config)
-    checkpointed.enable_activation_checkpointing()
+    checkpointed.checkpointing = checkpointing
     residual_scale = torch.tensor([0.0, 1.0, 2.0]).expand(2, 2, BATCH)
     losses = [var(inputs, labels, residual_scale=residual_scale).square().mean() for var in (plain, checkpointed)]
     assert torch.equal(*losses)
@@ -168,7 +171,7 @@ def test_bfloat16_weights_and_bfloat16_autocast_come_near_float32(config: VARCon
             cached = var.forward_scale(None, labels, 0, var.allocate_cache(BATCH))
         low = var.bfloat16()(inputs, labels)
     for logits in (autocast, low):          # bfloat16 keeps 8 bits, about 0.4 % per operation
-        assert logits.dtype == torch.float32
+        assert logits.dtype == torch.bfloat16
         assert (logits - wanted).norm() < 0.05 * wanted.norm()
     assert cached.dtype == torch.float32
 
@@ -224,19 +227,34 @@ def test_an_impossible_model_is_refused(change: dict, message: str) -> None:
         VARConfig(**({"depth": 2} | change))
 
 
-def test_twenty_steps_take_the_same_losses_with_and_without_a_dense_mask(config: VARConfig) -> None:
+def twenty_losses(config: VARConfig, prepare: Callable[[VAR], None]) -> list[float]:
+    """The losses of twenty steps of a model that is changed by `prepare`."""
     inputs, labels = make_batch(config)
-    losses = {}
-    for way in (MASKED, PER_SCALE):
-        var = make_var(config)
-        var.attention = way
-        optimizer = torch.optim.SGD(var.parameters(), lr=0.05)
-        losses[way] = []
-        for _ in range(20):
-            loss = var(inputs, labels).logsumexp(dim=2).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            losses[way].append(loss.item())
-    assert losses[PER_SCALE] == pytest.approx(losses[MASKED], rel=1e-5)
-    assert losses[PER_SCALE][-1] < losses[PER_SCALE][0]
+    var = make_var(config)
+    prepare(var)
+    optimizer = torch.optim.SGD(var.parameters(), lr=0.05)
+    losses = []
+    for _ in range(20):
+        loss = var(inputs, labels).logsumexp(dim=2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+@pytest.mark.parametrize(("name", "value"), [("attention", PER_SCALE), ("checkpointing", FULL_CHECKPOINTING),
+                                             ("checkpointing", SELECTIVE_CHECKPOINTING)])
+def test_twenty_steps_take_the_losses_of_the_plain_path(config: VARConfig, name: str, value: str) -> None:
+    plain = twenty_losses(config, lambda var: setattr(var, "attention", MASKED))
+    faster = twenty_losses(config, lambda var: setattr(var, name, value))
+    assert faster == pytest.approx(plain, rel=1e-5) and faster[-1] < faster[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["adaln", "shared_adaln", "layer_norm"])
+def test_twenty_steps_of_compiled_blocks_take_the_losses_of_the_plain_path(kind: str) -> None:
+    plain = twenty_losses(KINDS[kind], lambda var: None)
+    counters.clear()
+    assert twenty_losses(KINDS[kind], VAR.compile_blocks) == pytest.approx(plain, rel=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1      # both blocks share it

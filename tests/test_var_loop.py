@@ -12,8 +12,10 @@ import torch
 from tiny import VAR_CONFIG, Batch, PlainEngine, code_batch, image_batch, make_tokenizer
 from torch import Tensor
 
-from models.var import VAR, VARConfig
+from models.attention import MASKED
+from models.var import CHECKPOINTINGS, VAR, VARConfig
 from training.distributed import World
+from training.engine import EngineConfig
 from training.flops import training_flops
 from training.loop import StepContext
 from training.losses import token_scores
@@ -243,6 +245,8 @@ def test_the_headline_shows_losses_and_accuracies() -> None:
     assert make_stage().headline(record) == "loss 2.5000 (last 2.2500) acc 25.00% (last 10.00%)"
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_activation_checkpointing_reaches_the_model(checkpointing: bool) -> None:
-    assert build_var(VAR_CONFIG, seed=0, activation_checkpointing=checkpointing).checkpoint_activations == checkpointing
+@pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)
+def test_what_the_engine_says_reaches_the_model(checkpointing: str) -> None:
+    engine = EngineConfig(activation_checkpointing=checkpointing, attention=MASKED)
+    model = build_var(VAR_CONFIG, engine, seed=0)
+    assert model.checkpointing == checkpointing and model.attention == MASKED

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from training import slurm
+from training.host_memory import keep_freed_memory
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,7 @@ def join_world(timeout_seconds: float = 600.0) -> World:
         torch.cuda.set_device(world.device)
     else:
         torch.set_num_threads(_share_of_cores(world, by_srun))
+        keep_freed_memory()
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import ATTENTIONS, PER_SCALE
+from models.var import CHECKPOINTINGS, NO_CHECKPOINTING
 from training.distributed import World, barrier
 from training.foreign_weights import forbid_unpickling
 from training.optim import set_schedule
@@ -41,7 +42,8 @@ class EngineConfig:
     precision: str = "bf16"
     micro_batch: int = 16  # images per GPU and forward pass; accumulation follows from the global batch
     attention: str = PER_SCALE  # or flex, one fused kernel on CUDA; masked, the plain one with a dense mask
-    activation_checkpointing: bool = False
+    compile: bool = False  # torch.compile of each transformer block; the first step then takes minutes
+    activation_checkpointing: str = NO_CHECKPOINTING  # or full: keep a block's input; selective: and its products
     gradient_clipping: float = 2.0
     reduce_bucket_size: int = 200_000_000
     prefetch_bucket_size: int = 140_000_000  # at least one block, or ZeRO-3's prefetch stops short: d30 has 66.4 M
@@ -54,6 +56,11 @@ class EngineConfig:
             raise ValueError(f"engine.precision is '{self.precision}'; accepted: {', '.join(PRECISIONS)}")
         if self.attention not in ATTENTIONS:
             raise ValueError(f"engine.attention is '{self.attention}'; accepted: {', '.join(ATTENTIONS)}")
+        if self.activation_checkpointing not in CHECKPOINTINGS:
+            raise ValueError(
+                f"engine.activation_checkpointing is '{self.activation_checkpointing}'; "
+                f"accepted: {', '.join(CHECKPOINTINGS)}"
+            )
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
                 f"engine.precision {self.precision} needs engine.zero_stage 1, 2 or 3: without ZeRO DeepSpeed does not "

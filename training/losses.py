@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.scales import Scales
+from training.cross_entropy import token_cross_entropy
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # of torchvision's vgg16-397923af.pth
 
@@ -26,8 +27,8 @@ class TokenScores:
 
 
 def token_scores(logits: Tensor, codes: Tensor, scales: Scales) -> TokenScores:
-    """Score logits (B, L, V) against codes (B, L)."""
-    loss = F.cross_entropy(logits.float().flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)  # (B, L)
+    """Score logits (B, L, V), of any precision, against codes (B, L)."""
+    loss = token_cross_entropy(logits.flatten(0, 1), codes.flatten()).view_as(codes)  # (B, L)
     error = (logits.argmax(-1) != codes).float()  # (B, L)
     return TokenScores(_mean_per_scale(loss, scales), _mean_per_scale(error, scales))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-from models.var import VARConfig
+from models.var import NO_CHECKPOINTING, VARConfig
 from training.engine import EngineConfig
 
 ACTIVATION_BYTES = {"fp32": 68, "bf16": 34, "fp16": 34}  # per token, width and block
@@ -46,5 +46,5 @@ def _activations(model: VARConfig, engine: EngineConfig) -> int:
     tokens = model.scales.num_tokens
     block = ACTIVATION_BYTES[engine.precision] * tokens * model.width
     kept = (2 if engine.precision != "fp32" else 4) * tokens * model.width * model.depth + block
-    blocks = kept if engine.activation_checkpointing else block * model.depth
+    blocks = kept if engine.activation_checkpointing != NO_CHECKPOINTING else block * model.depth
     return engine.micro_batch * (blocks + LOGIT_BYTES * tokens * model.vocab_size)

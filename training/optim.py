@@ -104,7 +104,7 @@ def build_optimizer(
     settings = {"lr": config.base_lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
     if config.ema_decay:
         return AveragingAdamW(groups, ema_decay=config.ema_decay, **settings)
-    return torch.optim.AdamW(groups, **settings)
+    return torch.optim.AdamW(groups, fused=True, **settings)
 
 
 def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:

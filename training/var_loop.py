@@ -14,11 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.attention import PER_SCALE
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
 from training.distributed import World, sum_over_ranks
-from training.engine import Engine
+from training.engine import Engine, EngineConfig
 from training.flops import training_flops
 from training.losses import average_over_tokens, token_scores
 from training.seams import reach
@@ -118,12 +117,13 @@ class VARStage:
         )
 
 
-def build_var(config: VARConfig, *, seed: int, attention: str = PER_SCALE, activation_checkpointing: bool) -> VAR:
-    """The transformer with its initial weights, a function of the seed alone."""
+def build_var(config: VARConfig, engine: EngineConfig, *, seed: int) -> VAR:
+    """The transformer with its initial weights, a function of the seed alone, to run as `engine` says."""
     model = VAR(config, seed=seed)
-    model.attention = attention
-    if activation_checkpointing:
-        model.enable_activation_checkpointing()
+    model.attention = engine.attention
+    model.checkpointing = engine.activation_checkpointing
+    if engine.compile:
+        model.compile_blocks()
     return model
 
 

@@ -1,0 +1,61 @@
+"""The contestants of the training benchmark do training steps: their weights move, and one reads shards to do so."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tiny import PlainEngine
+
+from launchers import benchmark_train
+from launchers.benchmark_models import code_batch, make_tokenizer, var_config
+from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
+from launchers.config import BenchmarkConfig
+from training.distributed import World
+from training.flops import training_flops
+from training.step_metrics import TimedIterator
+
+CONFIG = BenchmarkConfig(what="train", depth=1, patch_nums=(1, 2), tokenizer_width=32, batch=2, repeats=1)
+
+
+@pytest.fixture(autouse=True)
+def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The engines that are made, as plain ones: a DeepSpeed world is started by the tests of a run."""
+    made: list[Any] = []
+
+    def make(model: Any, optimizer: Any, config: Any, **others: Any) -> PlainEngine:
+        made.append((config, model))
+        return PlainEngine(model)
+
+    monkeypatch.setattr(benchmark_train, "Engine", make)
+    monkeypatch.setattr(benchmark_train, "join_world", World)
+    return made
+
+
+def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
+    ours, bare = benchmark_train.benchmark_train(CONFIG)
+    assert ours["data_wait_ms"] > 0 and ours["ratio"] == 1.0
+    flops = training_flops(var_config(CONFIG))
+    assert bare["tflops"] == pytest.approx(bare["samples_per_second"] * flops / 1e12)
+
+
+def test_every_switch_is_timed_beside_none(
+    without_deepspeed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("models.var.VAR.compile_blocks", lambda self: None)  # takes half a minute
+    rows = benchmark_train.benchmark_switches(CONFIG)
+    settings = [config for config, model in without_deepspeed]
+    assert len(rows) == len(settings) == len({str(config) for config in settings})
+    assert rows[0]["name"] == "as it comes" and rows[0]["ratio"] == 1.0
+
+
+def test_each_call_is_a_step_of_training(without_deepspeed: list[Any], tmp_path: Path) -> None:
+    tokenizer = make_tokenizer(CONFIG)
+    batches = TimedIterator(read_batches(CONFIG, tmp_path))
+    step = OurStep(CONFIG, engine_config(CONFIG), tokenizer, batches, World())
+    model = without_deepspeed[0][1]
+    before = model.head.weight.detach().clone()
+    assert step() == 2 and step() == 2 and step.samples_seen == 4
+    assert not model.head.weight.equal(before)
+    assert bare_step(CONFIG, tokenizer, code_batch(var_config(CONFIG), 2))() == 2
