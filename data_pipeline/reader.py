@@ -8,17 +8,21 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Callable
+from copy import copy
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from data_pipeline.damage import DamagedData, DamagedShard
 from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
 from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, read_sample
+from data_pipeline.records import RecordKind, RecordPlaces
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
@@ -45,13 +49,14 @@ class ShardReader:
         self._first_ids = [0, *accumulate(shard.samples for shard in index.shards)]
         self._descriptors: dict[int, int] = {}  # shard number -> open file
         self._tables: dict[int, tuple[np.ndarray, list[int]]] = {}  # shard number -> rows, first row of each sample
+        self._places: RecordPlaces | None = None
         self.storage.check_sizes(index.shards)
 
     def __len__(self) -> int:
         return self._first_ids[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {**self.__dict__, "_descriptors": {}, "_places": None}
 
     def __del__(self) -> None:
         self.close()
@@ -73,6 +78,32 @@ class ShardReader:
             if self._renewed(number):
                 return self.read(sample_id)
             raise self._damaged(number, str(fault)) from fault
+
+    def read_records(
+        self, ids: np.ndarray, offsets: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
+    ) -> np.ndarray:
+        """Of each of B records the first bytes and the part at its offset: (B, head + part) uint8, checked as in `read`.
+
+        otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
+        is wrong with it.
+        """
+        places = self._known_places(ids)
+        found = places.find(ids, kind)
+        pieces: list[bytes] = []
+        columns = (ids.tolist(), offsets.tolist(), found.shards, found.starts, found.spans, found.contents)
+        for sample_id, offset, shard, start, span, content, checksum in zip(*columns, found.checksums):
+            blob = self._read_or_nothing(shard, start, span)
+            if len(blob) != span or not span or self.check and xxh3_64_intdigest(blob) != checksum:
+                blob, content = otherwise(sample_id), 0
+            pieces.append(blob[content : content + kind.head])
+            pieces.append(blob[content + offset : content + offset + kind.part])
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), kind.head + kind.part)
+
+    def twin(self) -> ShardReader:
+        """Another reader of the same shards, for another thread, with open files of its own."""
+        other = copy(self)
+        other._places = self._places
+        return other
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """The number of the shard that holds a sample, and the sample's number in it."""
@@ -101,6 +132,23 @@ class ShardReader:
             if found != shard.sha256:
                 place = self.storage.place_of_shard(shard)
                 raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
+
+    def _known_places(self, ids: np.ndarray) -> RecordPlaces:
+        if self._places is None:
+            self._places = RecordPlaces([shard.samples for shard in self.index.shards])
+        for shard in self._places.unknown_shards(ids):
+            self._places.fill(shard, *load_members(self.storage, self.index.shards[shard]))
+        return self._places
+
+    def _read_or_nothing(self, number: int, position: int, size: int) -> bytes:
+        """What is there; what is missing, and why, comes to light when the sample is read by itself."""
+        descriptor = self._descriptors.get(number)
+        if descriptor is None:
+            descriptor = self._descriptor(number)
+        try:
+            return os.pread(descriptor, size, position)
+        except OSError:
+            return b""
 
     def _renewed(self, number: int) -> bool:
         """Throw away a copy in the cache that is not what was fetched; False: it is, or this is no copy."""
