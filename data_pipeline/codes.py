@@ -110,22 +110,19 @@ def _pack_12(codes: np.ndarray) -> np.ndarray:
 def _unpack_12(rows: np.ndarray, num_tokens: int) -> np.ndarray:
     """The inverse of _pack_12, behind a label. rows: (B, 2 + ceil(3 L / 2)) -> (B, L) int16."""
     batch, width = rows.shape
-    codes = np.empty((batch, num_tokens), dtype=np.int16)
-    pairs = num_tokens // 2
-    if pairs:
-        # A pair's three bytes are read as the upper part of a 32-bit number that begins a byte earlier, and both codes
-        # are put in place at once: a few passes over narrow numbers are most of what unpacking may cost.
-        words = np.ndarray((batch, pairs), "<u4", rows, offset=LABEL_BYTES - 1, strides=(width, 3))
-        first = words.astype(np.uint32)  # from here on aligned
-        second = first >> np.uint32(4)
-        second &= np.uint32(0x0FFF0000)
-        first >>= np.uint32(8)
-        first &= np.uint32(0xFFF)
-        first |= second
-        codes[:, : 2 * pairs] = first.astype("<u4", copy=False).view("<i2")
-    if num_tokens % 2:
-        last = rows[:, -2:].copy().view("<u2")[:, 0]
-        if (last >> 12).any():
-            raise ValueError("code record with padding bits that are not zero; encode the data again")
-        codes[:, -1] = last
-    return codes
+    # A pair's three bytes are read as the upper part of a 32-bit number that begins a byte earlier, and both codes are
+    # put in place at once: a few passes over narrow numbers are most of what unpacking may cost.
+    words = np.ndarray((batch, num_tokens // 2), "<u4", rows, offset=LABEL_BYTES - 1, strides=(width, 3))
+    first = words.astype(np.uint32)  # from here on aligned
+    second = first >> np.uint32(4)
+    second &= np.uint32(0x0FFF0000)
+    first >>= np.uint32(8)
+    first &= np.uint32(0xFFF)
+    first |= second
+    codes = first.astype("<u4", copy=False).view("<i2")
+    if num_tokens % 2 == 0:
+        return codes
+    last = rows[:, -2:].copy().view("<u2")
+    if (last >> 12).any():
+        raise ValueError("code record with padding bits that are not zero; encode the data again")
+    return np.concatenate([codes, last.astype(np.int16)], axis=1)

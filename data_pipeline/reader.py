@@ -82,22 +82,36 @@ class ShardReader:
     def read_records(
         self, ids: np.ndarray, offsets: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
     ) -> np.ndarray:
-        """Of each of B records the first bytes and the part at its offset: (B, head + part) uint8, checked as in `read`.
+        """The first bytes of each of B records and the part at its offset, (B, head + part) uint8, checked as in `read`.
 
         otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
         is wrong with it.
         """
-        places = self._known_places(ids)
-        found = places.find(ids, kind)
+        places = self._places_of(kind)
+        shards = places.shards_of(ids)
+        for shard in places.unknown(shards):
+            places.fill(shard, *load_members(self.storage, self.index.shards[shard]))
+        opened, head, part = self._descriptors, kind.head, kind.part
         pieces: list[bytes] = []
-        columns = (ids.tolist(), offsets.tolist(), found.shards, found.starts, found.spans, found.contents)
-        for sample_id, offset, shard, start, span, content, checksum in zip(*columns, found.checksums):
-            blob = self._read_or_nothing(shard, start, span)
-            if len(blob) != span or not span or self.check and xxh3_64_intdigest(blob) != checksum:
-                blob, content = otherwise(sample_id), 0
-            pieces.append(blob[content : content + kind.head])
-            pieces.append(blob[content + offset : content + offset + kind.part])
-        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), kind.head + kind.part)
+        wanted = zip(shards.tolist(), ids.tolist(), offsets.tolist(), places.find(ids))
+        for shard, sample_id, offset, (start, span, headers, checksum) in wanted:
+            descriptor = opened.get(shard) or self._descriptor(shard)
+            try:
+                blob = os.pread(descriptor, span, start)
+            except OSError:  # comes again, with words, when the sample is read by itself
+                blob = b""
+            if not blob or len(blob) != span or self.check and xxh3_64_intdigest(blob) != checksum:
+                blob, headers = otherwise(sample_id), 0
+            if offset == head:  # in one piece
+                pieces.append(blob[headers : headers + head + part])
+            else:
+                pieces += blob[headers : headers + head], blob[headers + offset : headers + offset + part]
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), head + part)
+
+    def _places_of(self, kind: RecordKind) -> RecordPlaces:
+        if self._places is None or self._places.kind != kind:
+            self._places = RecordPlaces(kind, [shard.samples for shard in self.index.shards])
+        return self._places
 
     def twin(self) -> ShardReader:
         """Another reader of the same shards, for another thread, with open files of its own."""
@@ -132,23 +146,6 @@ class ShardReader:
             if found != shard.sha256:
                 place = self.storage.place_of_shard(shard)
                 raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
-
-    def _known_places(self, ids: np.ndarray) -> RecordPlaces:
-        if self._places is None:
-            self._places = RecordPlaces([shard.samples for shard in self.index.shards])
-        for shard in self._places.unknown_shards(ids):
-            self._places.fill(shard, *load_members(self.storage, self.index.shards[shard]))
-        return self._places
-
-    def _read_or_nothing(self, number: int, position: int, size: int) -> bytes:
-        """What is there; what is missing, and why, comes to light when the sample is read by itself."""
-        descriptor = self._descriptors.get(number)
-        if descriptor is None:
-            descriptor = self._descriptor(number)
-        try:
-            return os.pread(descriptor, size, position)
-        except OSError:
-            return b""
 
     def _renewed(self, number: int) -> bool:
         """Throw away a copy in the cache that is not what was fetched; False: it is, or this is no copy."""

@@ -6,13 +6,15 @@ over all shards, so that a whole batch is looked up at once, wherever its sample
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data_pipeline.members import SUFFIXES
 
-NOT_ALONE = 255  # in the place of a suffix: a sample with several members
+# the member's first byte in its shard, its bytes in all, those of them that are headers, and its checksum
+COLUMNS = ("start", "span", "headers", "checksum")
 
 
 @dataclass(frozen=True)
@@ -25,55 +27,36 @@ class RecordKind:
     part: int  # bytes wanted from an offset on that each record has of its own
 
 
-@dataclass(frozen=True)
-class Pieces:
-    """What is read of each of B samples, as lists (B,). A span of 0: this sample is not one such record."""
-
-    shards: list[int]
-    starts: list[int]  # in the shard, of the headers
-    spans: list[int]  # from there to the end of the content
-    contents: list[int]  # from there to its beginning
-    checksums: list[int]
-
-
 class RecordPlaces:
-    """The places of all records of a packed folder, filled in shard by shard."""
+    """The places of all records of one kind in a packed folder, filled in shard by shard."""
 
-    def __init__(self, shard_sizes: list[int]) -> None:
-        num_samples = sum(shard_sizes)
+    def __init__(self, kind: RecordKind, shard_sizes: Sequence[int]) -> None:
+        self.kind = kind
         self._ends = np.cumsum(shard_sizes)
         self._is_known = np.zeros(len(shard_sizes), dtype=bool)
-        self._suffixes = np.empty(num_samples, dtype=np.uint8)  # memory that is not written to takes no room
-        self._starts = np.empty(num_samples, dtype=np.int64)
-        self._spans = np.empty(num_samples, dtype=np.int64)
-        self._contents = np.empty(num_samples, dtype=np.int32)
-        self._checksums = np.empty(num_samples, dtype=np.uint64)
+        # One row a sample, or a look-up would wait for memory once a column. Rows not yet written to take no memory.
+        self._rows = np.empty((sum(shard_sizes), len(COLUMNS)), dtype=np.uint64)
 
-    def unknown_shards(self, ids: np.ndarray) -> list[int]:
-        """The shards of these samples that were not filled in yet."""
-        shards = np.searchsorted(self._ends, ids, side="right")
-        return np.unique(shards[~self._is_known[shards]]).tolist()
+    def shards_of(self, ids: np.ndarray) -> np.ndarray:
+        """The shard of each sample. ids: (B,) -> (B,)"""
+        return np.searchsorted(self._ends, ids, side="right")
+
+    def unknown(self, shards: np.ndarray) -> list[int]:
+        """Those of these shards that were not filled in yet, each once."""
+        is_known = self._is_known[shards]
+        return [] if is_known.all() else np.unique(shards[~is_known]).tolist()
 
     def fill(self, shard: int, table: np.ndarray, first: list[int]) -> None:
         """Fill in a shard. table, first: its members, and the first row of each sample, then the number of rows."""
-        rows = np.array(first[:-1], dtype=np.int64)
-        part = slice(self._ends[shard] - len(rows), self._ends[shard])
-        starts, contents = (table[name][rows].astype(np.int64) for name in ("start", "content"))
-        self._suffixes[part] = np.where(np.diff(first) == 1, table["suffix"][rows], NOT_ALONE)
-        self._starts[part] = starts
-        self._spans[part] = contents - starts + table["size"][rows]
-        self._contents[part] = contents - starts
-        self._checksums[part] = table["checksum"][rows]
+        members = table[np.array(first[:-1], dtype=np.int64)]
+        headers = members["content"] - members["start"]
+        is_record = (np.diff(first) == 1) & (members["suffix"] == SUFFIXES.index(self.kind.suffix))
+        is_record &= members["size"] == self.kind.size
+        spans = (headers + members["size"]) * is_record
+        columns = (members["start"], spans, headers, members["checksum"])
+        self._rows[self._ends[shard] - len(members) : self._ends[shard]] = np.stack(columns, axis=1)
         self._is_known[shard] = True
 
-    def find(self, ids: np.ndarray, kind: RecordKind) -> Pieces:
-        """ids: (B,), in shards that are filled in."""
-        spans, contents = self._spans[ids], self._contents[ids]
-        is_record = (self._suffixes[ids] == SUFFIXES.index(kind.suffix)) & (spans - contents == kind.size)
-        return Pieces(
-            shards=np.searchsorted(self._ends, ids, side="right").tolist(),
-            starts=self._starts[ids].tolist(),
-            spans=(spans * is_record).tolist(),
-            contents=contents.tolist(),
-            checksums=self._checksums[ids].tolist(),
-        )
+    def find(self, ids: np.ndarray) -> list[list[int]]:
+        """The COLUMNS of each sample. ids: (B,), in shards that are filled in. Span 0: it is not one such record."""
+        return self._rows[ids].tolist()

@@ -11,7 +11,7 @@ import pytest
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.index import Index
-from data_pipeline.members import Sample
+from data_pipeline.members import ROW, SUFFIXES, Sample
 from data_pipeline.reader import ShardReader
 from data_pipeline.records import RecordKind, RecordPlaces
 from data_pipeline.shards import write_shards
@@ -108,5 +108,10 @@ def test_twins_read_at_the_same_time(tmp_path: Path) -> None:
 
 
 def test_shards_are_looked_up_once_and_empty_ones_do_not_matter() -> None:
-    places = RecordPlaces([2, 0, 3])
-    assert places.unknown_shards(np.array([4, 0, 3])) == [0, 2]
+    places = RecordPlaces(KIND, [2, 0, 3])
+    table = np.zeros(3, dtype=ROW)
+    table["suffix"], table["content"], table["size"] = SUFFIXES.index("json"), 512, [12, 12, 13]
+    shards = places.shards_of(np.array([4, 0, 3]))
+    assert shards.tolist() == [2, 0, 2] and places.unknown(shards) == [0, 2]
+    places.fill(2, table, [0, 1, 2, 3])
+    assert places.unknown(shards) == [0] and [row[1] for row in places.find(np.array([4, 2, 3]))] == [0, 524, 524]
