@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
 
 from data_pipeline.damage import DamagedData, DamagedShard
 from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
-from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, read_sample
+from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, checksum_of, read_sample
 from data_pipeline.records import RecordKind, RecordPlaces
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
@@ -82,7 +81,7 @@ class ShardReader:
     def read_records(
         self, ids: np.ndarray, offsets: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
     ) -> np.ndarray:
-        """The first bytes of each of B records and the part at its offset, (B, head + part) uint8, checked as in `read`.
+        """The first bytes of each of B records and the part at its offset, checked: (B, head + part) uint8.
 
         otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
         is wrong with it.
@@ -100,7 +99,7 @@ class ShardReader:
                 blob = os.pread(descriptor, span, start)
             except OSError:  # comes again, with words, when the sample is read by itself
                 blob = b""
-            if not blob or len(blob) != span or self.check and xxh3_64_intdigest(blob) != checksum:
+            if not blob or len(blob) != span or self.check and checksum_of(blob) != checksum:
                 blob, headers = otherwise(sample_id), 0
             if offset == head:  # in one piece
                 pieces.append(blob[headers : headers + head + part])
