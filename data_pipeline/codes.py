@@ -4,15 +4,17 @@ A record is the label (2 bytes) and `views` sets of codes, each made from anothe
 little endian. Codes of 12 bits are packed two to three bytes, low nibble first; an odd last code is followed by four
 zero bits, so that every view starts on a byte. 680 codes of 12 bits give 2 + 1020 = 1022 bytes: with its tar header a
 sample takes exactly 1536.
+Unpacked codes come as narrow as they fit, int16 or int32: whoever hands them on has less to copy.
 Legend: B batch, K views, L codes of one image (num_tokens).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+from data_pipeline.records import RecordKind
 
 LABEL_BYTES = 2
 
@@ -62,35 +64,39 @@ class CodeFormat:
         pack_codes = _pack_12 if self.bits == 12 else _pack_16
         return int(label).to_bytes(LABEL_BYTES, "little") + pack_codes(codes)[:, : self.view_bytes].tobytes()
 
+    @property
+    def kind(self) -> RecordKind:
+        """What a reader takes of each record: the label, and one view."""
+        return RecordKind(self.suffix, self.record_bytes, head=LABEL_BYTES, part=self.view_bytes)
+
+    def offsets(self, views: np.ndarray) -> np.ndarray:
+        """The first byte of one view in each of B records. views: (B,) integers."""
+        assert views.min() >= 0 and views.max() < self.views, f"views {views} of {self.views}"
+        return LABEL_BYTES + views * self.view_bytes
+
     def unpack_view(self, record: bytes, view: int) -> tuple[int, np.ndarray]:
-        """Label and codes (L,) int64 of one view. Raises ValueError for a record of the wrong length."""
-        labels, codes = self.unpack_views([record], np.array([view]))
+        """Label and codes (L,) of one view. Raises ValueError for a record of another length, and as `unpack` does."""
+        if len(record) != self.record_bytes:
+            raise ValueError(f"record of {len(record)} bytes, expected {self.record_bytes}; encode the data again")
+        start = int(self.offsets(np.array([view]))[0])
+        row = np.frombuffer(record[:LABEL_BYTES] + record[start : start + self.view_bytes], dtype=np.uint8)
+        labels, codes = self.unpack(row[None])
         return int(labels[0]), codes[0]
 
-    def unpack_views(self, records: Sequence[bytes], views: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Labels (B,) and codes (B, L), int64, of one view of each of B records. views: (B,) integers.
+    def unpack(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Labels (B,) int64 and codes (B, L), int16 if they have 12 bits and int32 if they have 16.
 
-        Raises ValueError for a record of the wrong length, or bits that no writer sets.
+        rows: (B, 2 + view_bytes) uint8, contiguous, of each record the label and one view.
+        Raises ValueError for bits that no writer sets.
         """
-        assert views.min() >= 0 and views.max() < self.views, f"views {views} of {self.views}"
-        for record in records:
-            if len(record) != self.record_bytes:
-                raise ValueError(f"record of {len(record)} bytes, expected {self.record_bytes}; encode the data again")
-        table = np.frombuffer(b"".join(records), dtype=np.uint8).reshape(len(records), self.record_bytes)
-        columns = LABEL_BYTES + views[:, None] * self.view_bytes + np.arange(self.view_bytes)
-        unpack_codes = _unpack_12 if self.bits == 12 else _unpack_16
-        codes = unpack_codes(np.take_along_axis(table, columns, axis=1))
-        if codes[:, self.num_tokens :].any():
-            raise ValueError("code record with padding bits that are not zero; encode the data again")
-        return _unpack_16(table[:, :LABEL_BYTES])[:, 0], codes[:, : self.num_tokens]
+        labels = rows[:, :LABEL_BYTES].copy().view("<u2")[:, 0].astype(np.int64)
+        if self.bits == 12:
+            return labels, _unpack_12(rows, self.num_tokens)
+        return labels, rows[:, LABEL_BYTES:].copy().view("<u2").astype(np.int32)
 
 
 def _pack_16(codes: np.ndarray) -> np.ndarray:
     return codes.astype("<u2").view(np.uint8)  # (K, L) -> (K, 2 L)
-
-
-def _unpack_16(packed: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(packed).view("<u2").astype(np.int64)  # (B, 2 L) -> (B, L)
 
 
 def _pack_12(codes: np.ndarray) -> np.ndarray:
@@ -101,8 +107,22 @@ def _pack_12(codes: np.ndarray) -> np.ndarray:
     return triples.astype(np.uint8).reshape(len(codes), -1)
 
 
-def _unpack_12(packed: np.ndarray) -> np.ndarray:
-    """The inverse of _pack_12, also without the last byte of an odd last pair. -> (B, 2 ceil(L / 2))"""
-    padded = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 3))).astype(np.int64)
-    x, y, z = padded[:, 0::3], padded[:, 1::3], padded[:, 2::3]
-    return np.stack([x | ((y & 0xF) << 8), (y >> 4) | (z << 4)], axis=-1).reshape(len(packed), -1)
+def _unpack_12(rows: np.ndarray, num_tokens: int) -> np.ndarray:
+    """The inverse of _pack_12, behind a label. rows: (B, 2 + ceil(3 L / 2)) -> (B, L) int16."""
+    batch, width = rows.shape
+    # A pair's three bytes are read as the upper part of a 32-bit number that begins a byte earlier, and both codes are
+    # put in place at once: a few passes over narrow numbers are most of what unpacking may cost.
+    words = np.ndarray((batch, num_tokens // 2), "<u4", rows, offset=LABEL_BYTES - 1, strides=(width, 3))
+    first = words.astype(np.uint32)  # from here on aligned
+    second = first >> np.uint32(4)
+    second &= np.uint32(0x0FFF0000)
+    first >>= np.uint32(8)
+    first &= np.uint32(0xFFF)
+    first |= second
+    codes = first.astype("<u4", copy=False).view("<i2")
+    if num_tokens % 2 == 0:
+        return codes
+    last = rows[:, -2:].copy().view("<u2")
+    if (last >> 12).any():
+        raise ValueError("code record with padding bits that are not zero; encode the data again")
+    return np.concatenate([codes, last.astype(np.int16)], axis=1)

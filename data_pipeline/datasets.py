@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from data_pipeline.codes import CodeFormat
@@ -23,6 +25,7 @@ from data_pipeline.labels import JSON_KEY, label_of
 from data_pipeline.plan import Stream, hash_uniform
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import Storage
+from data_pipeline.tensors import stack_pixels, widen
 
 STRICT = "strict"
 QUARANTINE = re.compile(r"quarantine:([1-9][0-9]{0,8})")
@@ -64,13 +67,21 @@ class PackedDataset:
         return tuple(shard.samples for shard in self.index.shards)
 
     def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> data and labels, (B, ...). Raises DamagedData for a sample that is not as it was."""
+        """ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1] or codes (B, L) int64, and labels (B,) int64.
+
+        Raises DamagedData for a sample that is not as it was.
+        """
+        data, labels = self.read_narrow(ids, epochs)
+        return widen(data), labels
+
+    def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """As `read`, before data_pipeline/tensors.py's `widen`."""
         raise NotImplementedError
 
     def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[BadSample, ...]]:
-        """As `read`, and which samples were replaced, if bad ones are allowed."""
+        """As `read_narrow`, and which samples were replaced, if bad ones are allowed."""
         try:
-            return (*self.read(ids, epochs), ())
+            return (*self.read_narrow(ids, epochs), ())
         except DamagedData:
             if not self.max_bad:
                 raise
@@ -78,6 +89,12 @@ class PackedDataset:
         rows = [self._row(int(sample_id), epoch, bad) for sample_id, epoch in zip(ids, epochs)]
         data, labels = zip(*rows)
         return torch.cat(data), torch.cat(labels), tuple(bad)
+
+    def twin(self) -> PackedDataset:
+        """The same data for another thread, read through open files of its own."""
+        other = copy(self)
+        other.reader = self.reader.twin()
+        return other
 
     def try_one(self) -> None:
         """Read the first sample, so that what suits no sample shows before anything starts. Raises DamagedData."""
@@ -95,7 +112,7 @@ class PackedDataset:
     def _row(self, sample_id: int, epoch: int, bad: list[BadSample]) -> tuple[Tensor, Tensor]:
         epochs = np.array([epoch])
         try:
-            return self.read(np.array([sample_id]), epochs)
+            return self.read_narrow(np.array([sample_id]), epochs)
         except DamagedShard:
             raise
         except DamagedData as error:
@@ -104,7 +121,7 @@ class PackedDataset:
         for tried in range(1, min(len(shard), MAX_TRIES + 1)):
             other = shard[(sample_id - shard.start + tried) % len(shard)]
             try:
-                row = self.read(np.array([other]), epochs)
+                row = self.read_narrow(np.array([other]), epochs)
             except DamagedData:
                 continue
             bad.append(BadSample(self.reader.path_of(sample_id), sample_id, reason, other))
@@ -141,11 +158,11 @@ class ImageDataset(PackedDataset):
         self.random_views = random_views
         self.json_label = self.index.meta.get("json_label", JSON_KEY)
 
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1], labels (B,) int64."""
+    def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """ids, epochs: (B,) -> images (B, 3, S, S) uint8, labels (B,) int64."""
         uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
         views, labels = zip(*(self._view_and_label(sample_id, row) for sample_id, row in zip(ids, uniforms)))
-        return torch.stack(views), self._checked_labels(labels, ids)
+        return stack_pixels(list(views)), self._checked_labels(labels, ids)
 
     def label(self, sample_id: int) -> int:
         """The class of a sample, without decoding its image."""
@@ -155,13 +172,13 @@ class ImageDataset(PackedDataset):
         except ValueError as error:
             raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
 
-    def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Tensor, int]:
+    def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Image.Image, int]:
         sample = self.reader.read(sample_id)
         try:
             image, label = image_of(sample), label_of(sample, self.json_label)
             if self.random_views:
-                return self.transform.random_view(image, uniforms), label
-            return self.transform.center_view(image), label
+                return self.transform.random_crop(image, uniforms), label
+            return self.transform.center_crop(image), label
         except ValueError as error:
             raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
 
@@ -195,13 +212,15 @@ class CodeDataset(PackedDataset):
         self.vocab_size = vocab_size
         self.format = CodeFormat(self.index.meta["num_tokens"], self.index.meta["views"], self.index.meta["bits"])
 
-    def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> codes (B, L) int64, labels (B,) int64."""
-        records = [self._record(sample_id) for sample_id in ids]
+    def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        """ids, epochs: (B,) -> codes (B, L) int16, or int32 if they have 16 bits, and labels (B,) int64."""
+        ids = np.asarray(ids, dtype=np.int64)
+        offsets = self.format.offsets(self._views(ids, epochs))
+        rows = self.reader.read_records(ids, offsets, self.format.kind, otherwise=self._record)
         try:
-            labels, codes = self.format.unpack_views(records, self._views(ids, epochs))
+            labels, codes = self.format.unpack(rows)
         except ValueError:
-            self._name_malformed(records, ids)
+            self._name_malformed(rows, ids)
             raise
         if codes.max() >= self.vocab_size:
             worst = ids[codes.max(axis=1).argmax()]
@@ -209,7 +228,7 @@ class CodeDataset(PackedDataset):
                 f"{self.reader.path_of(worst)}: sample {worst} has code {codes.max()}, vocab_size is {self.vocab_size};"
                 " re-run launchers/encode_codes.py"
             )
-        return torch.from_numpy(np.ascontiguousarray(codes)), self._checked_labels(labels, ids)
+        return torch.from_numpy(codes), self._checked_labels(labels, ids)
 
     def label(self, sample_id: int) -> int:
         """The class of a sample."""
@@ -225,16 +244,18 @@ class CodeDataset(PackedDataset):
             )
         return record
 
-    def _name_malformed(self, records: list[bytes], ids: np.ndarray) -> None:
+    def _name_malformed(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Raise DamagedData for the first record that cannot be unpacked."""
-        for record, sample_id in zip(records, ids):
+        for row, sample_id in zip(rows, ids):
             try:
-                self.format.unpack_view(record, 0)
+                self.format.unpack(row[None])
             except ValueError as error:
                 raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample_id}: {error}") from error
 
     def _views(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
         """The view each sample shows in its epoch: a permutation of the K views for each sample and K epochs."""
+        if self.format.views == 1:
+            return np.zeros(len(ids), dtype=np.int64)
         cycles, turns = np.divmod(epochs, self.format.views)
         order = np.argsort(hash_uniform(0, Stream.VIEW, ids, cycles, self.format.views), axis=1)  # (B, K)
         return order[np.arange(len(ids)), turns]

@@ -19,7 +19,6 @@ from itertools import islice
 from typing import TypeVar
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
@@ -28,6 +27,7 @@ from torch import Tensor
 
 from data_pipeline.image_headers import StoredImage, read_header
 from data_pipeline.shards import Sample
+from data_pipeline.tensors import floats_of, pixels_of
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member suffix
 IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")  # the last is only in tars of other people
@@ -68,22 +68,28 @@ class ImageTransform:
     def short_side(self) -> int:
         return round(self.image_size * self.resize_ratio)
 
-    def random_view(self, image: Image.Image, uniforms: np.ndarray) -> Tensor:
-        """One random crop, chosen by three numbers in [0, 1): top, left, flip. -> (3, S, S) float32 in [-1, 1]."""
+    def random_crop(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
+        """One random view (S, S), chosen by three numbers in [0, 1): top, left, flip."""
         image = resize_short_side(image, self.short_side)
         top = int(uniforms[0] * (image.height - self.image_size + 1))
         left = int(uniforms[1] * (image.width - self.image_size + 1))
         view = self._crop(image, top=top, left=left)
-        if self.flip and uniforms[2] < 0.5:
-            view = ImageOps.mirror(view)
-        return _to_tensor(view)
+        return ImageOps.mirror(view) if self.flip and uniforms[2] < 0.5 else view
 
-    def center_view(self, image: Image.Image) -> Tensor:
-        """The centre crop. -> (3, S, S) float32 in [-1, 1]."""
+    def center_crop(self, image: Image.Image) -> Image.Image:
+        """The view (S, S) in the centre."""
         image = resize_short_side(image, self.short_side)
         top = round((image.height - self.image_size) / 2)
         left = round((image.width - self.image_size) / 2)
-        return _to_tensor(self._crop(image, top=top, left=left))
+        return self._crop(image, top=top, left=left)
+
+    def random_view(self, image: Image.Image, uniforms: np.ndarray) -> Tensor:
+        """`random_crop` as a tensor. -> (3, S, S) float32 in [-1, 1]."""
+        return floats_of(pixels_of(self.random_crop(image, uniforms)))
+
+    def center_view(self, image: Image.Image) -> Tensor:
+        """`center_crop` as a tensor. -> (3, S, S) float32 in [-1, 1]."""
+        return floats_of(pixels_of(self.center_crop(image)))
 
     def _crop(self, image: Image.Image, *, top: int, left: int) -> Image.Image:
         return image.crop((left, top, left + self.image_size, top + self.image_size))
@@ -101,11 +107,6 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     if width * height > MAX_PIXELS:
         raise ValueError(f"{image.width} x {image.height} pixels: too narrow, it would become {width} x {height}")
     return image.resize((width, height), Image.Resampling.LANCZOS)
-
-
-def _to_tensor(image: Image.Image) -> Tensor:
-    pixels = torch.from_numpy(np.array(image))  # (S, S, 3) uint8
-    return pixels.permute(2, 0, 1).to(torch.float32).div_(255).mul_(2).sub_(1).contiguous()
 
 
 def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:

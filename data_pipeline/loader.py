@@ -8,7 +8,7 @@ Legend: B batch, L codes of one image, S image size in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
@@ -23,14 +23,20 @@ from data_pipeline.index import Index
 from data_pipeline.plan import WINDOW_SAMPLES, Plan
 from data_pipeline.prefetch import Prefetcher, bytes_at_once
 from data_pipeline.read_ahead import ReadAhead
+from data_pipeline.read_thread import ThreadAhead
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import Storage
+from data_pipeline.tensors import widen
+
+AHEAD = 2  # batches that wait, ready, for the step
 
 
 @dataclass(frozen=True)
 class Batch:
-    """data: (B, 3, S, S) float32 in [-1, 1], or codes (B, L) int64; the others (B,), int64, weights float32.
+    """data: images (B, 3, S, S) or codes (B, L); the others (B,), int64, weights float32.
 
+    As it comes from a loader, data is narrow: uint8, or int16 (int32 for codes of 16 bits), which is a quarter to move.
+    `to` makes what models take, on the device: float32 in [-1, 1], or int64.
     positions are those of the training stream, or of the data set in validation. Rows of weight 0 are padding.
     """
 
@@ -41,8 +47,17 @@ class Batch:
     bad: tuple[BadSample, ...] = ()  # of the samples of this batch, those that others stand in for
 
     def to(self, device: torch.device | str) -> Batch:
+        """The batch on a device, with wide data. The copy is asynchronous if the batch is pinned."""
+        moved = self._with_each(lambda part: part.to(device, non_blocking=True))
+        return replace(moved, data=widen(moved.data))
+
+    def pinned(self) -> Batch:
+        """The batch in memory that a GPU copies from by itself. Needs CUDA."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
         names = ("data", "labels", "positions", "weights")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 class Dataset(Protocol):
@@ -67,6 +82,8 @@ class Dataset(Protocol):
     def label(self, sample_id: int) -> int: ...
 
     def note_bad(self, bad: tuple[BadSample, ...]) -> None: ...
+
+    def twin(self) -> Dataset: ...
 
 
 @dataclass(frozen=True)
@@ -174,11 +191,13 @@ def train_batches(
     seed: int,
     workers: int = 0,
     window: int = WINDOW_SAMPLES,
+    device: torch.device | str = "cpu",
 ) -> Iterator[Batch]:
-    """The endless batches of one rank, from stream position `samples_seen` on.
+    """The endless batches of one rank, from stream position `samples_seen` on, made ahead of their time.
 
-    workers: how many processes read ahead; 0 reads in this process, which for codes is enough. window: samples that are
-    shuffled together.
+    workers: how many processes read ahead; 0: a thread of this process does, which for codes is more than enough.
+    window: samples that are shuffled together. device: where the batches will go: for a GPU they are pinned.
+    Close them, or let go of them, to end what reads ahead.
     """
     _check_share(batch_size, rank, world_size)
     if samples_seen < 0 or workers < 0:
@@ -186,14 +205,34 @@ def train_batches(
     plan = Plan(dataset.shard_sizes, seed, window)
     first = samples_seen + rank * batch_size
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
-    read = partial(_read_batch, dataset)
     ahead = _Ahead(dataset, plan, samples_seen) if _has_remote_shards(dataset) else None
     if ahead:
         requests = ahead.told_of(requests, reach=batch_size * (world_size - rank))
-    batches = map(read, requests) if workers == 0 else ReadAhead(read, requests, workers=workers)
+    batches: Iterator[Batch]
+    if workers:
+        batches = ReadAhead(partial(_read_batch, dataset), requests, workers=workers)
+    else:
+        batches = map(partial(_read_batch, dataset.twin()), requests)
+    # Threads start after the workers, so that none is in its middle when they are forked.
+    batches = _in_thread(batches, torch.device(device), workers=workers)
     if ahead:
-        batches = ahead.start(batches)  # after the workers, so that no thread is in its middle when they are forked
+        batches = ahead.start(batches)
     return _Noted(batches, dataset) if dataset.max_bad else batches
+
+
+def _in_thread(batches: Iterator[Batch], device: torch.device, *, workers: int) -> Iterator[Batch]:
+    """Batches that a thread takes ahead: to read them here, or to pin them; those of workers are ahead as they are."""
+    close = batches.close if isinstance(batches, ReadAhead) else None
+    if device.type == "cuda":
+        prepare = partial(_use_device, device)
+        return ThreadAhead(map(Batch.pinned, batches), ahead=AHEAD, prepare=prepare, close=close)
+    return batches if workers else ThreadAhead(batches, ahead=AHEAD)
+
+
+def _use_device(device: torch.device) -> None:
+    """Let what this thread pins belong to the device of its rank, or every rank would take memory of the first GPU."""
+    if device.index is not None:
+        torch.cuda.set_device(device)
 
 
 def names_of_step(

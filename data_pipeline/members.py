@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from xxhash import xxh3_64_intdigest
+from xxhash import xxh3_64_intdigest as checksum_of
 
 from data_pipeline.tar import Read, TarFault, TarMember, member_name, walk_tar
 
@@ -94,7 +94,7 @@ class Scan:
         if len(data) != member.stop - member.start:
             raise TarFault(f"it ends inside {member.name}")
         place = (member.start, member.content, member.size)
-        self._rows.append((self.num_samples - 1, SUFFIXES.index(suffix), *place, xxh3_64_intdigest(data)))
+        self._rows.append((self.num_samples - 1, SUFFIXES.index(suffix), *place, checksum_of(data)))
         return data[member.content - member.start :]
 
 
@@ -116,7 +116,7 @@ def cut_sample(blob: bytes, rows: list[tuple[int, int, int, int, int, int]], *, 
     members: dict[str, bytes] = {}
     for sample, suffix, begin, content, size, checksum in rows:
         stop = content + size - start
-        if check and xxh3_64_intdigest(whole[begin - start : stop]) != checksum:
+        if check and checksum_of(whole[begin - start : stop]) != checksum:
             raise TarFault(f"member {SUFFIXES[suffix]} of sample {sample} at byte {begin} does not match its checksum")
         members[SUFFIXES[suffix]] = blob[content - start : stop]
     name = member_name(blob[: rows[0][3] - start])

@@ -81,16 +81,18 @@ def pack_images(
 ) -> PackReport:
     """Pack an image folder, or "digits", into `out`/train and `out`/val, shuffled by `seed`.
 
-    `val_fraction` counts unless the source has its own train/ and val/. With `resize_short_side`, larger images are
-    scaled down and all are stored as JPEG; without, files keep their bytes. Every image is decoded once: a bad one is
-    left out, counted, and named in skipped.jsonl. Other processes may do the same at the same time, have begun it, or
-    have done it.
+    `val_fraction` counts unless the source has its own train/ and val/. Images whose short side is longer than
+    `resize_short_side` are scaled down and stored as JPEG; the others keep their bytes, and with None all do. Every
+    image is decoded once: a bad one is left out, counted, and named in skipped.jsonl. Other processes may do the same
+    at the same time, have begun it, or have done it.
     Raises FileNotFoundError without a source; ValueError if it holds no class folders or no readable images, or `out`
     is packed with other options, or being packed; SourceChanged if a file changes meanwhile.
     """
     out = Path(out)
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
+    if resize_short_side is not None and resize_short_side < 1:
+        raise ValueError(f"resize_short_side is {resize_short_side}, expected at least 1 pixel, or null for no scaling")
     images = open_source(source, val_fraction=val_fraction, seed=seed, digits_side=digits_side)
     options = {
         "source": source,
@@ -116,7 +118,7 @@ def encoding(resize_to: int | None) -> str:
     """How an index says in which form its images are stored."""
     if resize_to is None:
         return "original files"
-    return f"JPEG quality {JPEG_QUALITY}, short side at most {resize_to} pixels"
+    return f"original files, those with a short side over {resize_to} pixels scaled down, JPEG quality {JPEG_QUALITY}"
 
 
 class _Packing:
@@ -206,12 +208,11 @@ class _Packing:
 
     def _stored_image(self, data: bytes) -> tuple[str, bytes, int, int]:
         with self.budget.decoded(data) as image:
-            if self.resize_to is None:
+            if self.resize_to is None or min(image.size) <= self.resize_to:
                 header = read_header(data)
                 size = (header.width, header.height) if header.orientation < 5 else (header.height, header.width)
                 return FORMATS[header.format], data, *size
-            if min(image.size) > self.resize_to:
-                image = resize_short_side(image, self.resize_to)
+            image = resize_short_side(image, self.resize_to)
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
             return "jpg", buffer.getvalue(), *image.size

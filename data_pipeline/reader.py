@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
+from collections.abc import Callable
+from copy import copy
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -18,7 +20,8 @@ import numpy as np
 from data_pipeline.damage import DamagedData, DamagedShard
 from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
-from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, read_sample
+from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, checksum_of, read_sample
+from data_pipeline.records import RecordKind, RecordPlaces
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
@@ -45,13 +48,14 @@ class ShardReader:
         self._first_ids = [0, *accumulate(shard.samples for shard in index.shards)]
         self._descriptors: dict[int, int] = {}  # shard number -> open file
         self._tables: dict[int, tuple[np.ndarray, list[int]]] = {}  # shard number -> rows, first row of each sample
+        self._places: RecordPlaces | None = None
         self.storage.check_sizes(index.shards)
 
     def __len__(self) -> int:
         return self._first_ids[-1]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_descriptors": {}}
+        return {**self.__dict__, "_descriptors": {}, "_places": None}
 
     def __del__(self) -> None:
         self.close()
@@ -73,6 +77,46 @@ class ShardReader:
             if self._renewed(number):
                 return self.read(sample_id)
             raise self._damaged(number, str(fault)) from fault
+
+    def read_records(
+        self, ids: np.ndarray, offsets: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
+    ) -> np.ndarray:
+        """The first bytes of each of B records and the part at its offset, checked: (B, head + part) uint8.
+
+        otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
+        is wrong with it.
+        """
+        places = self._places_of(kind)
+        shards = places.shards_of(ids)
+        for shard in places.unknown(shards):
+            places.fill(shard, *load_members(self.storage, self.index.shards[shard]))
+        opened, head, part = self._descriptors, kind.head, kind.part
+        pieces: list[bytes] = []
+        wanted = zip(shards.tolist(), ids.tolist(), offsets.tolist(), places.find(ids))
+        for shard, sample_id, offset, (start, span, headers, checksum) in wanted:
+            descriptor = opened.get(shard) or self._descriptor(shard)
+            try:
+                blob = os.pread(descriptor, span, start)
+            except OSError:  # comes again, with words, when the sample is read by itself
+                blob = b""
+            if not blob or len(blob) != span or self.check and checksum_of(blob) != checksum:
+                blob, headers = otherwise(sample_id), 0
+            if offset == head:  # in one piece
+                pieces.append(blob[headers : headers + head + part])
+            else:
+                pieces += blob[headers : headers + head], blob[headers + offset : headers + offset + part]
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), head + part)
+
+    def _places_of(self, kind: RecordKind) -> RecordPlaces:
+        if self._places is None or self._places.kind != kind:
+            self._places = RecordPlaces(kind, [shard.samples for shard in self.index.shards])
+        return self._places
+
+    def twin(self) -> ShardReader:
+        """Another reader of the same shards, for another thread, with open files of its own."""
+        other = copy(self)
+        other._places = self._places
+        return other
 
     def locate(self, sample_id: int) -> tuple[int, int]:
         """The number of the shard that holds a sample, and the sample's number in it."""

@@ -123,6 +123,6 @@ def _unpack(sample: Sample, index: Index) -> tuple[int, int]:
     code_format = CodeFormat(index.meta["num_tokens"], index.meta["views"], index.meta["bits"])
     if code_format.suffix not in sample.members:
         raise ValueError(f"no {code_format.suffix} among the members {sorted(sample.members)}")
-    record = [sample.members[code_format.suffix]]
-    unpacked = [code_format.unpack_views(record, np.array([view])) for view in range(code_format.views)]
-    return int(unpacked[0][0][0]), max(int(codes.max()) for _, codes in unpacked)
+    record = sample.members[code_format.suffix]
+    unpacked = [code_format.unpack_view(record, view) for view in range(code_format.views)]
+    return unpacked[0][0], max(int(codes.max()) for _, codes in unpacked)

@@ -24,7 +24,7 @@ class DataConfig:
 
     train: str = "data/imagenet256/codes/train"
     validation: str = "data/imagenet256/codes/val"
-    workers: int = 2
+    workers: int = 2  # processes that read ahead, for images; 0: a thread of the run does, which is enough for codes
     views: ViewConfig = field(default_factory=ViewConfig)  # for image shards; code shards hold finished views
     bad_samples: str = STRICT  # a bad sample ends the run; "quarantine:MAX": up to MAX are replaced and listed
     window: int = WINDOW_SAMPLES  # samples that are shuffled together; of remote shards the cache must hold as many

@@ -1,6 +1,9 @@
 """A folder of images, or the word `digits`, to image shards.
 
-`python launchers/pack_images.py source=/data/imagenet out=data/imagenet256/images resize_short_side=288`
+`python launchers/pack_images.py source=/data/imagenet out=data/imagenet256/images`
+
+Larger images are scaled down to a short side of 288 pixels, which is what crops of 256 are taken from
+(`resize_short_side=576` for 512, `null` to keep every file as it is).
 
 The same command, started again or several times at once, here or on any machine that sees both folders, goes on with
 the shards that nobody works on. It leaves report.json and contact_sheet.png beside the shards.

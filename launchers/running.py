@@ -230,6 +230,7 @@ def batches_from(dataset: Dataset, config: RunConfig, world: World, samples_seen
         seed=config.seed,
         workers=config.data.workers,
         window=config.data.window,
+        device=world.device,
     )
 
 

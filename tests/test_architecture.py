@@ -25,7 +25,7 @@ DOORS = {
     "s3fs": {"data_pipeline/connections.py"},
     "xxhash": {"data_pipeline/members.py"},
     "braceexpand": {"data_pipeline/indexing.py"},
-    "webdataset": {"data_pipeline/shards.py", "launchers/benchmark_data.py"},  # to write, and to be compared with
+    "webdataset": {"data_pipeline/shards.py", "launchers/benchmark_loaders.py"},  # to write, and to be compared with
     "matplotlib": {"launchers/figures.py", "launchers/scaling_figures.py"},
     "scipy": {"training/power_law.py"},
     "sklearn": {"launchers/demo.py", "data_pipeline/sources.py"},

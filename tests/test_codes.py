@@ -19,7 +19,7 @@ def test_unpacking_undoes_packing(bits: int, num_tokens: int, views: int) -> Non
     assert len(record) == code_format.record_bytes
     for view in range(views):
         label, unpacked = code_format.unpack_view(record, view)
-        assert label == 65535 and unpacked.dtype == np.int64
+        assert label == 65535 and unpacked.dtype == (np.int16 if bits == 12 else np.int32)
         np.testing.assert_array_equal(unpacked, codes[view])
 
 
@@ -27,9 +27,12 @@ def test_batches_unpack_like_single_records() -> None:
     code_format = CodeFormat(num_tokens=5, views=3, bits=12)
     codes = np.random.default_rng(0).integers(0, 4096, (4, 3, 5))
     records = [code_format.pack(label, rows) for label, rows in enumerate(codes)]
-    labels, unpacked = code_format.unpack_views(records, np.array([2, 0, 1, 2]))
-    assert labels.tolist() == [0, 1, 2, 3]
-    np.testing.assert_array_equal(unpacked, codes[np.arange(4), [2, 0, 1, 2]])
+    views = np.array([2, 0, 1, 2])
+    kind, offsets = code_format.kind, code_format.offsets(views).tolist()
+    rows = [record[: kind.head] + record[at : at + kind.part] for record, at in zip(records, offsets)]
+    labels, unpacked = code_format.unpack(np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(4, -1))
+    assert labels.tolist() == [0, 1, 2, 3] and labels.dtype == np.int64
+    np.testing.assert_array_equal(unpacked, codes[np.arange(4), views])
 
 
 def test_the_bytes_are_as_documented() -> None:

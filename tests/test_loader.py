@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -97,7 +98,7 @@ def test_each_epoch_holds_each_sample_once_with_its_own_label_and_codes(codes: C
     for epoch in ids.reshape(8, 21):
         assert sorted(epoch.tolist()) == list(range(21))
     assert (stream.labels == ids % 3).all() and (stream.data[:, 4] == 7).all()
-    assert stream.data.dtype == torch.int64 and stream.data.shape == (168, 5)
+    assert stream.data.dtype == torch.int16 and stream.data.shape == (168, 5)
 
 
 def test_as_many_epochs_as_views_show_each_view_of_each_sample_once(codes: CodeDataset) -> None:
@@ -134,7 +135,7 @@ def test_images_change_with_the_epoch_and_not_with_the_workers(tmp_path: Path) -
     folder = pack_grey_images(tmp_path / "images")
     dataset = ImageDataset(folder, ImageTransform(4, 1.5), seed=0, random_views=True)
     first = global_stream(dataset, num_steps=5)
-    assert first.data.shape == (40, 3, 4, 4) and first.data.dtype == torch.float32
+    assert first.data.shape == (40, 3, 4, 4) and first.data.dtype == torch.uint8
     assert_same(global_stream(dataset, num_steps=5, workers=2), first)
     ids = np.arange(5)
     epochs = [dataset.read(ids, np.full(5, epoch))[0] for epoch in range(8)]
@@ -187,6 +188,42 @@ def test_impossible_shares_are_refused_at_once(codes: CodeDataset, change: dict)
     options = {"batch_size": 2, "rank": 0, "world_size": 2, "samples_seen": 0, "seed": 0, "workers": 0}
     with pytest.raises(ValueError, match="expected"):
         train_batches(codes, **{**options, **change})
+
+
+def test_on_its_device_a_batch_is_what_models_take(tmp_path: Path, codes: CodeDataset) -> None:
+    images = ImageDataset(pack_grey_images(tmp_path / "images"), ImageTransform(4, 1.5), seed=0, random_views=False)
+    for dataset, dtype in ((codes, torch.int64), (images, torch.float32)):
+        batch = next(validation_batches(dataset, batch_size=5, rank=0, world_size=1)).to("cpu")
+        expected, labels = dataset.read(np.arange(5), np.zeros(5, np.int64))
+        assert batch.data.dtype == dtype and batch.data.is_contiguous()
+        assert torch.equal(batch.data, expected) and torch.equal(batch.labels, labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_batches_for_a_gpu_are_pinned_ahead_in_a_thread(
+    codes: CodeDataset, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without a GPU: what would pin says which thread it was called in, and for which device."""
+    pinned: list[threading.Thread] = []
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: pinned.append(threading.current_thread()) or self)
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    options = {"batch_size": 4, "rank": 0, "world_size": 1, "samples_seen": 0, "seed": 5, "workers": workers}
+    batches = train_batches(codes, device="cuda:1", **options)
+    plain = train_batches(codes, **options)
+    for _ in range(3):
+        assert_same(next(batches), next(plain))
+    batches.close()
+    assert len(pinned) >= 3 * 4 and threading.main_thread() not in pinned and used == [torch.device("cuda:1")]
+    assert list(batches) == []
+
+
+def test_reading_ahead_in_a_thread_leaves_the_data_set_to_others(codes: CodeDataset) -> None:
+    batches = train_batches(codes, batch_size=4, rank=0, world_size=1, samples_seen=0, seed=5)
+    next(batches)
+    codes.reader.close()
+    assert codes.read(np.arange(3), np.zeros(3, np.int64))[0][:, 0].tolist() == [0, 1, 2]
+    assert next(batches).positions.tolist() == [4, 5, 6, 7]
 
 
 def test_batches_move_to_a_device(codes: CodeDataset) -> None:

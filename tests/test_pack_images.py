@@ -8,9 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tiny import Study, command
 
+from data_pipeline.images import image_of
+from data_pipeline.index import Index
+from data_pipeline.reader import ShardReader
 from launchers import pack_images
+from launchers.command_line import parse
 from launchers.config import PackConfig
 
 
@@ -58,3 +63,20 @@ def test_a_folder_packed_otherwise_is_neither_taken_for_done_nor_overwritten(
     name = next(iter(change)).replace("resize_short_side", "encoding")
     with pytest.raises(ValueError, match=f"already packed with {name} .*, now it is .*; delete it or choose another"):
         pack_images.launch(command(replace(config, **change)))
+
+
+@pytest.mark.parametrize("settings, side", [([], 288), (["resize_short_side=null"], 320)])
+def test_photographs_are_scaled_down_for_the_official_crops_unless_told_otherwise(
+    tmp_path: Path, settings: list[str], side: int
+) -> None:
+    for label in "ab":
+        (tmp_path / "photos" / label).mkdir(parents=True)
+        for number in range(2):
+            Image.new("RGB", (400, 320), (90, 40 * number, 10)).save(tmp_path / f"photos/{label}/{number}.jpg")
+    dotlist = [f"source={tmp_path / 'photos'}", f"out={tmp_path / 'packed'}", "val_fraction=0.5", *settings]
+    wanted = parse(PackConfig, dotlist, "")
+    assert wanted is not None
+    pack_images.launch(wanted)
+    folder = tmp_path / "packed/train"
+    image = image_of(ShardReader(folder, Index.read(folder)).read(0))
+    assert min(image.size) == side

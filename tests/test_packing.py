@@ -110,7 +110,21 @@ def test_large_images_are_scaled_down_and_the_index_says_so(tmp_path: Path) -> N
     report = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": 6})
     sample = ShardReader(tmp_path / "packed/train", report.train).read(0)
     assert sorted(sample.members) == ["cls", "jpg"] and image_of(sample).size == (8, 6)
-    assert report.train.meta["encoding"] == "JPEG quality 95, short side at most 6 pixels"
+    assert "those with a short side over 6 pixels scaled down, JPEG quality 95" in report.train.meta["encoding"]
+
+
+def test_images_that_are_no_larger_keep_their_bytes(tmp_path: Path) -> None:
+    source = make_folder(tmp_path / "images")
+    pack_images(str(source), tmp_path / "whole", **PACK_OPTIONS)
+    pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": 9})  # they have 12 x 9
+    for shard in (tmp_path / "whole").rglob("*.tar"):
+        assert shard.read_bytes() == (tmp_path / "packed" / shard.relative_to(tmp_path / "whole")).read_bytes()
+
+
+@pytest.mark.parametrize("side", [0, -1])
+def test_no_side_is_shorter_than_a_pixel(tmp_path: Path, side: int) -> None:
+    with pytest.raises(ValueError, match=f"resize_short_side is {side}, expected at least 1 pixel, or null"):
+        pack_images("digits", tmp_path / "packed", **{**PACK_OPTIONS, "resize_short_side": side})
 
 
 def test_a_file_is_stored_under_what_it_is_not_what_it_is_called(tmp_path: Path) -> None:
@@ -235,7 +249,7 @@ def test_two_workers_at_once_share_the_work_and_make_the_same_bytes(tmp_path: Pa
         ({"seed": 1}, "seed 0, now it is 1"),
         ({"samples_per_shard": 5}, "samples_per_shard 4, now it is 5"),
         ({"val_fraction": 0.5}, "val_fraction 0.25, now it is 0.5"),
-        ({"resize_short_side": 6}, "encoding original files, now it is JPEG quality 95, short side at most 6 pixels"),
+        ({"resize_short_side": 6}, "encoding original files, now it is original files, those .* scaled down, .* 95"),
     ],
 )
 def test_going_on_with_other_options_is_refused_by_name(tmp_path: Path, change: dict, reason: str) -> None:
