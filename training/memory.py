@@ -1,7 +1,7 @@
 """Memory per GPU of a training step, by component, as arithmetic: what `--dry-run` prints before anything is allocated.
 
 A step is followed from moment to moment, since its components do not all exist at once: at the loss all activations
-and three copies of the logits, in the backward pass fewer activations and more gradients, at the end gradients and the
+and the logits with their gradient, in the backward pass fewer activations and more gradients, at the end gradients and the
 buffers that reduce them. The peak is that of the worst moment. Activations are counted from the architecture
 (training/activations.py), the rest from what DeepSpeed allocates (training/zero_memory.py). `benchmark.py memory` sets
 the predictions beside measured peaks.
@@ -23,7 +23,7 @@ from training.activations import (
     saved_by_ends,
 )
 from training.engine import EngineConfig
-from training.zero_memory import Held, block_elements, zero_memory
+from training.zero_memory import Held, block_elements, end_elements, zero_memory
 
 LOSS, BACKWARD, REDUCTION, UPDATE = "loss", "backward pass", "reduction of gradients", "update"
 
@@ -75,12 +75,11 @@ def estimate_memory(
     states = zero_memory(model, engine, world_size, averages=averages)
     kept, batch = kept_by_block(model, engine), engine.micro_batch
     forward = batch * (model.depth * kept + saved_by_ends(model, engine))
-    moments = [_moment(LOSS, states.loss(), forward, batch * loss_bytes(model))]
+    moments = [_moment(LOSS, states.loss(), forward, loss_bytes(model, engine))]
     worst_block = batch * (recomputed_by_block(model, engine) + backward_of_block(model, engine))
     size = block_elements(model)
-    ends = model.num_parameters - model.depth * size
     for block in reversed(range(model.depth)):
-        done = ends + (model.depth - 1 - block) * size
+        done = end_elements(model) + (model.depth - 1 - block) * size
         moments.append(_moment(BACKWARD, states.backward(block, done), batch * (block + 1) * kept + worst_block))
     moments += [_moment(REDUCTION, states.reduction()), _moment(UPDATE, states.update())]
     return MemoryEstimate(_moment("between steps", states.resting()), tuple(moments))

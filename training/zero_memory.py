@@ -18,8 +18,9 @@ from dataclasses import dataclass
 from math import ceil, prod
 from typing import Protocol
 
-from models.var import ADALN, LAYER_NORM, NUM_MODULATIONS, SHARED_ADALN, VARConfig
-from training.activations import FLOAT32, NONE, checkpointing, number_bytes
+from models.transformer import NUM_MODULATIONS
+from models.var import ADALN, LAYER_NORM, NO_CHECKPOINTING, SHARED_ADALN, VARConfig
+from training.activations import FLOAT32, number_bytes
 from training.engine import EngineConfig
 
 MOMENTS = 2  # of AdamW
@@ -208,14 +209,14 @@ class Sharded:
         return Held(s.e * (s.p + whole), FLOAT32 * s.p, s.optimizer, s.e * s.bucket)
 
     def loss(self) -> Held:
-        return self._with(gathered=sum(self._kept(block) for block in range(self.shares.model.depth)) + self._ends)
+        return self._with(gathered=sum(self._kept) + end_elements(self.shares.model))
 
     def backward(self, block: int, done: int) -> Held:
         """A leaf's gradients go to the bucket together, once its backward pass is over."""
         s = self.shares
         current = block_elements(s.model)
-        before = sum(self._kept(earlier) for earlier in range(block))
-        fetched = 0 if self._kept(block) else current  # the flat buffer that it came in, beside itself
+        before = sum(self._kept[:block])
+        fetched = 0 if self._kept[block] else current  # the flat buffer that it came in, beside itself
         ahead = min(s.engine.prefetch_bucket_size, block * current - before)
         flushed = min(s.bucket, done) if done + current > s.bucket else 0
         return self._with(gathered=current + before + fetched + ahead, leaf=current, flushed=flushed)
@@ -229,15 +230,8 @@ class Sharded:
         return Held(held.weights, held.gradients + flat, held.optimizer, held.buckets)
 
     @property
-    def _ends(self) -> int:
-        return self.shares.n - self.shares.model.depth * block_elements(self.shares.model)
-
-    def _kept(self, block: int) -> int:
-        """Elements of a block if it stays gathered from its forward to its backward pass, else 0."""
-        s, current = self.shares, block_elements(self.shares.model)
-        visits = 2 if checkpointing(s.engine) == NONE else 3  # of every block between: forward, recomputed, backward
-        distance = visits * (s.model.depth - 1 - block) * current + 2 * self._ends
-        return current if distance < MAX_REUSE_DISTANCE else 0
+    def _kept(self) -> list[int]:
+        return kept_elements(self.shares.model, self.shares.engine)
 
     def _with(self, *, gathered: int = 0, leaf: int = 0, flushed: int = 0) -> Held:
         s, held = self.shares, self.resting()
@@ -250,7 +244,7 @@ class Sharded:
 def block_shapes(model: VARConfig) -> list[tuple[int, ...]]:
     """Shapes of the parameters of one block."""
     w, hidden = model.width, model.hidden_width
-    shapes: list[tuple[int, ...]] = [(3 * w, w), (w,), (w,), (w, w), (w,), (hidden, w), (hidden,), (w, hidden), (w,)]
+    shapes = [(3 * w, w), (w,), (w,), (w, w), (w,), (hidden, w), (hidden,), (w, hidden), (w,)]
     shapes += [(model.num_heads,)] if model.qk_norm else []
     adaln = [(NUM_MODULATIONS * w, w), (NUM_MODULATIONS * w,)]
     return shapes + {ADALN: adaln, SHARED_ADALN: [(NUM_MODULATIONS, w)], LAYER_NORM: [(w,)] * 4}[model.norm]
@@ -274,3 +268,16 @@ def persistent_elements(model: VARConfig, engine: EngineConfig) -> int:
     """Parameters in tensors that ZeRO-3 leaves whole on every rank, being no larger than the threshold."""
     sizes = [prod(shape) for shape in model.depth * block_shapes(model) + other_shapes(model)]
     return sum(size for size in sizes if size <= engine.persistence_threshold)
+
+
+def end_elements(model: VARConfig) -> int:
+    """Parameters outside the blocks; all but the embeddings come after them."""
+    return model.num_parameters - model.depth * block_elements(model)
+
+
+def kept_elements(model: VARConfig, engine: EngineConfig) -> list[int]:
+    """For each block its elements if ZeRO-3 keeps it gathered from its forward to its backward pass, else 0."""
+    current = block_elements(model)
+    visits = 2 if engine.activation_checkpointing == NO_CHECKPOINTING else 3  # of a block: forward, again, backward
+    between = [visits * after * current + 2 * end_elements(model) for after in reversed(range(model.depth))]
+    return [current if distance < MAX_REUSE_DISTANCE else 0 for distance in between]
