@@ -1,50 +1,109 @@
 """Memory per GPU of a training step, by component, as arithmetic: what `--dry-run` prints before anything is allocated.
 
-Weights, gradients and optimiser are counted from the precision and the ZeRO stage. Activations are an estimate: 34
-bytes per token, width and block in 16-bit precision, the usual count for a GPT block without stored attention scores.
+A step is followed from moment to moment, since its components do not all exist at once: at the loss all activations
+and the logits with their gradient, in the backward pass fewer activations and more gradients, at the end gradients and the
+buffers that reduce them. The peak is that of the worst moment. Activations are counted from the architecture
+(training/activations.py), the rest from what DeepSpeed allocates (training/zero_memory.py). `benchmark.py memory` sets
+the predictions beside measured peaks.
+
+Not in it: the frozen tokenizer, the CUDA context and the buffers of NCCL and cuBLAS, and what the caching allocator
+loses to fragments.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from models.var import NO_CHECKPOINTING, VARConfig
+from models.var import VARConfig
+from training.activations import (
+    backward_of_block,
+    kept_by_block,
+    loss_bytes,
+    recomputed_by_block,
+    saved_by_ends,
+)
 from training.engine import EngineConfig
+from training.zero_memory import Held, block_elements, end_elements, zero_memory
 
-ACTIVATION_BYTES = {"fp32": 68, "bf16": 34, "fp16": 34}  # per token, width and block
-LOGIT_BYTES = 12  # per token and code: logits, their float32 copy, and its gradient
+LOSS, BACKWARD, REDUCTION, UPDATE = "loss", "backward pass", "reduction of gradients", "update"
 
 
 @dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one GPU."""
+class Moment:
+    """Bytes on one GPU at one moment of a step, by component. `block` is the one under way in the backward pass."""
 
+    name: str
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    logits: int
     buckets: int
 
     @property
+    def components(self) -> dict[str, int]:
+        return {name: size for name, size in asdict(self).items() if name != "name"}
+
+    @property
     def total(self) -> int:
-        return sum(asdict(self).values())
+        return sum(self.components.values())
 
 
-def estimate_memory(model: VARConfig, engine: EngineConfig, world_size: int) -> MemoryEstimate:
-    """Memory of one GPU out of `world_size` for the transformer of stage 2; the frozen tokenizer is not in it."""
-    stage, number = engine.zero_stage, model.num_parameters
-    low = engine.precision != "fp32"
-    weights = (2 if low else 4) * number // (world_size if stage == 3 else 1)
-    gradients = 4 * number // (world_size if stage >= 2 else 1)  # accumulated in float32
-    has_master = low or stage > 0  # DeepSpeed's ZeRO keeps a flat float32 copy in float32 training too
-    optimizer = (12 if has_master else 8) * number // (world_size if stage >= 1 else 1)
-    bucket = engine.reduce_bucket_size * (2 if low else 4) * 2 if stage > 0 else 0
-    return MemoryEstimate(weights, gradients, optimizer, _activations(model, engine), bucket)
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """All moments of a step, and what stays between two."""
+
+    resting: Moment
+    moments: tuple[Moment, ...]
+
+    @property
+    def peak(self) -> Moment:
+        return max(self.moments, key=lambda moment: moment.total)
+
+    def worst(self, name: str) -> Moment:
+        """The largest of the moments of this name."""
+        return max((moment for moment in self.moments if moment.name == name), key=lambda moment: moment.total)
 
 
-def _activations(model: VARConfig, engine: EngineConfig) -> int:
-    tokens = model.scales.num_tokens
-    block = ACTIVATION_BYTES[engine.precision] * tokens * model.width
-    kept = (2 if engine.precision != "fp32" else 4) * tokens * model.width * model.depth + block
-    blocks = kept if engine.activation_checkpointing != NO_CHECKPOINTING else block * model.depth
-    return engine.micro_batch * (blocks + LOGIT_BYTES * tokens * model.vocab_size)
+def estimate_memory(
+    model: VARConfig, engine: EngineConfig, world_size: int, *, averages: bool = False
+) -> MemoryEstimate:
+    """Memory of one GPU out of `world_size` for the transformer of stage 2.
+
+    averages: the optimiser keeps a moving average of the weights (optimizer.ema_decay).
+    """
+    states = zero_memory(model, engine, world_size, averages=averages)
+    kept, batch = kept_by_block(model, engine), engine.micro_batch
+    forward = batch * (model.depth * kept + saved_by_ends(model, engine))
+    moments = [_moment(LOSS, states.loss(), forward, loss_bytes(model, engine))]
+    worst_block = batch * (recomputed_by_block(model, engine) + backward_of_block(model, engine))
+    size = block_elements(model)
+    for block in reversed(range(model.depth)):
+        done = end_elements(model) + (model.depth - 1 - block) * size
+        moments.append(_moment(BACKWARD, states.backward(block, done), batch * (block + 1) * kept + worst_block))
+    moments += [_moment(REDUCTION, states.reduction()), _moment(UPDATE, states.update())]
+    return MemoryEstimate(_moment("between steps", states.resting()), tuple(moments))
+
+
+def _moment(name: str, held: Held, activations: int = 0, logits: int = 0) -> Moment:
+    return Moment(name, held.weights, held.gradients, held.optimizer, activations, logits, held.buckets)
+
+
+def largest_micro_batch(
+    model: VARConfig, engine: EngineConfig, world_size: int, memory_bytes: float, *, averages: bool = False
+) -> int:
+    """The most images per GPU whose predicted peak is at most `memory_bytes`; 0 if not even one fits."""
+
+    def fits(images: int) -> bool:
+        wanted = replace(engine, micro_batch=images)
+        return estimate_memory(model, wanted, world_size, averages=averages).peak.total <= memory_bytes
+
+    if not fits(1):
+        return 0
+    enough, too_many = 1, 2
+    while fits(too_many):
+        enough, too_many = too_many, 2 * too_many
+    while too_many - enough > 1:
+        middle = (enough + too_many) // 2
+        enough, too_many = (middle, too_many) if fits(middle) else (enough, middle)
+    return enough

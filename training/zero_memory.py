@@ -1,0 +1,283 @@
+"""What DeepSpeed's ZeRO holds on one GPU: weights, gradients, optimiser, buckets, and when which of them exist.
+
+Read off DeepSpeed 0.19.8, since it is not what the figure of the ZeRO paper suggests:
+
+- stage 1 in bf16 has an optimiser of its own (runtime/bf16_optimizer.py). It keeps the gradients of all parameters in
+  float32 on every rank at all times, beside the bf16 ones of the step, and `reduce_bucket_size` means nothing to it;
+- every stage above 0 keeps a float32 copy of this rank's weights, in float32 training too;
+- a bucket is flattened before it is reduced, so that it exists twice (runtime/zero/stage_1_and_2.py);
+- stage 3 does not release a block after its forward pass if the trace needs it again within MAX_REUSE_DISTANCE
+  elements (runtime/zero/partitioned_param_coordinator.py): a model of half that size stays whole on every GPU.
+
+Symbols: n parameters, W ranks, p = n / W rounded up, e bytes of a number in the engine's precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil, prod
+from typing import Protocol
+
+from models.transformer import NUM_MODULATIONS
+from models.var import ADALN, LAYER_NORM, NO_CHECKPOINTING, SHARED_ADALN, VARConfig
+from training.activations import FLOAT32, number_bytes
+from training.engine import EngineConfig
+
+MOMENTS = 2  # of AdamW
+PLAIN_BUCKET = 500_000_000  # elements reduced at once where no ZeRO optimiser does it (runtime/engine.py)
+NORM = 8  # bytes of a number while the gradient's norm is taken
+SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at once
+MAX_REUSE_DISTANCE = 1_000_000_000  # elements, as training/engine.py sets it
+
+
+@dataclass(frozen=True)
+class Held:
+    """Bytes on one GPU at one moment."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    buckets: int = 0
+
+
+class ZeroMemory(Protocol):
+    """What one kind of optimiser holds. `done` counts the elements whose gradients the backward pass has computed."""
+
+    def resting(self) -> Held: ...  # between two steps, and in the forward pass
+
+    def loss(self) -> Held: ...  # at the end of the forward pass
+
+    def backward(self, block: int, done: int) -> Held: ...
+
+    def reduction(self) -> Held: ...  # when the last gradients are reduced
+
+    def update(self) -> Held: ...
+
+
+@dataclass(frozen=True)
+class Shares:
+    """The numbers that all kinds need."""
+
+    model: VARConfig
+    engine: EngineConfig
+    ranks: int
+    averages: bool  # an exponential moving average of the weights is kept
+
+    @property
+    def n(self) -> int:
+        return self.model.num_parameters
+
+    @property
+    def p(self) -> int:
+        return ceil(self.n / self.ranks)
+
+    @property
+    def e(self) -> int:
+        return number_bytes(self.engine)
+
+    @property
+    def bucket(self) -> int:
+        return self.engine.reduce_bucket_size
+
+    @property
+    def states(self) -> int:
+        """float32 numbers that AdamW keeps of one parameter, without the weight itself."""
+        return MOMENTS + self.averages
+
+    @property
+    def optimizer(self) -> int:
+        """Of this rank's share, with its float32 weights."""
+        return FLOAT32 * (1 + self.states) * self.p
+
+
+def zero_memory(model: VARConfig, engine: EngineConfig, ranks: int, *, averages: bool) -> ZeroMemory:
+    """What the optimiser that DeepSpeed takes for this stage and precision holds."""
+    shares = Shares(model, engine, ranks, averages)
+    if engine.zero_stage == 0:
+        return Replicated(shares)
+    if engine.zero_stage == 3:
+        return Sharded(shares)
+    return AllGradients(shares) if (engine.zero_stage, engine.precision) == (1, "bf16") else Partitions(shares)
+
+
+@dataclass(frozen=True)
+class Replicated:
+    """Stage 0, float32: the model's own tensors; gradients are flattened into one more copy to be reduced."""
+
+    shares: Shares
+
+    def resting(self) -> Held:
+        s = self.shares
+        return Held(s.e * s.n, 0, FLOAT32 * s.states * s.n)
+
+    def loss(self) -> Held:
+        return self.resting()
+
+    def backward(self, block: int, done: int) -> Held:
+        return self._with(gradients=self.shares.e * done)
+
+    def reduction(self) -> Held:
+        s = self.shares
+        return self._with(gradients=s.e * s.n, buckets=s.e * min(s.n, PLAIN_BUCKET))
+
+    def update(self) -> Held:
+        return self._with(gradients=self.shares.e * self.shares.n)
+
+    def _with(self, *, gradients: int, buckets: int = 0) -> Held:
+        held = self.resting()
+        return Held(held.weights, gradients, held.optimizer, buckets)
+
+
+@dataclass(frozen=True)
+class AllGradients:
+    """Stage 1 in bf16: gradients of all parameters in float32 at all times, and in bf16 until the update is done."""
+
+    shares: Shares
+
+    def resting(self) -> Held:
+        s = self.shares
+        return Held(s.e * s.n, FLOAT32 * s.n, s.optimizer)
+
+    def loss(self) -> Held:
+        return self.resting()
+
+    def backward(self, block: int, done: int) -> Held:
+        s = self.shares
+        return Held(s.e * s.n, FLOAT32 * s.n + s.e * done, s.optimizer)
+
+    def reduction(self) -> Held:
+        """The decayed group alone is a bucket if it exceeds PLAIN_BUCKET; else both groups are flattened first."""
+        s = self.shares
+        copies = s.e if s.n > PLAIN_BUCKET else FLOAT32 + s.e
+        return Held(s.e * s.n, (FLOAT32 + s.e) * s.n, s.optimizer, copies * s.n)
+
+    def update(self) -> Held:
+        return self.backward(0, self.shares.n)
+
+
+@dataclass(frozen=True)
+class Partitions:
+    """Stages 1 and 2 otherwise: flat weights, a bucket to reduce through, gradients of this rank's share."""
+
+    shares: Shares
+
+    def resting(self) -> Held:
+        s = self.shares
+        return Held(s.e * s.n, 0, s.optimizer)
+
+    def loss(self) -> Held:
+        return self.resting()
+
+    def backward(self, block: int, done: int) -> Held:
+        """Stage 1 reduces at the end and gathers float32 gradients until then; stage 2 whenever a bucket is full."""
+        s = self.shares
+        if s.engine.zero_stage == 1:
+            return self._with(FLOAT32 * done, FLOAT32 * s.bucket)
+        if done < s.bucket:
+            return self._with(0, s.e * s.bucket)
+        return self._with(FLOAT32 * s.p, 2 * s.e * s.bucket)
+
+    def reduction(self) -> Held:
+        s = self.shares
+        filled = min(s.n, s.bucket)
+        if s.engine.zero_stage == 2:
+            return self._with(FLOAT32 * s.p, s.e * (s.bucket + filled))
+        casts = 0 if s.engine.precision == "fp32" else s.e * filled
+        return self._with(FLOAT32 * (s.n - filled + s.p), FLOAT32 * (s.bucket + filled) + casts)
+
+    def update(self) -> Held:
+        """First the norm, tensor by tensor in float64; then, in float32, the share's gradients flattened into a copy."""
+        s = self.shares
+        norm = NORM * min(s.p, max(prod(shape) for shape in block_shapes(s.model) + other_shapes(s.model)))
+        flat = FLOAT32 * s.p if s.engine.precision == "fp32" else 0
+        return self._with(FLOAT32 * s.p, max(norm, flat))
+
+    def _with(self, gradients: int, buckets: int) -> Held:
+        held = self.resting()
+        return Held(held.weights, gradients, held.optimizer, buckets)
+
+
+@dataclass(frozen=True)
+class Sharded:
+    """Stage 3: a share of everything, the bucket at all times, and the blocks that are gathered at the moment."""
+
+    shares: Shares
+
+    def resting(self) -> Held:
+        s = self.shares
+        whole = persistent_elements(s.model, s.engine) if s.ranks > 1 else 0  # one rank's share is the whole
+        return Held(s.e * (s.p + whole), FLOAT32 * s.p, s.optimizer, s.e * s.bucket)
+
+    def loss(self) -> Held:
+        return self._with(gathered=sum(self._kept) + end_elements(self.shares.model))
+
+    def backward(self, block: int, done: int) -> Held:
+        """A leaf's gradients go to the bucket together, once its backward pass is over."""
+        s = self.shares
+        current = block_elements(s.model)
+        before = sum(self._kept[:block])
+        fetched = 0 if self._kept[block] else current  # the flat buffer that it came in, beside itself
+        ahead = min(s.engine.prefetch_bucket_size, block * current - before)
+        flushed = min(s.bucket, done) if done + current > s.bucket else 0
+        return self._with(gathered=current + before + fetched + ahead, leaf=current, flushed=flushed)
+
+    def reduction(self) -> Held:
+        return self._with(flushed=min(self.shares.bucket, self.shares.n))
+
+    def update(self) -> Held:
+        s, held = self.shares, self.resting()
+        flat = FLOAT32 * min(s.p, SUB_GROUP)
+        return Held(held.weights, held.gradients + flat, held.optimizer, held.buckets)
+
+    @property
+    def _kept(self) -> list[int]:
+        return kept_elements(self.shares.model, self.shares.engine)
+
+    def _with(self, *, gathered: int = 0, leaf: int = 0, flushed: int = 0) -> Held:
+        s, held = self.shares, self.resting()
+        weights = held.weights + (s.e * gathered if s.ranks > 1 else 0)
+        casts = 0 if s.engine.precision == "fp32" else FLOAT32 * ceil(flushed / s.ranks)
+        buckets = held.buckets + s.e * flushed + casts
+        return Held(weights, held.gradients + s.e * leaf, held.optimizer, buckets)
+
+
+def block_shapes(model: VARConfig) -> list[tuple[int, ...]]:
+    """Shapes of the parameters of one block."""
+    w, hidden = model.width, model.hidden_width
+    shapes = [(3 * w, w), (w,), (w,), (w, w), (w,), (hidden, w), (hidden,), (w, hidden), (w,)]
+    shapes += [(model.num_heads,)] if model.qk_norm else []
+    adaln = [(NUM_MODULATIONS * w, w), (NUM_MODULATIONS * w,)]
+    return shapes + {ADALN: adaln, SHARED_ADALN: [(NUM_MODULATIONS, w)], LAYER_NORM: [(w,)] * 4}[model.norm]
+
+
+def other_shapes(model: VARConfig) -> list[tuple[int, ...]]:
+    """Shapes of the parameters outside the blocks."""
+    w, scales = model.width, model.scales
+    tables = [model.num_classes + 1, scales.first_tokens, scales.num_tokens, scales.num_scales, model.vocab_size]
+    shapes: list[tuple[int, ...]] = [(rows, w) for rows in tables] + [(w, model.code_width), (w,), (model.vocab_size,)]
+    shapes += [(w,), (w,)] if model.norm == LAYER_NORM else [(2 * w, w), (2 * w,)]
+    return shapes + ([(NUM_MODULATIONS * w, w), (NUM_MODULATIONS * w,)] if model.norm == SHARED_ADALN else [])
+
+
+def block_elements(model: VARConfig) -> int:
+    """Parameters of one block."""
+    return sum(prod(shape) for shape in block_shapes(model))
+
+
+def persistent_elements(model: VARConfig, engine: EngineConfig) -> int:
+    """Parameters in tensors that ZeRO-3 leaves whole on every rank, being no larger than the threshold."""
+    sizes = [prod(shape) for shape in model.depth * block_shapes(model) + other_shapes(model)]
+    return sum(size for size in sizes if size <= engine.persistence_threshold)
+
+
+def end_elements(model: VARConfig) -> int:
+    """Parameters outside the blocks; all but the embeddings come after them."""
+    return model.num_parameters - model.depth * block_elements(model)
+
+
+def kept_elements(model: VARConfig, engine: EngineConfig) -> list[int]:
+    """For each block its elements if ZeRO-3 keeps it gathered from its forward to its backward pass, else 0."""
+    current = block_elements(model)
+    visits = 2 if engine.activation_checkpointing == NO_CHECKPOINTING else 3  # of a block: forward, again, backward
+    between = [visits * after * current + 2 * end_elements(model) for after in reversed(range(model.depth))]
+    return [current if distance < MAX_REUSE_DISTANCE else 0 for distance in between]
