@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.config import BenchmarkConfig
 from launchers.machine_limits import synchronize
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales

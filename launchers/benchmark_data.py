@@ -21,6 +21,7 @@ from data_pipeline.index import Index
 from data_pipeline.loader import Batch, train_batches
 from data_pipeline.reader import ShardReader, load_members
 from data_pipeline.storage import Storage
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_folders import CODE_SAMPLES, VIEWED_SAMPLES, VIEWS, files_of, made_codes, made_images
 from launchers.benchmark_loaders import (
     BATCH,
@@ -33,7 +34,6 @@ from launchers.benchmark_loaders import (
     take,
 )
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.config import BenchmarkConfig
 
 LARGE_BATCH = 256
 WORKERS = 2

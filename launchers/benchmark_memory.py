@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from launchers.allocations import AllocationRecorder, Phase
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, var_config
 from launchers.benchmark_timing import Row
-from launchers.config import BenchmarkConfig
 from models.var import CHECKPOINTINGS, VARConfig
 from training.activations import logit_bytes
 from training.distributed import World, join_world

@@ -15,7 +15,7 @@ from data_pipeline.datasets import CodeDataset
 from data_pipeline.loader import Batch
 from data_pipeline.members import Sample
 from data_pipeline.shards import write_shards
-from launchers.config import BenchmarkConfig
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.public_code import PublicCode
 from models.autoencoder import AutoencoderConfig
 from models.var import VAR, VARConfig

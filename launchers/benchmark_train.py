@@ -18,9 +18,9 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.loader import Batch, train_batches
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, public_code, var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.config import BenchmarkConfig
 from launchers.machine_limits import device_type, synchronize
 from models.attention import FLEX, MASKED
 from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
@@ -49,10 +49,10 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
         tokenizer.to(world.device)
         batches = TimedIterator(read_batches(config, Path(folder)))
         ours = OurStep(config, engine, tokenizer, batches, world)
-        contestants = [
-            contestant(config, "ours, codes from shards", ours, extra=ours.data_wait),
-            contestant(config, "bare PyTorch loop, codes in memory", bare_step(config, tokenizer, codes)),
-        ]
+        contestants = [contestant(config, "ours, codes from shards", ours, extra=ours.data_wait)]
+        if device_type() == "cpu" or public is None:  # a GPU has no room for three trainers of d30
+            bare = bare_step(config, tokenizer, codes)
+            contestants.append(contestant(config, "bare PyTorch loop, codes in memory", bare))
         if public is not None:
             on_codes, on_images = (
                 public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True)
@@ -89,7 +89,9 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
 
 
 def engine_config(config: BenchmarkConfig) -> EngineConfig:
-    return EngineConfig(precision=config.precision, micro_batch=config.batch, compile=config.compile)
+    return EngineConfig(
+        precision=config.precision, micro_batch=config.batch, compile=config.compile, attention=config.attention
+    )
 
 
 def contestant(

@@ -9,7 +9,6 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from launchers.data_config import DataConfig, ViewConfig
-from models.scales import PATCH_NUMS_256
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.divergence import DivergenceConfig
@@ -25,7 +24,6 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
-BENCHMARKS = ("train", "switches", "data", "attention")
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -272,27 +270,3 @@ class SyncConfig:
     run: str = field(metadata={"is_bare": True})
     uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
     experiment: str = ""  # empty: likewise
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
-    """launchers/benchmark.py: what is measured, and on what. `what` may be given without its name."""
-
-    what: str = field(metadata={"is_bare": True})  # one of BENCHMARKS
-    folder: str = ""  # data: packed data to read; empty: made for the purpose
-    depth: int = 8  # of the transformer
-    patch_nums: tuple[int, ...] = PATCH_NUMS_256
-    tokenizer_width: int = 160  # that of the released one
-    batch: int = 4  # images at once
-    precision: str = "fp32"  # or bf16 or fp16
-    compile: bool = False  # compile the transformer's blocks
-    against: str = ""  # a clone of the public VAR code to measure beside; empty: none
-    repeats: int = 7
-    out: str = ""  # a .json file for the figures; empty: none
-
-    def __post_init__(self) -> None:
-        refuse_unknown(BENCHMARKS, what=self.what)
-        refuse_unknown(PRECISIONS, precision=self.precision)
-        for name in ("repeats", "batch", "depth"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")

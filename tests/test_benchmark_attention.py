@@ -11,7 +11,7 @@ from tiny import command
 
 from launchers import benchmark, benchmark_attention
 from launchers.benchmark_attention import SCHEDULES, attention_contestants, forward_and_backward
-from launchers.config import BenchmarkConfig
+from launchers.benchmark_config import BenchmarkConfig
 from models.attention import MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import Scales
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from tiny import Study
 
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_data import benchmark_data, code_calls, image_calls
-from launchers.config import BenchmarkConfig
 
 
 def test_reading_is_timed_beside_what_others_do(study: Study) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, image_batch, make_tokenizer, public_code, var_config
-from launchers.config import BenchmarkConfig
 from models.generation import check_configs_agree
 from models.var import VAR
 

@@ -9,9 +9,9 @@ import pytest
 from tiny import PlainEngine
 
 from launchers import benchmark_train
+from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, make_tokenizer, var_config
 from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
-from launchers.config import BenchmarkConfig
 from training.distributed import World
 from training.flops import training_flops
 from training.step_metrics import TimedIterator
