@@ -21,6 +21,7 @@ from models.var import VAR
 from models.vqvae import VQVAE
 from training.distributed import World, agree_on_error
 from training.engine import PRECISIONS
+from training.host_memory import keep_freed_memory
 
 DECODED_TOGETHER = 4  # images; on a CPU they are decoded one by one
 SECONDS_BETWEEN_LINES = 5.0
@@ -57,6 +58,7 @@ def speed_up(var: VAR, tokenizer: VQVAE, precision: str, *, compiles: bool) -> N
     bf16 is the decoder's precision too; in fp16 its activations would overflow, so it stays in fp32. compiles: compile
     the transformer's steps, and on a GPU the decoder; the CPU decodes in several threads, for which nothing is gained.
     """
+    keep_freed_memory()
     var.to(PRECISIONS[precision])
     tokenizer.prepare_decoder(torch.bfloat16 if precision == "bf16" else torch.float32)
     if compiles:

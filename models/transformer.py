@@ -261,3 +261,22 @@ class PlainFinalNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         return super().forward(x)
+
+
+@dataclass(frozen=True)
+class ClassVectors:
+    """All that the class does to an image in generation, which is the same at every scale: computed once."""
+
+    embedding: Tensor                                   # (B, D)
+    blocks: tuple[ModulationVectors | Tensor, ...]      # what each block makes of it
+    final: ScaleAndShift | Tensor                       # what the norm before the head makes of it
+
+    def rows(self, part: slice) -> "ClassVectors":
+        """Those of a part of the batch."""
+        return ClassVectors(self.embedding[part], tuple(vectors[part] for vectors in self.blocks), self.final[part])
+
+
+def cached_step(block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor,
+                position: int) -> Tensor:
+    """A block on one scale x (B, n, D), with its layer's part of the cache, as a function of tensors and a number."""
+    return block(x, vectors, cache=LayerCache(keys, values, position))

@@ -22,13 +22,12 @@ from models.transformer import (
     NUM_MODULATIONS,
     AdaLNBlock,
     Attend,
+    ClassVectors,
     FinalNorm,
     KVCache,
-    LayerCache,
     LayerNormBlock,
-    ModulationVectors,
     PlainFinalNorm,
-    ScaleAndShift,
+    cached_step,
 )
 
 HEAD_DIM = 64
@@ -116,19 +115,6 @@ class VARConfig:
         embeddings = (self.code_width + 1) + (self.num_classes + 1) + num_positions
         head = w * self.vocab_size + self.vocab_size
         return d * (attention + feed_forward) + norms + embeddings * w + head
-
-
-@dataclass(frozen=True)
-class ClassVectors:
-    """All that the class does to an image in generation, which is the same at every scale: computed once."""
-
-    embedding: Tensor                                   # (B, D)
-    blocks: tuple[ModulationVectors | Tensor, ...]      # what each block makes of it
-    final: ScaleAndShift | Tensor                       # what the norm before the head makes of it
-
-    def rows(self, part: slice) -> "ClassVectors":
-        """Those of a part of the batch."""
-        return ClassVectors(self.embedding[part], tuple(vectors[part] for vectors in self.blocks), self.final[part])
 
 
 class VAR(nn.Module):
@@ -290,12 +276,6 @@ class VAR(nn.Module):
 def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
     """For `checkpoint`: keep what matrix products and attention gave, recompute what is cheap."""
     return create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
-
-
-def cached_step(block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor,
-                position: int) -> Tensor:
-    """A block on one scale x (B, n, D), with its layer's part of the cache, as a function of tensors and a number."""
-    return block(x, vectors, cache=LayerCache(keys, values, position))
 
 
 def make_block(config: VARConfig) -> nn.Module:
