@@ -165,6 +165,7 @@ def draw_images(models: Models, known: KnownTokens | None, config: CompareSizesC
     """A square of one image per class, (H, W, 3) uint8."""
     device = World.from_environment().device
     var, tokenizer = models.var.to(device), models.tokenizer.to(device)
+    tokenizer.prepare_decoder()
     is_conditional = var.config.num_classes > 0
     num_classes = var.config.num_classes or MAX_CLASSES  # an unconditional model takes its classes from forced tokens
     plan = plan_samples(config.classes, num_classes, per_class=1, batch=len(config.classes), seed=config.seed)

@@ -134,7 +134,8 @@ class SampleConfig:
     top_k: int = 900  # 0: off
     top_p: float = 0.96  # 1: off
     smooth: bool = False  # Gumbel-softmax smoothing: better to look at, worse to measure
-    precision: str = "fp32"  # of the transformer, or bf16 or fp16; the tokenizer's is fp32 always
+    precision: str = "fp32"  # of the transformer, or bf16 (then also that of the decoder) or fp16
+    compile: bool = False  # compile the transformer's steps, and a GPU's decoder: a slow start, for many images
     batch: int = 50  # images at once; memory limits it: in fp32 50 take 8 GiB of cache at d16, 29 at d30, 138 at 512 px
     seed: int = 0
     mlflow: bool = True  # log the grid to the run's MLflow run

@@ -171,6 +171,7 @@ def draw_results(
     """What the codes keep of the picture, (1, 3, H, W), and `variants` results, (N, 3, H, W), each of its own seed."""
     device = World.from_environment().device
     var, tokenizer = models.var.to(device, PRECISIONS[config.precision]), models.tokenizer.to(device)
+    tokenizer.prepare_decoder()
     known = known_part(tokenizer, original.to(device), keep_mask, keep_coarsest=config.keep_coarsest)
     sampling = Sampling(cfg=config.cfg, top_k=config.top_k, top_p=config.top_p, smooth=config.smooth)
     results = []

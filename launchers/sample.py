@@ -23,11 +23,10 @@ from launchers.config import SampleConfig  # noqa: E402
 from launchers.loading import refuse_file  # noqa: E402
 from launchers.sample_files import RECORD, SampleFiles, claim_folder, draw_grid, open_files  # noqa: E402
 from launchers.sample_plan import SamplePlan, plan_samples  # noqa: E402
-from launchers.sampler import Sampler, draw_all  # noqa: E402
+from launchers.sampler import Sampler, draw_all, speed_up  # noqa: E402
 from models.sampling import Sampling  # noqa: E402
 from models.var import VARConfig  # noqa: E402
 from training.distributed import World, agree_on_error, agree_on_value, join_world, leave_world  # noqa: E402
-from training.engine import PRECISIONS  # noqa: E402
 from training.mlflow_tracker import log_picture  # noqa: E402
 from training.model_on_disk import ModelOnDisk, file_sha256  # noqa: E402
 
@@ -53,7 +52,8 @@ def launch(command: Command[SampleConfig]) -> None:
     if not pending and files.is_finished():
         speak(f"{folder} has all {plan.num_images:,} images; nothing to do")
     else:
-        var, tokenizer = models.var.to(world.device, PRECISIONS[config.precision]), models.tokenizer.to(world.device)
+        var, tokenizer = models.var.to(world.device), models.tokenizer.to(world.device)
+        speed_up(var, tokenizer, config.precision, compiles=config.compile)
         draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, speak)
         if world.is_rank_zero:
             finish(folder, files, plan, config)
@@ -92,6 +92,7 @@ def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig
         "guidance": sampling.guidance,
         **asdict(sampling if not config.guidance else replace(sampling, cfg=0.0)),  # which guidance takes the place of
         "precision": config.precision,
+        "compile": config.compile,
         "classes": config.classes,
         "per_class": plan.per_class,
         "seed": plan.seed,

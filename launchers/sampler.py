@@ -20,8 +20,10 @@ from models.sampling import Sampling
 from models.var import VAR
 from models.vqvae import VQVAE
 from training.distributed import World, agree_on_error
+from training.engine import PRECISIONS
+from training.host_memory import keep_freed_memory
 
-DECODED_TOGETHER = 4  # images
+DECODED_TOGETHER = 4  # images; on a CPU they are decoded one by one
 SECONDS_BETWEEN_LINES = 5.0
 
 
@@ -29,8 +31,8 @@ SECONDS_BETWEEN_LINES = 5.0
 class Sampler:
     """Draws a unit so that an image does not depend on the others around it.
 
-    Batches are padded to one size, and decoded a few images at a time, on the CPU by one thread each: products of other
-    shapes, or split in another way, are rounded in another way.
+    Batches are padded to one size, and decoded a few images at a time, on the CPU one by one and by one thread each:
+    products of other shapes, or split in another way, are rounded in another way.
     """
 
     var: VAR
@@ -50,12 +52,28 @@ class Sampler:
         return decode_in_parts(self.tokenizer.decode, drawn.codes[: len(images)])  # its f_hat has seen the batch's size
 
 
+def speed_up(var: VAR, tokenizer: VQVAE, precision: str, *, compiles: bool) -> None:
+    """Make two frozen models fast, once they are on their device: the transformer in `precision`, the decoder prepared.
+
+    bf16 is the decoder's precision too; in fp16 its activations would overflow, so it stays in fp32. compiles: compile
+    the transformer's steps, and on a GPU the decoder; the CPU decodes in several threads, for which nothing is gained.
+    """
+    keep_freed_memory()
+    var.to(PRECISIONS[precision])
+    tokenizer.prepare_decoder(torch.bfloat16 if precision == "bf16" else torch.float32)
+    if compiles:
+        var.compile_generation()
+        if var.position_embedding.device.type != "cpu":
+            tokenizer.decoder.compile()
+
+
 def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.ndarray:
     """Images (n, H, W, 3) uint8 of `source` (n, ...), always the same number of them decoded together."""
-    number = len(source)
-    rows = torch.arange(-(-number // DECODED_TOGETHER) * DECODED_TOGETHER, device=source.device) % number
-    parts = source[rows].split(DECODED_TOGETHER)
-    if source.device.type != "cpu":
+    number, on_cpu = len(source), source.device.type == "cpu"
+    together = 1 if on_cpu else DECODED_TOGETHER
+    rows = torch.arange(-(-number // together) * together, device=source.device) % number
+    parts = source[rows].split(together)
+    if not on_cpu:
         return to_uint8(torch.cat([decode(part) for part in parts])[:number])
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # of each of the workers; the parts share the cores instead

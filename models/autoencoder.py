@@ -7,6 +7,7 @@ Shapes: B batch, H, W image sides, h, w feature map sides, C code width.
 """
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,6 +52,11 @@ def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
     return nn.Conv2d(in_width, out_width, kernel_size=3, padding=1)
 
 
+def silu(x: Tensor) -> Tensor:
+    """SiLU of what nobody else needs: in its place where no gradient is kept, which spares a large tensor."""
+    return F.silu(x, inplace=not torch.is_grad_enabled())
+
+
 class ResBlock(nn.Module):
     """Two normalised 3x3 convolutions beside a shortcut: (B, in_width, h, w) -> (B, out_width, h, w)."""
 
@@ -63,9 +69,9 @@ class ResBlock(nn.Module):
         self.nin_shortcut = nn.Identity() if in_width == out_width else nn.Conv2d(in_width, out_width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        h = self.conv2(F.silu(self.norm2(h)))
-        return self.nin_shortcut(x) + h
+        h = self.conv1(silu(self.norm1(x)))
+        h = self.conv2(silu(self.norm2(h)))
+        return h.add_(self.nin_shortcut(x))     # a convolution's gradient does not need its result
 
 
 class SpatialAttention(nn.Module):
@@ -109,9 +115,29 @@ class Upsample(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.conv = conv3x3(width, width)
+        self.register_buffer("folded", None, persistent=False)
+
+    def fold(self) -> None:
+        """Do both as one transposed convolution from now on, with 4 products a pixel instead of 9.
+
+        Each pixel of the smaller map stands for four equal ones, whose weights can be added beforehand. For weights
+        that change no more; results differ by rounding.
+        """
+        self.folded = folded_kernel(self.conv.weight.detach())
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.folded is not None:
+            return F.conv_transpose2d(x, self.folded, self.conv.bias, stride=2, padding=1)
         return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+def folded_kernel(kernel: Tensor) -> Tensor:
+    """The transposed convolution of stride 2 that doubles the sides and convolves: (out, in, 3, 3) -> (in, out, 4, 4).
+
+    A pixel of the smaller map, seen as four equal ones, reaches the sum of what each of the four reaches.
+    """
+    reach = F.pad(kernel.transpose(0, 1).flip(-1, -2), (0, 1, 0, 1))    # of the top left one; a gap right and below
+    return reach + reach.roll(1, 2) + reach.roll(1, 3) + reach.roll((1, 1), (2, 3))
 
 
 class Level(nn.Module):
@@ -188,7 +214,7 @@ class Encoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         x = self.mid(self._lowest(images))              # (B, level_widths[-1], h, w)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, C, h, w)
+        return self.conv_out(silu(self.norm_out(x)))    # (B, C, h, w)
 
     def attention_map(self, images: Tensor) -> Tensor:
         """Scores of the last self-attention before quantisation: images -> (B, h*w, h*w), rows sum to 1 (Fig. 9)."""
@@ -222,8 +248,14 @@ class Decoder(nn.Module):
         """The weight at which the adaptive weight of the adversarial term compares gradients (VQGAN, eq. 7)."""
         return self.conv_out.weight
 
+    def fold_upsampling(self) -> None:
+        """See Upsample.fold."""
+        for level in self.up:
+            if isinstance(level.upsample, Upsample):
+                level.upsample.fold()
+
     def forward(self, features: Tensor) -> Tensor:
         x = self.mid(self.conv_in(features))            # (B, level_widths[-1], h, w)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))  # (B, 3, H, W)
+        return self.conv_out(silu(self.norm_out(x)))    # (B, 3, H, W)

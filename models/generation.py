@@ -92,11 +92,11 @@ def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampli
         inputs = None if k == 0 else quantizer.next_input(f_hat, k)                         # (B, p_k^2, C)
         logits = model.logits(inputs, k)                                                    # (B, p_k^2, V)
         is_finite = is_finite & logits.isfinite().all()
-        logits = filter_logits(logits, sampling.top_k, sampling.top_p)
-        tokens = choose_tokens(logits, seeds, part)                                         # (B, p_k^2)
+        tokens = choose_tokens(logits, seeds, part, top_k=sampling.top_k, top_p=sampling.top_p)  # (B, p_k^2)
         vectors = quantizer.lookup(tokens)                                                  # (B, p_k^2, C)
         if sampling.smooth:
             progress = k / max(scales.num_scales - 1, 1)
+            logits = filter_logits(logits, sampling.top_k, sampling.top_p)
             vectors = smooth_code_vectors(logits, seeds, part, quantizer.codebook, progress=progress)
         if known is not None:
             is_known = known.mask[:, part]                                                  # (B, p_k^2)
@@ -113,35 +113,30 @@ def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampli
 class GuidedModel:
     """Logits of one scale after another under a guidance schedule.
 
-    The unconditional half of the batch is not computed at scales whose guidance is 0. Later scales attend to these:
-    when guidance sets in, the scales that were left out are computed first, for the unconditional half alone.
+    A guided scale attends to all earlier ones, in both halves of the batch. So the unconditional half runs, beside the
+    conditional one, up to the last scale with guidance and no further; its logits are made only where there is some.
     """
 
     def __init__(self, var: VAR, labels: Tensor, schedule: Sequence[float]) -> None:
         self.var = var
         self.schedule = schedule
-        self.labels = labels                                                                # (B,)
-        self.null_labels = torch.full_like(labels, var.config.null_class)                   # (B,)
-        batch, is_guided = labels.shape[0], any(schedule)
-        self.both = var.allocate_cache(2 * batch if is_guided else batch)
-        self.conditional = self.both.rows(slice(batch))
-        self.unconditional = self.both.rows(slice(batch, None))
-        self.left_out: list[tuple[Tensor | None, int]] = []
+        self.batch = labels.shape[0]
+        self.num_doubled = max((k + 1 for k, t in enumerate(schedule) if t), default=0)     # scales with both halves
+        if self.num_doubled:
+            labels = torch.cat([labels, torch.full_like(labels, var.config.null_class)])    # (2B,)
+        self.classes = var.class_vectors(labels)
+        self.cache = var.allocate_cache(labels.shape[0])
 
     def logits(self, inputs: Tensor | None, k: int) -> Tensor:
         """Guided logits of scale k: inputs (B, p_k^2, C), None at the first scale -> (B, p_k^2, V) float32."""
-        t = self.schedule[k]
-        if t == 0:
-            self.left_out.append((inputs, k))
-            return self.var.forward_scale(inputs, self.labels, k, self.conditional)
-        for earlier_inputs, earlier in self.left_out:
-            self.var.forward_scale(earlier_inputs, self.null_labels, earlier, self.unconditional)
-        self.left_out.clear()
-        self.both.position = self.conditional.position
-        both_inputs = None if inputs is None else torch.cat([inputs, inputs])               # (2B, p_k^2, C)
-        logits = self.var.forward_scale(both_inputs, torch.cat([self.labels, self.null_labels]), k, self.both)
-        self.conditional.position = self.unconditional.position = self.both.position
-        return guide(*logits.chunk(2), t)
+        conditional, t = slice(self.batch), self.schedule[k]
+        if k == self.num_doubled:
+            self.classes, self.cache = self.classes.rows(conditional), self.cache.rows(conditional)
+        elif k < self.num_doubled and inputs is not None:
+            inputs = torch.cat([inputs, inputs])                                            # (2B, p_k^2, C)
+        wanted = slice(None) if t else conditional
+        logits = self.var.forward_scale(inputs, self.classes, k, self.cache, wanted=wanted)
+        return guide(*logits.chunk(2), t) if t else logits
 
 
 def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:

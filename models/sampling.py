@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_NOISE_NUMBERS = 2**25   # drawn at once; more images are taken in turns
+MAX_NUMBERS = 2**25         # logits looked at together; more images are taken in turns
+MAX_NUMBERS_ON_CPU = 2**20  # what fits its caches
 UNIFORM_BITS = 23           # the most for which the midpoints of [0, 1) stay inside (0, 1) in float32
 
 
@@ -63,32 +64,92 @@ def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
     return (1 + t) * conditional - t * unconditional
 
 
+@dataclass(frozen=True)
+class Candidates:
+    """The codes that may be drawn for each token, as few as hold all of them."""
+
+    logits: Tensor  # (..., m), -inf where a row has fewer
+    codes: Tensor   # (..., m) int64, each once
+
+    def spread(self, vocab_size: int) -> Tensor:
+        """Logits of all codes, -inf for the others: (..., V)."""
+        empty = self.logits.new_full((*self.logits.shape[:-1], vocab_size), -torch.inf)
+        return empty.scatter_(-1, self.codes, self.logits)
+
+
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
     """Keep the likeliest tokens of (..., V), cut the others to -inf: top-k, then top-p of what is left.
 
-    top_k: how many, 0 = all; ties with the last one stay. top_p: the fewest whose probability reaches it, 0 or 1 = all.
+    top_k: how many, 0 = all; ties with the last one stay. top_p: the fewest whose probability reaches it, 0 or 1 = all;
+    of codes that tie there, the last ones stay.
     """
+    return find_candidates(logits, top_k, top_p).spread(logits.shape[-1])
+
+
+def find_candidates(logits: Tensor, top_k: int, top_p: float) -> Candidates:
+    """The codes that `filter_logits` keeps of (..., V). With top-k only the k likeliest are sorted, never all V."""
     vocab_size = logits.shape[-1]
+    is_cut_by_p = 0 < top_p < 1
     if 0 < top_k < vocab_size:
-        kth_largest = logits.topk(top_k, dim=-1).values[..., -1:]
-        logits = logits.masked_fill(logits < kth_largest, -torch.inf)
-    if 0 < top_p < 1:
-        ascending, order = logits.sort(dim=-1)
-        is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-        is_cut[..., -1] = False
-        logits = logits.masked_fill(is_cut.scatter(-1, order, is_cut), -torch.inf)
-    return logits
+        found = _likeliest(logits, top_k)
+    elif is_cut_by_p:
+        ascending, codes = logits.sort(dim=-1, stable=True)
+        found = Candidates(ascending.flip(-1), codes.flip(-1))
+    else:
+        return Candidates(logits, torch.arange(vocab_size, device=logits.device).expand(logits.shape))
+    return _cut_by_probability(found, top_p, vocab_size) if is_cut_by_p else found
 
 
-def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice) -> Tensor:
-    """The likeliest token without seeds, a draw with: logits (B, n, V), seeds (B,) -> (B, n) int64.
+def _likeliest(logits: Tensor, top_k: int) -> Candidates:
+    """The k likeliest codes and those that tie with the last of them, likeliest first."""
+    values, codes = logits.topk(top_k, dim=-1)
+    smallest = values[..., -1:]
+    most = int((logits >= smallest).sum(dim=-1).max())
+    if most > top_k:
+        values, codes = logits.topk(most, dim=-1)
+        values = values.masked_fill(values < smallest, -torch.inf)
+    return Candidates(values, codes)
 
-    tokens: where these n tokens lie among the image's L; each has noise of its own.
+
+def _cut_by_probability(found: Candidates, top_p: float, vocab_size: int) -> Candidates:
+    """Top-p of candidates in falling order, and no wider than the row with most of them needs.
+
+    Probabilities are added up from the least, over a row as long as the vocabulary, with its zeros: sums of another
+    length are rounded in another way, and the last code that stays could be another.
+    """
+    width = found.logits.shape[-1]
+    ascending = found.logits.new_full((*found.logits.shape[:-1], vocab_size), -torch.inf)
+    ascending[..., vocab_size - width:] = found.logits.flip(-1)
+    is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+    is_cut = is_cut[..., vocab_size - width:].flip(-1)
+    is_cut[..., 0] = False
+    tied = found.logits[..., 1:] == found.logits[..., :-1]
+    if bool((tied & (is_cut[..., 1:] != is_cut[..., :-1])).any()):
+        found = _last_codes_first(found)
+    kept = int((~is_cut).sum(dim=-1).max())
+    return Candidates(found.logits.masked_fill(is_cut, -torch.inf)[..., :kept], found.codes[..., :kept])
+
+
+def _last_codes_first(found: Candidates) -> Candidates:
+    """The same candidates, those that tie by falling code: topk leaves their order open."""
+    codes, order = found.codes.sort(dim=-1, descending=True)
+    logits, by_logit = found.logits.gather(-1, order).sort(dim=-1, descending=True, stable=True)
+    return Candidates(logits, codes.gather(-1, by_logit))
+
+
+def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice, *, top_k: int = 0, top_p: float = 0) -> Tensor:
+    """The likeliest token without seeds, else a draw of those that `filter_logits` keeps: (B, n, V) -> (B, n) int64.
+
+    seeds: (B,). tokens: where these n tokens lie among the image's L; each has noise of its own.
     """
     if seeds is None:
         return logits.argmax(dim=-1)
-    drawn = [(part_logits + gumbel_noise(part_seeds, tokens, logits.shape[-1])).argmax(dim=-1)
-             for part_logits, part_seeds in _in_turns(logits, seeds)]
+    vocab_size, drawn = logits.shape[-1], []
+    for part_logits, part_seeds in _in_turns(logits, seeds):
+        found = find_candidates(part_logits, top_k, top_p)
+        noisy = found.logits + gumbel_noise(part_seeds, tokens, vocab_size, codes=found.codes)      # (B, n, m)
+        is_largest = noisy == noisy.amax(dim=-1, keepdim=True)
+        drawn.append(found.codes.where(is_largest, vocab_size - 1).amin(dim=-1))    # of equals the first, as argmax
     return torch.cat(drawn)
 
 
@@ -109,17 +170,21 @@ def smooth_code_vectors(logits: Tensor, seeds: Tensor | None, tokens: slice, cod
 
 
 def _in_turns(logits: Tensor, seeds: Tensor) -> zip:
-    """Pair logits and seeds in parts of so few images that their noise fits into memory."""
-    images = max(1, MAX_NOISE_NUMBERS // (logits.shape[1] * logits.shape[2]))
+    """Pair logits and seeds in parts of so few images that what is made of them fits into memory."""
+    most = MAX_NUMBERS_ON_CPU if logits.device.type == "cpu" else MAX_NUMBERS
+    images = max(1, most // (logits.shape[1] * logits.shape[2]))
     return zip(logits.split(images), seeds.split(images), strict=True)
 
 
-def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int) -> Tensor:
-    """Standard Gumbel noise, a function of (seed, token, code): seeds (B,) int64 -> (B, n, V) float32."""
+def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int, *, codes: Tensor | None = None) -> Tensor:
+    """Standard Gumbel noise, a function of (seed, token, code): seeds (B,) int64 -> (B, n, V) float32.
+
+    codes: (B, n, m) int64, those whose noise is wanted: -> (B, n, m), the same numbers.
+    """
     positions = torch.arange(tokens.start, tokens.stop, device=seeds.device)                # (n,)
-    codes = torch.arange(vocab_size, device=seeds.device)                                   # (V,)
-    counters = positions[:, None] * vocab_size + codes                                      # (n, V)
-    bits = splitmix64(splitmix64(seeds)[:, None, None] + counters * SPLITMIX_GAMMA)         # (B, n, V)
+    codes = torch.arange(vocab_size, device=seeds.device) if codes is None else codes
+    counters = positions[:, None] * vocab_size + codes                                      # (n, V) or (B, n, m)
+    bits = splitmix64(splitmix64(seeds)[:, None, None] + counters.mul_(SPLITMIX_GAMMA))     # (B, n, V or m)
     top_bits = _shift_right(bits, 64 - UNIFORM_BITS)
     uniforms = top_bits.float().add_(0.5).mul_(2.0**-UNIFORM_BITS)                          # in (0, 1)
     return uniforms.log_().neg_().log_().neg_()
@@ -147,11 +212,11 @@ SPLITMIX_GAMMA = _signed(0x9E3779B97F4A7C15)    # the step of SplitMix64's count
 def splitmix64(x: Tensor) -> Tensor:
     """The output function of SplitMix64 (Steele, Lea and Flood, 2014) on int64 bit patterns; products wrap around."""
     x = x + SPLITMIX_GAMMA
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shift_right(x, 31)
+    x = x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
+    x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(0x94D049BB133111EB))
+    return x.bitwise_xor_(_shift_right(x, 31))
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     """Logical shift: int64 has no unsigned kind, and its own shift would drag the sign along."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
+    return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

@@ -10,7 +10,7 @@ width, H heads, D/H head width, K scales.
 """
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,22 @@ MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(4)
 NUM_MODULATIONS = 6
 Attend = Callable[..., Tensor]    # q, k, v (B, H, n or m, D/H), softmax_scale= -> (B, H, n, D/H)
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """One layer's part of a KVCache, a view. That it has no number of its own lets all layers share compiled code."""
+
+    keys: Tensor        # (B, H, L, D/H)
+    values: Tensor      # (B, H, L, D/H)
+    position: int       # tokens of finished scales
+
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this scale's keys and values (B, H, n, D/H); return those of all so far (B, H, m, D/H)."""
+        end = self.position + k.shape[2]
+        self.keys[:, :, self.position:end] = k
+        self.values[:, :, self.position:end] = v
+        return self.keys[:, :, :end], self.values[:, :, :end]
 
 
 @dataclass
@@ -40,12 +56,9 @@ class KVCache:
         shape = (num_layers, batch, num_heads, num_tokens, head_dim)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store this scale's keys and values (B, H, n, D/H); return those of all so far (B, H, m, D/H)."""
-        end = self.position + k.shape[2]
-        self.keys[layer, :, :, self.position:end] = k
-        self.values[layer, :, :, self.position:end] = v
-        return self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
+    def layers(self) -> list[LayerCache]:
+        """The part of each layer, at this position."""
+        return [LayerCache(keys, values, self.position) for keys, values in zip(self.keys, self.values)]
 
     def rows(self, part: slice) -> "KVCache":
         """The cache of a part of the batch: the same storage, a position of its own."""
@@ -72,10 +85,9 @@ class UnitNorm(nn.Module):
 class SelfAttention(nn.Module):
     """Multi-head attention. Queries and values have a bias, keys have none: softmax would cancel it."""
 
-    def __init__(self, width: int, num_heads: int, *, layer: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.layer = layer
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
@@ -84,7 +96,7 @@ class SelfAttention(nn.Module):
         self.softmax_scale = 1.0 if qk_norm else 0.25 / math.sqrt(width // num_heads)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None) -> Tensor:
+    def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
         qkv = self.qkv(x)                                                           # (B, n, 3D)
         qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
@@ -93,7 +105,7 @@ class SelfAttention(nn.Module):
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)                                   # (B, H, m, D/H)
+            k, v = cache.update(k, v)                                               # (B, H, m, D/H)
         heads = attend(q, k, v, softmax_scale=self.softmax_scale)                  # (B, H, n, D/H)
         return self.proj(heads.transpose(1, 2).flatten(2))                          # (B, n, D)
 
@@ -120,6 +132,10 @@ class ModulationVectors:
     feed_forward_scale: Tensor      # scale2
     attention_shift: Tensor         # shift1
     feed_forward_shift: Tensor      # shift2
+
+    def __getitem__(self, part: slice) -> "ModulationVectors":
+        """Those of a part of the batch."""
+        return ModulationVectors(*(getattr(self, vector.name)[part] for vector in fields(self)))
 
 
 class Modulation(nn.Module):
@@ -158,21 +174,24 @@ def branch_factor(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tens
 class AdaLNBlock(nn.Module):
     """Attention and feed-forward, each modulated and gated by the class."""
 
-    def __init__(self, width: int, num_heads: int, *, layer: int, hidden_width: int, qk_norm: bool,
-                 shared_adaln: bool) -> None:
+    def __init__(self, width: int, num_heads: int, *, hidden_width: int, qk_norm: bool, shared_adaln: bool) -> None:
         super().__init__()
         self.modulation = SharedModulation(width) if shared_adaln else Modulation(width)
-        self.attention = SelfAttention(width, num_heads, layer=layer, qk_norm=qk_norm)
+        self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm)
         self.feed_forward = FeedForward(width, hidden_width)
 
-    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None,
-                residual_scale: Tensor | None = None) -> Tensor:
+    def vectors(self, condition: Tensor) -> ModulationVectors:
+        """What `forward` makes of the condition, which can be given in its place."""
+        return self.modulation(condition)
+
+    def forward(self, x: Tensor, condition: Tensor | ModulationVectors, *, attend: Attend = full_attention,
+                cache: LayerCache | None = None, residual_scale: Tensor | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D).
 
-        condition: (B, D), or (B, 6, D) when AdaLN is shared. residual_scale: (2, B), what each sample's attention and
-        feed-forward branches are multiplied by; 0 or 1 / keep gives stochastic depth.
+        condition: (B, D), or (B, 6, D) when AdaLN is shared, or its `vectors`. residual_scale: (2, B), what each
+        sample's attention and feed-forward branches are multiplied by; 0 or 1 / keep gives stochastic depth.
         """
-        m = self.modulation(condition)
+        m = condition if isinstance(condition, ModulationVectors) else self.vectors(condition)
         h = self.attention(modulate(x, m.attention_scale, m.attention_shift), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * m.attention_gate * h
         h = self.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
@@ -182,20 +201,36 @@ class AdaLNBlock(nn.Module):
 class LayerNormBlock(nn.Module):
     """GPT-2's block: plain layer norms with weights of their own and no gates (Table 3, row 2)."""
 
-    def __init__(self, width: int, num_heads: int, *, layer: int, hidden_width: int, qk_norm: bool) -> None:
+    def __init__(self, width: int, num_heads: int, *, hidden_width: int, qk_norm: bool) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width, eps=NORM_EPS)
-        self.attention = SelfAttention(width, num_heads, layer=layer, qk_norm=qk_norm)
+        self.attention = SelfAttention(width, num_heads, qk_norm=qk_norm)
         self.feed_forward_norm = nn.LayerNorm(width, eps=NORM_EPS)
         self.feed_forward = FeedForward(width, hidden_width)
 
-    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: KVCache | None = None,
+    def vectors(self, condition: Tensor) -> Tensor:
+        """As AdaLNBlock's; there is nothing to make."""
+        return condition
+
+    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None,
                 residual_scale: Tensor | None = None) -> Tensor:
         """As AdaLNBlock, but the condition is not looked at: the class is in the start token alone."""
         h = self.attention(self.attention_norm(x), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * h
         h = self.feed_forward(self.feed_forward_norm(x))
         return x + branch_factor(residual_scale, 1, x) * h
+
+
+@dataclass(frozen=True)
+class ScaleAndShift:
+    """What the class does to the layer norm before the head, each (B, 1, D)."""
+
+    scale: Tensor
+    shift: Tensor
+
+    def __getitem__(self, part: slice) -> "ScaleAndShift":
+        """Those of a part of the batch."""
+        return ScaleAndShift(self.scale[part], self.shift[part])
 
 
 class FinalNorm(nn.Module):
@@ -205,9 +240,13 @@ class FinalNorm(nn.Module):
         super().__init__()
         self.linear = nn.Linear(width, 2 * width)
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
-        scale, shift = self.linear(F.silu(condition)).unflatten(1, (2, 1, -1)).unbind(1)    # (B, 1, D)
-        return modulate(x, scale, shift)
+    def vectors(self, condition: Tensor) -> ScaleAndShift:
+        """What `forward` makes of the condition, which can be given in its place."""
+        return ScaleAndShift(*self.linear(F.silu(condition)).unflatten(1, (2, 1, -1)).unbind(1))
+
+    def forward(self, x: Tensor, condition: Tensor | ScaleAndShift) -> Tensor:
+        vectors = condition if isinstance(condition, ScaleAndShift) else self.vectors(condition)
+        return modulate(x, vectors.scale, vectors.shift)
 
 
 class PlainFinalNorm(nn.LayerNorm):
@@ -216,5 +255,28 @@ class PlainFinalNorm(nn.LayerNorm):
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=NORM_EPS)
 
+    def vectors(self, condition: Tensor) -> Tensor:
+        """As FinalNorm's; there is nothing to make."""
+        return condition
+
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         return super().forward(x)
+
+
+@dataclass(frozen=True)
+class ClassVectors:
+    """All that the class does to an image in generation, which is the same at every scale: computed once."""
+
+    embedding: Tensor                                   # (B, D)
+    blocks: tuple[ModulationVectors | Tensor, ...]      # what each block makes of it
+    final: ScaleAndShift | Tensor                       # what the norm before the head makes of it
+
+    def rows(self, part: slice) -> "ClassVectors":
+        """Those of a part of the batch."""
+        return ClassVectors(self.embedding[part], tuple(vectors[part] for vectors in self.blocks), self.final[part])
+
+
+def cached_step(block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor,
+                position: int) -> Tensor:
+    """A block on one scale x (B, n, D), with its layer's part of the cache, as a function of tensors and a number."""
+    return block(x, vectors, cache=LayerCache(keys, values, position))

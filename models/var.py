@@ -22,10 +22,12 @@ from models.transformer import (
     NUM_MODULATIONS,
     AdaLNBlock,
     Attend,
+    ClassVectors,
     FinalNorm,
     KVCache,
     LayerNormBlock,
     PlainFinalNorm,
+    cached_step,
 )
 
 HEAD_DIM = 64
@@ -125,6 +127,7 @@ class VAR(nn.Module):
         self.scales = config.scales
         self.checkpointing = NO_CHECKPOINTING   # set from outside: one of CHECKPOINTINGS
         self.attention = PER_SCALE              # set from outside: one of models.attention.ATTENTIONS
+        self._cached_step = cached_step         # what `compile_generation` replaces
         width = config.width
         self.class_embedding = nn.Embedding(config.num_classes + 1, width)      # the last row is the null class
         self.start_position = nn.Parameter(torch.empty(self.scales.first_tokens, width))
@@ -133,7 +136,7 @@ class VAR(nn.Module):
         self.input_embedding = nn.Linear(config.code_width, width)
         is_shared = config.norm == SHARED_ADALN
         self.shared_modulation = nn.Linear(width, NUM_MODULATIONS * width) if is_shared else None
-        self.blocks = nn.ModuleList(make_block(config, layer) for layer in range(config.depth))
+        self.blocks = nn.ModuleList(make_block(config) for _ in range(config.depth))
         self.final_norm = PlainFinalNorm(width) if config.norm == LAYER_NORM else FinalNorm(width)
         self.head = nn.Linear(width, config.vocab_size)
         self.init_weights(torch.Generator("cpu").manual_seed(seed))
@@ -186,6 +189,14 @@ class VAR(nn.Module):
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 
+    def compile_generation(self) -> None:
+        """Compile the block that `forward_scale` runs, once for all layers; shapes that change become variables of it.
+
+        The first images wait for the compiler, and results differ from the plain ones by rounding. CUDA graphs are
+        left out: their memory must not move, and every call of generation has a cache of its own.
+        """
+        self._cached_step = torch.compile(cached_step)
+
     def forward(self, inputs: Tensor, labels: Tensor, *, residual_scale: Tensor | None = None) -> Tensor:
         """Logits of all scales from the true codes: (B, L, V), in the precision of the weights.
 
@@ -205,24 +216,31 @@ class VAR(nn.Module):
             x = self._run_block(block, x, block_condition, attend=attend, residual_scale=branch_scale)
         return self.head(self.final_norm(x, condition))                     # (B, L, V)
 
-    def forward_scale(self, inputs: Tensor | None, labels: Tensor, k: int, cache: KVCache) -> Tensor:
+    def class_vectors(self, labels: Tensor) -> ClassVectors:
+        """What `forward_scale` takes of the classes: labels (B,) int64."""
+        condition = self.class_embedding(labels)                            # (B, D)
+        block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
+        blocks = tuple(block.vectors(block_condition) for block in self.blocks)
+        return ClassVectors(condition, blocks, self.final_norm.vectors(condition))
+
+    def forward_scale(self, inputs: Tensor | None, classes: ClassVectors, k: int, cache: KVCache, *,
+                      wanted: slice = slice(None)) -> Tensor:
         """Logits of scale k, given in `cache` the scales before it: (B, p_k^2, V) float32. Moves the cache on.
 
         inputs: (B, p_k^2, C), the quantiser's next_input; None at the first scale, whose start tokens are the class.
+        wanted: the images whose logits are; the keys and values of all are stored.
         """
         tokens = self.scales.slices[k]
         if cache.position != tokens.start:
             raise ValueError(f"cache holds {cache.position} tokens, scale {k} needs {tokens.start}: go scale by scale")
         if (inputs is None) != (k == 0):
             raise ValueError(f"inputs must be None at scale 0 only, got {type(inputs).__name__} at scale {k}")
-        condition = self.class_embedding(labels)                            # (B, D)
-        x = self._start_tokens(condition) if inputs is None else self._embed_inputs(inputs)     # (B, p_k^2, D)
-        x = x + self.position_embedding[tokens] + self.scale_embedding(labels.new_tensor([k]))
-        block_condition = self._block_condition(condition)
-        for block in self.blocks:
-            x = block(x, block_condition, cache=cache)
+        x = self._start_tokens(classes.embedding) if inputs is None else self._embed_inputs(inputs)     # (B, p_k^2, D)
+        x = x + self.position_embedding[tokens] + self.scale_embedding(torch.full((1,), k, device=x.device))
+        for block, vectors, layer in zip(self.blocks, classes.blocks, cache.layers(), strict=True):
+            x = self._cached_step(block, x, vectors, layer.keys, layer.values, layer.position)
         cache.advance(x.shape[1])
-        return self.head(self.final_norm(x, condition)).float()             # (B, p_k^2, V)
+        return self.head(self.final_norm(x[wanted], classes.final[wanted])).float()             # (B, p_k^2, V)
 
     def allocate_cache(self, batch: int) -> KVCache:
         """An empty cache for `forward_scale`, in the dtype in which attention runs here."""
@@ -260,9 +278,9 @@ def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
     return create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
 
 
-def make_block(config: VARConfig, layer: int) -> nn.Module:
-    """Block number `layer`, of the kind that config.norm names."""
-    sizes = {"layer": layer, "hidden_width": config.hidden_width, "qk_norm": config.qk_norm}
+def make_block(config: VARConfig) -> nn.Module:
+    """A block of the kind that config.norm names."""
+    sizes = {"hidden_width": config.hidden_width, "qk_norm": config.qk_norm}
     if config.norm == LAYER_NORM:
         return LayerNormBlock(config.width, config.num_heads, **sizes)
     return AdaLNBlock(config.width, config.num_heads, shared_adaln=config.norm == SHARED_ADALN, **sizes)

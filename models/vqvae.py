@@ -49,6 +49,9 @@ class Reconstruction:
     quantization_loss: Tensor   # ()
 
 
+MAX_PIXELS_DECODED = 2**20      # at once: 16 images at 256 px
+
+
 class VQVAE(nn.Module):
     """Encoder, multi-scale quantiser and decoder, with a 3x3 convolution on either side of the quantiser.
 
@@ -89,6 +92,16 @@ class VQVAE(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> codes (B, L) int64 (Algorithm 1)."""
         return self.quantizer.encode(self.features(images))
 
+    def prepare_decoder(self, dtype: torch.dtype = torch.float32) -> None:
+        """Make `decode` fast, for weights that change no more: channels-last, upsampling folded, in `dtype`.
+
+        Images differ from the plain ones by rounding: below 1e-3 of their range [-1, 1] in float32, by one or two of
+        256 grey levels in bfloat16. Codes of images and the quantiser stay as they are.
+        """
+        self.decoder.fold_upsampling()
+        for module in (self.post_quant_conv, self.decoder):
+            module.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
+
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """Codes (B, L) -> images (B, 3, H, W) clamped to [-1, 1] (Algorithm 2)."""
@@ -96,8 +109,10 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """Feature maps (B, C, h, w) -> images (B, 3, H, W) clamped to [-1, 1]."""
-        return self._decode_features(f_hat).clamp(-1, 1)
+        """Feature maps (B, C, h, w) -> images (B, 3, H, W) float32 clamped to [-1, 1]; a few at a time."""
+        together = max(1, MAX_PIXELS_DECODED // self.config.image_size**2)
+        parts = f_hat.to(self.post_quant_conv.weight.dtype).split(together)
+        return torch.cat([self._decode_features(part).float().clamp_(-1, 1) for part in parts])
 
     @torch.no_grad()
     def teacher_forcing_inputs(self, codes: Tensor) -> Tensor:

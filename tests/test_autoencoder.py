@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch import nn
 
-from models.autoencoder import AutoencoderConfig, Decoder, Downsample, Encoder, SpatialAttention
+from models.autoencoder import AutoencoderConfig, Decoder, Downsample, Encoder, ResBlock, SpatialAttention, Upsample
 
 CONFIG = AutoencoderConfig(width=32, multipliers=(1, 2, 2), num_res_blocks=1, code_width=6)
 
@@ -73,3 +73,27 @@ def test_the_last_layer_is_the_weight_that_makes_pixels() -> None:
 def test_an_impossible_shape_is_refused(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         AutoencoderConfig(**change)
+
+
+@pytest.mark.parametrize("side", [1, 2, 5])
+def test_folded_upsampling_is_nearest_neighbour_and_a_convolution(side: int) -> None:
+    upsample, x = Upsample(6).double(), torch.randn(2, 6, side, side, dtype=torch.float64)
+    plain = upsample(x)
+    upsample.fold()
+    torch.testing.assert_close(upsample(x), plain)
+    assert set(upsample.state_dict()) == {"conv.weight", "conv.bias"}
+
+
+def test_a_block_gives_the_same_with_gradients_and_without_and_leaves_its_input_alone() -> None:
+    """Without gradients it works in place."""
+    block, x = ResBlock(32, 32), torch.randn(2, 32, 4, 4)
+    before = x.clone()
+    with torch.no_grad():
+        without = block(x)
+    assert torch.equal(without, block(x)) and torch.equal(x, before)
+
+
+def test_gradients_of_a_block_are_those_of_its_formula() -> None:
+    """Its sum is taken in place."""
+    block, x = ResBlock(32, 64).double(), torch.randn(1, 32, 2, 2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: block(x).sum(), x)

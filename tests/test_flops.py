@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+
 import pytest
 import torch
+from tiny import VAR_CONFIG, VQVAE_CONFIG, make_tokenizer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import MASKED, PER_SCALE
+from models.generation import generate_scales
+from models.sampling import Sampling
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from models.var import VAR, VARConfig
 from training.flops import (
@@ -16,9 +23,12 @@ from training.flops import (
     PAPER,
     SIX_NT,
     attention_pairs,
+    decoding_flops,
+    encoding_flops,
     eq8_parameters,
     flops_per_image,
     forward_macs,
+    generation_flops,
     training_flops,
 )
 
@@ -132,3 +142,31 @@ def test_eq8_and_its_footnote(depth: int) -> None:
     assert eq8_parameters(VARConfig(depth=depth)) == 73_728 * depth**3
     shared = VARConfig(depth=depth, norm="shared_adaln")
     assert eq8_parameters(shared) == 49_152 * depth**3 + 6 * shared.width**2
+
+
+@pytest.mark.parametrize("norm", ["adaln", "shared_adaln", "layer_norm"])
+@pytest.mark.parametrize("guidance", [(0.0, 0.0, 0.0), (0.0, 1.0, 2.0), (0.0, 1.0, 0.0), (1.0, 0.0, 1.0)])
+def test_generation_flops_are_what_a_counter_sees(guidance: tuple[float, ...], norm: str) -> None:
+    config = replace(VAR_CONFIG, patch_nums=(1, 2, 3), norm=norm)
+    tokenizer = make_tokenizer(config=replace(VQVAE_CONFIG, patch_nums=config.patch_nums))
+    var, labels = VAR(config), torch.zeros(2, dtype=torch.int64)
+    flops = counted(lambda: generate_scales(var, tokenizer, labels, Sampling(guidance=guidance), seeds=range(2)))
+    assert flops == 2 * generation_flops(config, guidance)
+
+
+def test_tokenizer_flops_are_what_a_counter_sees() -> None:
+    tokenizer, side = make_tokenizer(), VQVAE_CONFIG.image_size
+    f_hat, images = torch.zeros(1, 4, 2, 2), torch.zeros(1, 3, side, side)
+    assert counted(lambda: tokenizer.encode(images)) == encoding_flops(VQVAE_CONFIG)
+    plain = counted(lambda: tokenizer.decode_features(f_hat))
+    tokenizer.prepare_decoder()
+    folded = counted(lambda: tokenizer.decode_features(f_hat))
+    assert plain == decoding_flops(VQVAE_CONFIG, is_folded=False)
+    assert folded == decoding_flops(VQVAE_CONFIG, is_folded=True) < plain
+
+
+def counted(call: Callable[[], object]) -> int:
+    """With attention as plain products, which the counter sees on a CPU too."""
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import (
     PATCH_NUMS,
@@ -26,6 +27,7 @@ from launchers import sample
 from launchers.config import SampleConfig
 from launchers.sample_files import NpzFiles, PngFiles
 from models.var import VAR, VARConfig
+from training.engine import PRECISIONS
 from training.model_on_disk import describe, write_model
 
 
@@ -200,15 +202,15 @@ def test_a_public_checkpoint_is_sampled_as_the_model_that_it_is(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_precision_is_the_transformers_alone(
+def test_precision_is_that_of_the_transformer_and_never_of_the_quantizer(
     run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
 ) -> None:
     samplers: list[Any] = []
     draw_all = sample.draw_all
     monkeypatch.setattr(sample, "draw_all", lambda sampler, *rest: (samplers.append(sampler), draw_all(sampler, *rest)))
     launch(run, tmp_path, precision=precision)
-    assert {parameter.dtype for parameter in samplers[0].var.parameters()} == {sample.PRECISIONS[precision]}
-    assert {str(parameter.dtype) for parameter in samplers[0].tokenizer.parameters()} == {"torch.float32"}
+    assert {parameter.dtype for parameter in samplers[0].var.parameters()} == {PRECISIONS[precision]}
+    assert {parameter.dtype for parameter in samplers[0].tokenizer.quantizer.parameters()} == {torch.float32}
     assert len(list((tmp_path / "png").rglob("*.png"))) == 9
 
 

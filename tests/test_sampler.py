@@ -15,7 +15,7 @@ from tiny import VAR_CONFIG, make_tokenizer
 from launchers import sampler as sampler_module
 from launchers.pictures import to_uint8
 from launchers.sample_plan import SamplePlan
-from launchers.sampler import DECODED_TOGETHER, Progress, Sampler, decode_in_parts, draw_all
+from launchers.sampler import DECODED_TOGETHER, Progress, Sampler, decode_in_parts, draw_all, speed_up
 from models.generation import generate_scales
 from models.sampling import Sampling
 from models.var import VAR
@@ -70,7 +70,7 @@ def test_every_part_is_decoded_in_one_size_and_by_one_thread(two_threads: None, 
 
     levels = torch.arange(number)[:, None, None, None].expand(number, 3, 2, 2) / 127.5 - 1
     assert decode_in_parts(watch, levels)[:, 0, 0, 0].tolist() == list(range(number))
-    assert seen == {(DECODED_TOGETHER, 1)} and torch.get_num_threads() == 2
+    assert seen == {(1, 1)} and torch.get_num_threads() == 2
 
 
 def test_another_seed_gives_other_images_and_few_are_alike() -> None:
@@ -112,6 +112,28 @@ def test_half_precision_gives_codes_of_the_codebook_mostly_those_of_float32(dtyp
     assert codes[dtype].dtype == torch.int64
     assert 0 <= codes[dtype].min() and codes[dtype].max() < LIVELY.vocab_size
     assert (codes[dtype] == codes[torch.float32]).float().mean() > 0.9  # chance: 1/16
+
+
+def test_fast_models_draw_the_same_images_within_a_grey_level() -> None:
+    plain, fast = make_sampler(), make_sampler()
+    speed_up(fast.var, fast.tokenizer, "fp32", compiles=False)
+    assert np.abs(draw(plain).astype(int) - draw(fast)).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("precision", "of_transformer", "of_decoder"),
+    [("fp32", torch.float32, torch.float32), ("bf16", torch.bfloat16, torch.bfloat16),
+     ("fp16", torch.float16, torch.float32)],
+)
+def test_precision_is_of_the_transformer_and_bf16_of_the_decoder_too(
+    precision: str, of_transformer: torch.dtype, of_decoder: torch.dtype
+) -> None:
+    sampler = make_sampler()
+    speed_up(sampler.var, sampler.tokenizer, precision, compiles=False)
+    assert sampler.var.head.weight.dtype == of_transformer
+    assert sampler.tokenizer.decoder.conv_out.weight.dtype == of_decoder
+    assert sampler.tokenizer.quantizer.codebook.dtype == sampler.tokenizer.encoder.conv_in.weight.dtype == torch.float32
+    assert len({image.tobytes() for image in draw(sampler)}) > 50
 
 
 def test_smoothing_changes_the_images() -> None:

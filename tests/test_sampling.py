@@ -10,6 +10,7 @@ from models.sampling import (
     Sampling,
     choose_tokens,
     filter_logits,
+    find_candidates,
     guidance_schedule,
     guide,
     gumbel_noise,
@@ -54,6 +55,58 @@ def test_top_p_applies_to_what_top_k_left() -> None:
     logits = torch.tensor([0.4, 0.3, 0.2, 0.1]).log()
     assert filter_logits(logits, 0, 0.6).isfinite().sum() == 2      # 0.4 + 0.3 reach 0.6
     assert filter_logits(logits, 2, 0.5).isfinite().sum() == 1      # 0.4 / 0.7 reaches 0.5 alone
+
+
+def plainly_filtered(logits: Tensor, top_k: int, top_p: float) -> Tensor:
+    """What `filter_logits` and `choose_tokens` must be equal to, with all codes sorted and all noise drawn."""
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k, dim=-1).values[..., -1:], -torch.inf)
+    if 0 < top_p < 1:
+        ascending, order = logits.sort(dim=-1, stable=True)
+        is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
+        is_cut[..., -1] = False
+        logits = logits.masked_fill(is_cut.scatter(-1, order, is_cut), -torch.inf)
+    return logits
+
+
+LOGITS = {
+    "any": lambda x: x, "many_alike": lambda x: x.round(), "all_alike": lambda x: 0 * x,
+    "bfloat16": lambda x: x.bfloat16().float(), "few": lambda x: x.masked_fill(x < 2, -torch.inf).index_fill(
+        -1, torch.tensor([0]), 1.0),
+}
+
+
+@pytest.mark.parametrize("kind", LOGITS)
+@pytest.mark.parametrize("top_k", [0, 1, 2, 50, 98, 99, 100])
+@pytest.mark.parametrize("top_p", [0.0, 0.001, 0.3, 0.96, 0.9999, 1.0])
+def test_filters_and_draws_are_to_the_last_bit_those_of_sorting_everything(kind: str, top_k: int, top_p: float) -> None:
+    drawn = 3 * torch.randn(4, 6, 99, generator=torch.Generator().manual_seed(0))
+    logits, seeds, tokens = LOGITS[kind](drawn), torch.arange(4), slice(9, 15)
+    plain = plainly_filtered(logits, top_k, top_p)
+    assert torch.equal(filter_logits(logits, top_k, top_p), plain)
+    chosen = (plain + gumbel_noise(seeds, tokens, 99)).argmax(dim=-1)
+    assert torch.equal(choose_tokens(logits, seeds, tokens, top_k=top_k, top_p=top_p), chosen)
+
+
+def test_with_top_k_no_row_is_sorted_and_no_noise_is_drawn_for_codes_that_are_cut() -> None:
+    logits = torch.randn(2, 3, 500, generator=torch.Generator().manual_seed(0))
+    assert find_candidates(logits, 40, 0.0).codes.shape == (2, 3, 40)
+    assert find_candidates(logits, 40, 0.5).codes.shape[-1] < 40
+
+
+@pytest.mark.parametrize("top_k", [0, 3])
+def test_logits_that_are_not_numbers_still_give_codes_of_the_vocabulary(top_k: int) -> None:
+    """They are refused once the image is done, in one place."""
+    tokens = choose_tokens(torch.full((1, 2, 9), torch.nan), torch.tensor([0]), slice(0, 2), top_k=top_k, top_p=0.9)
+    assert 0 <= tokens.min() and tokens.max() < 9
+
+
+@pytest.mark.parametrize("vocab_size", [1, 7, 8, 33, 4096])
+def test_noise_of_some_codes_is_that_of_all_at_these_codes(vocab_size: int) -> None:
+    seeds, tokens = torch.tensor([3, 2**60]), slice(2, 5)
+    codes = torch.randint(vocab_size, (2, 3, 11), generator=torch.Generator().manual_seed(0))
+    everything = gumbel_noise(seeds, tokens, vocab_size)
+    assert torch.equal(gumbel_noise(seeds, tokens, vocab_size, codes=codes), everything.gather(-1, codes))
 
 
 @pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (0, 1.0), (4, 0.0), (900, 1.0)])
@@ -106,7 +159,7 @@ def test_noise_taken_in_turns_is_the_same(monkeypatch: pytest.MonkeyPatch) -> No
     logits, seeds, codebook = torch.randn(5, 3, 8), torch.arange(5), torch.randn(8, 4)
     tokens = choose_tokens(logits, seeds, slice(0, 3))
     vectors = smooth_code_vectors(logits, seeds, slice(0, 3), codebook, progress=0.5)
-    monkeypatch.setattr(sampling, "MAX_NOISE_NUMBERS", 2 * 3 * 8)
+    monkeypatch.setattr(sampling, "MAX_NUMBERS_ON_CPU", 2 * 3 * 8)
     assert torch.equal(choose_tokens(logits, seeds, slice(0, 3)), tokens)
     assert torch.equal(smooth_code_vectors(logits, seeds, slice(0, 3), codebook, progress=0.5), vectors)
 

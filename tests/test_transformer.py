@@ -20,7 +20,7 @@ WIDTH, HEADS, BATCH, TOKENS = 32, 2, 3, 5
 
 
 def make_block(*, shared_adaln: bool = False) -> AdaLNBlock:
-    return AdaLNBlock(WIDTH, HEADS, layer=0, hidden_width=64, qk_norm=True, shared_adaln=shared_adaln)
+    return AdaLNBlock(WIDTH, HEADS, hidden_width=64, qk_norm=True, shared_adaln=shared_adaln)
 
 
 def test_unit_norm_makes_keys_unit_vectors_and_queries_of_the_learned_length() -> None:
@@ -37,12 +37,12 @@ def test_the_learned_length_of_queries_stops_at_100() -> None:
 
 
 def test_attention_without_unit_norm_takes_a_quarter_of_the_usual_scale() -> None:
-    assert SelfAttention(WIDTH, HEADS, layer=0, qk_norm=False).softmax_scale == 0.25 / math.sqrt(16)
-    assert SelfAttention(WIDTH, HEADS, layer=0, qk_norm=True).softmax_scale == 1.0
+    assert SelfAttention(WIDTH, HEADS, qk_norm=False).softmax_scale == 0.25 / math.sqrt(16)
+    assert SelfAttention(WIDTH, HEADS, qk_norm=True).softmax_scale == 1.0
 
 
 def test_attention_has_biases_for_queries_and_values_and_none_for_keys() -> None:
-    attention, x = SelfAttention(WIDTH, HEADS, layer=0, qk_norm=False), torch.randn(BATCH, TOKENS, WIDTH)
+    attention, x = SelfAttention(WIDTH, HEADS, qk_norm=False), torch.randn(BATCH, TOKENS, WIDTH)
     torch.nn.init.normal_(attention.q_bias)
     torch.nn.init.normal_(attention.v_bias)
     q, k, v = F.linear(x, attention.qkv.weight).chunk(3, dim=-1)
@@ -105,7 +105,7 @@ def test_the_cache_returns_everything_stored_so_far() -> None:
     parts = [torch.randn(BATCH, HEADS, n, 16) for n in (1, 2, 3)]
     for stored, part in enumerate(parts, start=1):
         for layer in range(2):
-            k, v = cache.update(layer, part + layer, -part)
+            k, v = cache.layers()[layer].update(part + layer, -part)
             torch.testing.assert_close(k, torch.cat(parts[:stored], dim=2) + layer)
             torch.testing.assert_close(v, -torch.cat(parts[:stored], dim=2))
         cache.advance(part.shape[2])

@@ -66,10 +66,11 @@ def test_one_scale_at_a_time_with_a_cache_equals_all_scales_at_once(config: VARC
     var, (inputs, labels) = make_var(config), make_batch(config)
     cache, scales = var.allocate_cache(BATCH), config.scales
     with torch.no_grad():
-        parts = [var.forward_scale(None, labels, 0, cache)]
+        classes = var.class_vectors(labels)
+        parts = [var.forward_scale(None, classes, 0, cache)]
         for k, tokens in enumerate(scales.slices[1:], start=1):
             own = slice(tokens.start - scales.first_tokens, tokens.stop - scales.first_tokens)
-            parts.append(var.forward_scale(inputs[:, own], labels, k, cache))
+            parts.append(var.forward_scale(inputs[:, own], classes, k, cache))
         torch.testing.assert_close(scales.join(parts), var(inputs, labels), rtol=1e-5, atol=1e-5)
     assert cache.position == scales.num_tokens
 
@@ -168,7 +169,7 @@ def test_bfloat16_weights_and_bfloat16_autocast_come_near_float32(config: VARCon
         wanted = var(inputs, labels)
         with torch.autocast("cpu", dtype=torch.bfloat16):
             autocast = var(inputs, labels)
-            cached = var.forward_scale(None, labels, 0, var.allocate_cache(BATCH))
+            cached = var.forward_scale(None, var.class_vectors(labels), 0, var.allocate_cache(BATCH))
         low = var.bfloat16()(inputs, labels)
     for logits in (autocast, low):          # bfloat16 keeps 8 bits, about 0.4 % per operation
         assert logits.dtype == torch.bfloat16
@@ -204,10 +205,44 @@ def test_weight_decay_spares_vectors_positions_and_offsets() -> None:
 def test_scales_must_come_in_order() -> None:
     var = VAR(KINDS["adaln"])
     inputs, labels = make_batch(KINDS["adaln"])
+    classes = var.class_vectors(labels)
     with pytest.raises(ValueError, match="cache holds 0 tokens, scale 1 needs 1"):
-        var.forward_scale(inputs[:, :4], labels, 1, var.allocate_cache(BATCH))
+        var.forward_scale(inputs[:, :4], classes, 1, var.allocate_cache(BATCH))
     with pytest.raises(ValueError, match="None at scale 0"):
-        var.forward_scale(inputs[:, :1], labels, 0, var.allocate_cache(BATCH))
+        var.forward_scale(inputs[:, :1], classes, 0, var.allocate_cache(BATCH))
+
+
+def test_what_the_class_does_is_computed_once_and_equals_what_a_block_makes_of_the_condition(config: VARConfig) -> None:
+    var, (inputs, labels) = make_var(config), make_batch(config)
+    x, classes = torch.randn(BATCH, 3, config.width), var.class_vectors(labels)
+    condition = var.class_embedding(labels)
+    block_condition = var._block_condition(condition)
+    with torch.no_grad():
+        for block, vectors in zip(var.blocks, classes.blocks, strict=True):
+            assert torch.equal(block(x, vectors), block(x, block_condition))
+            torch.testing.assert_close(block(x, vectors)[:1], block(x[:1], vectors[:1]), rtol=1e-4, atol=1e-5)
+        assert torch.equal(var.final_norm(x, classes.final), var.final_norm(x, condition))
+
+
+@pytest.mark.slow
+def test_compiled_steps_give_the_plain_logits_from_few_compilations(config: VARConfig) -> None:
+    """All layers share one piece of code, and from the third scale on it takes the lengths as variables."""
+    var, (inputs, labels) = make_var(config), make_batch(config)
+    plain = logits_scale_by_scale(var, inputs, labels)
+    torch.compiler.reset()
+    counters.clear()
+    var.compile_generation()
+    compiled = logits_scale_by_scale(var, inputs, labels)
+    torch.testing.assert_close(compiled, plain, rtol=1e-4, atol=1e-5)
+    assert 1 <= counters["stats"]["unique_graphs"] <= 3
+
+
+@torch.no_grad()
+def logits_scale_by_scale(var: VAR, inputs: Tensor, labels: Tensor) -> Tensor:
+    """(B, L, V), with a cache."""
+    cache, scales, classes = var.allocate_cache(BATCH), var.scales, var.class_vectors(labels)
+    by_scale = [None, *inputs.split(scales.scale_sizes[1:], dim=1)]
+    return scales.join([var.forward_scale(part, classes, k, cache) for k, part in enumerate(by_scale)])
 
 
 def test_inputs_of_another_length_are_refused() -> None:

@@ -2,6 +2,7 @@
 import pytest
 import torch
 
+from models import vqvae
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.vqvae import VQVAE, VQVAEConfig
@@ -76,3 +77,30 @@ def test_images_of_another_size_are_refused(tokenizer: VQVAE) -> None:
 def test_code_widths_must_agree() -> None:
     with pytest.raises(ValueError, match="code_width 32 differs from quantizer.code_width 8"):
         VQVAEConfig(quantizer=QuantizerConfig(code_width=8))
+
+
+@pytest.mark.parametrize("dtype, most, mean", [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.2, 0.02)])
+def test_a_prepared_decoder_gives_the_plain_images_and_encoding_does_not_change(
+        images: torch.Tensor, dtype: torch.dtype, most: float, mean: float) -> None:
+    torch.manual_seed(0)
+    tokenizer = VQVAE(CONFIG)
+    weights = {name: weight.clone() for name, weight in tokenizer.state_dict().items()}
+    codes = tokenizer.encode(images)
+    plain = tokenizer.decode(codes)
+    tokenizer.prepare_decoder(dtype)
+    fast = tokenizer.decode(codes)
+    assert fast.dtype == torch.float32 and fast.abs().max() <= 1
+    assert (fast - plain).abs().max() < most and (fast - plain).abs().mean() < mean     # bfloat16 keeps 8 bits
+    assert torch.equal(tokenizer.encode(images), codes)
+    assert set(tokenizer.state_dict()) == set(weights)
+
+
+def test_a_batch_too_large_to_decode_at_once_comes_in_parts(
+        tokenizer: VQVAE, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = tokenizer.encode(torch.cat([images, images.flip(3), images[:1]]))
+    whole, sizes = tokenizer.decode(codes), []
+    monkeypatch.setattr(vqvae, "MAX_PIXELS_DECODED", 2 * 16 * 16)
+    handle = tokenizer.decoder.register_forward_hook(lambda module, given, found: sizes.append(len(found)))
+    torch.testing.assert_close(tokenizer.decode(codes), whole, rtol=0, atol=1e-4)
+    handle.remove()
+    assert sizes == [2, 2, 1]

@@ -8,7 +8,10 @@ per second. Other conventions are in use; a scaling study reports four of them s
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import Decoder, Encoder
@@ -75,10 +78,64 @@ def _forward_macs(config: VARConfig, *, pairs: int) -> int:
     tokens_in = tokens - config.scales.first_tokens
     linear = tokens * _block_weights(config)
     attention = depth * 2 * pairs * width  # q k^T and the weighted sum of v
-    num_maps = {ADALN: depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
-    modulation = num_maps * width * width  # once per image
     ends = tokens_in * config.code_width * width + tokens * width * config.vocab_size
-    return linear + attention + modulation + ends
+    return linear + attention + _modulation_macs(config) + ends
+
+
+def _modulation_macs(config: VARConfig) -> int:
+    """What AdaLN makes of the class, once per image."""
+    num_maps = {ADALN: config.depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
+    return num_maps * config.width * config.width
+
+
+def generation_flops(config: VARConfig, guidance: Sequence[float]) -> int:
+    """FLOPs of drawing the codes of one image, with guidance of these strengths at the K scales, and its feature map.
+
+    The unconditional half runs up to the last guided scale; its logits are made where guidance is not 0. phi acts on
+    the whole feature map at every scale. What no product is in is not counted: noise, filters, resizing.
+    """
+    scales, width = config.scales, config.width
+    num_doubled = max((k + 1 for k, t in enumerate(guidance) if t), default=0)
+    tokens = sum(scales.scale_sizes[:num_doubled])
+    pairs = sum(size * part.stop for size, part in zip(scales.scale_sizes[:num_doubled], scales.slices))
+    guided_tokens = sum(size for size, t in zip(scales.scale_sizes, guidance, strict=True) if t)
+    macs = forward_macs(config) + scales.num_scales * 9 * config.code_width**2 * scales.side**2
+    if num_doubled:
+        macs += tokens * _block_weights(config) + config.depth * 2 * pairs * width + _modulation_macs(config)
+        macs += (tokens - scales.first_tokens) * config.code_width * width + guided_tokens * width * config.vocab_size
+    return 2 * macs
+
+
+def decoding_flops(config: VQVAEConfig, *, is_folded: bool) -> int:
+    """FLOPs from one feature map to an image; is_folded: as after VQVAE.prepare_decoder."""
+    with torch.device("meta"):
+        decoder = Decoder(config.autoencoder)
+    if is_folded:
+        decoder.fold_upsampling()
+    scales, width = config.scales, config.quantizer.code_width
+    return _counted(decoder, width, scales.side) + 2 * 9 * width**2 * scales.side**2
+
+
+def encoding_flops(config: VQVAEConfig) -> int:
+    """FLOPs from one image to its codes: encoder, convolution, and at every scale the search and phi."""
+    with torch.device("meta"):
+        encoder = Encoder(config.autoencoder)
+    return _counted(encoder, 3, config.image_size) + 2 * _quantizer_macs(config, num_convolutions=1)
+
+
+@torch.no_grad()
+def _counted(module: nn.Module, channels: int, side: int) -> int:
+    """FLOPs of a module on the meta device on one square map, counted by torch."""
+    with FlopCounterMode(display=False) as counter:
+        module(torch.empty(1, channels, side, side, device="meta"))
+    return counter.get_total_flops()
+
+
+def _quantizer_macs(config: VQVAEConfig, *, num_convolutions: int) -> int:
+    """The code search, one phi a scale, and so many of the convolutions around the quantiser."""
+    scales, quantizer = config.scales, config.quantizer
+    search = scales.num_tokens * quantizer.vocab_size * quantizer.code_width
+    return search + (scales.num_scales + num_convolutions) * 9 * quantizer.code_width**2 * scales.side**2
 
 
 def tokenizer_training_flops(config: VQVAEConfig) -> int:
@@ -87,9 +144,7 @@ def tokenizer_training_flops(config: VQVAEConfig) -> int:
     Encoder and decoder are counted by torch on the meta device; the quantiser is the code search and one phi a scale.
     """
     scales, quantizer = config.scales, config.quantizer
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        Encoder(config.autoencoder)(torch.empty(1, 3, config.image_size, config.image_size))
-        Decoder(config.autoencoder)(torch.empty(1, quantizer.code_width, scales.side, scales.side))
-    search = scales.num_tokens * quantizer.vocab_size * quantizer.code_width
-    convolutions = (scales.num_scales + 2) * 9 * quantizer.code_width**2 * scales.side**2  # phi, and one on either side
-    return 3 * (counter.get_total_flops() + 2 * (search + convolutions))
+    with torch.device("meta"):
+        encoder, decoder = Encoder(config.autoencoder), Decoder(config.autoencoder)
+    counted = _counted(encoder, 3, config.image_size) + _counted(decoder, quantizer.code_width, scales.side)
+    return 3 * (counted + 2 * _quantizer_macs(config, num_convolutions=2))
