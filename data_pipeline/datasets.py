@@ -8,7 +8,7 @@ rank or worker reads it, and whoever takes the batch is told. Legend: B batch, L
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from copy import copy
 from pathlib import Path
 
@@ -161,8 +161,16 @@ class ImageDataset(PackedDataset):
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
         """ids, epochs: (B,) -> images (B, 3, S, S) uint8, labels (B,) int64."""
         uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
-        views, labels = zip(*(self._view_and_label(sample_id, row) for sample_id, row in zip(ids, uniforms)))
-        return stack_pixels(list(views)), self._checked_labels(labels, ids)
+        labels: list[int] = []
+
+        def views() -> Iterator[Image.Image]:  # one at a time, so that each finds the memory of the one before
+            for sample_id, row in zip(ids, uniforms):
+                view, label = self._view_and_label(sample_id, row)
+                labels.append(label)
+                yield view
+
+        pixels = stack_pixels(views(), number=len(ids), side=self.transform.image_size)
+        return pixels, self._checked_labels(labels, ids)
 
     def label(self, sample_id: int) -> int:
         """The class of a sample, without decoding its image."""

@@ -6,6 +6,8 @@ them, on the device that the data has reached. Legend: B batch, L codes of one i
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from PIL import Image
@@ -17,14 +19,17 @@ def pixels_of(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def stack_pixels(images: list[Image.Image]) -> Tensor:
-    """RGB images of one size as (B, 3, H, W) uint8, in the memory order of `pixels_of`."""
-    return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2)
+def stack_pixels(images: Iterable[Image.Image], *, number: int, side: int) -> Tensor:
+    """So many RGB images (side, side), taken one by one, as (B, 3, S, S) uint8 in the memory order of `pixels_of`."""
+    pixels = np.empty((number, side, side, 3), dtype=np.uint8)
+    for row, image in zip(pixels, images, strict=True):
+        row[:] = np.asarray(image)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
 
 def floats_of(pixels: Tensor) -> Tensor:
     """Pixels (..., 3, H, W) uint8 as contiguous float32 in [-1, 1]: the same bits on every device."""
-    wide = pixels.contiguous().to(torch.float32)
+    wide = _empty_floats(pixels).copy_(pixels)
     # By a tensor on the device, since CUDA divides by a number of the host by multiplying with its rounded inverse.
     return wide.div_(torch.full((), 255.0, device=pixels.device)).mul_(2).sub_(1)
 
@@ -32,3 +37,10 @@ def floats_of(pixels: Tensor) -> Tensor:
 def widen(data: Tensor) -> Tensor:
     """What models take: of pixels (B, 3, S, S) uint8 float32 in [-1, 1], of codes (B, L) of any width int64."""
     return floats_of(data) if data.ndim == 4 else data.to(torch.int64)
+
+
+def _empty_floats(like: Tensor) -> Tensor:
+    if like.device.type != "cpu":
+        return torch.empty(like.shape, dtype=torch.float32, device=like.device)
+    # NumPy asks the kernel for huge pages; first touching a large batch in small ones takes longer than to fill it.
+    return torch.from_numpy(np.empty(tuple(like.shape), dtype=np.float32))

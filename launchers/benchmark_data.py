@@ -36,6 +36,7 @@ from launchers.benchmark_loaders import (
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 
 LARGE_BATCH = 256
+PASSES = {"codes": 5, "images": 1}  # over the data in a turn, so that the start of what reads ahead is little of it
 WORKERS = 2
 
 Calls = dict[str, Callable[[], int]]
@@ -104,11 +105,12 @@ def _byte_calls(folder: str, index: Index) -> Calls:
 def _batches(
     dataset: CodeDataset | ImageDataset, size: int, *, workers: int = 0, use: Callable[[Batch], Batch] | None = None
 ) -> Callable[[], int]:
-    """A pass over the data as `launchers/train.py` reads it, the start of what reads ahead included."""
+    """Passes over the data as `launchers/train.py` reads it, the start of what reads ahead included."""
+    number = PASSES[dataset.index.kind] * -(-len(dataset) // size)
 
     def call() -> int:
         share = {"batch_size": size, "rank": 0, "world_size": 1, "samples_seen": 0, "seed": 0}
-        return take(train_batches(dataset, workers=workers, **share), -(-len(dataset) // size), use or _as_it_is)
+        return take(train_batches(dataset, workers=workers, **share), number, use or _as_it_is)
 
     return call
 

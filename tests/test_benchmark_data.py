@@ -23,4 +23,4 @@ def test_every_call_handles_the_whole_data_set(study: Study, tmp_path: Path, kin
     folder = str(study.folder / kind / "train")
     calls = code_calls(folder) if kind == "codes" else image_calls(folder, tmp_path / "files")
     handled = {name: call() for name, call in calls.items()}
-    assert len(handled) > 6 and min(handled.values()) == 12, handled
+    assert len(handled) > 6 and min(handled.values()) >= 12, handled

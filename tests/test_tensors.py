@@ -12,14 +12,14 @@ from data_pipeline.tensors import floats_of, pixels_of, stack_pixels, widen
 
 def images(number: int) -> list[Image.Image]:
     generator = np.random.default_rng(0)
-    return [Image.fromarray(generator.integers(0, 256, (5, 4, 3), dtype=np.uint8)) for _ in range(number)]
+    return [Image.fromarray(generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)) for _ in range(number)]
 
 
 def test_pixels_are_those_of_the_image_whatever_their_order_in_memory() -> None:
     first, second = images(2)
-    assert pixels_of(first).shape == (3, 5, 4) and pixels_of(first).dtype == torch.uint8
+    assert pixels_of(first).shape == (3, 5, 5) and pixels_of(first).dtype == torch.uint8
     assert np.array_equal(pixels_of(first).permute(1, 2, 0), np.asarray(first))
-    assert torch.equal(stack_pixels([first, second]), torch.stack([pixels_of(first), pixels_of(second)]))
+    assert torch.equal(stack_pixels([first, second], number=2, side=5), torch.stack([pixels_of(first), pixels_of(second)]))
 
 
 def test_every_byte_becomes_the_float_of_the_formula() -> None:
@@ -36,5 +36,5 @@ def test_codes_of_any_width_become_int64(dtype: torch.dtype) -> None:
 
 
 def test_a_batch_of_pixels_becomes_floats() -> None:
-    pixels = stack_pixels(images(2))
+    pixels = stack_pixels(images(2), number=2, side=5)
     assert torch.equal(widen(pixels), torch.stack([floats_of(pixels_of(image)) for image in images(2)]))
