@@ -25,7 +25,7 @@ LABEL_DROP = 0.1  # the paper's recipe
 EXPORT_FORMATS = ("safetensors", "reference")
 MAX_DEPENDENCY_IMAGES = 16
 SAMPLE_FORMATS = ("png", "npz")
-BENCHMARKS = ("train", "switches", "data", "attention")
+BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention")
 EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 
@@ -285,6 +285,7 @@ class BenchmarkConfig:
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
     tokenizer_width: int = 160  # that of the released one
     batch: int = 4  # images at once
+    batches: tuple[int, ...] = ()  # sample: more batch sizes
     precision: str = "fp32"  # or bf16 or fp16
     compile: bool = False  # compile the transformer's blocks
     against: str = ""  # a clone of the public VAR code to measure beside; empty: none
