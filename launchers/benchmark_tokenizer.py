@@ -90,7 +90,7 @@ def timed(work: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], int]:
 def trainer(config: BenchmarkConfig, tokenizer: VQVAE, world: World) -> Contestant:
     """A step of TokenizerStage, DeepSpeed and all."""
     model = deepcopy(tokenizer).train().requires_grad_(True)
-    optimizer = build_optimizer(model, OptimizerConfig(), undecayed=frozenset())
+    optimizer = build_optimizer(model, OptimizerConfig())
     settings = EngineConfig(precision="fp32", micro_batch=config.batch, zero_stage=0)
     stage = TokenizerStage(
         Engine(model, optimizer, settings, global_batch=config.batch, world=world),
