@@ -23,16 +23,22 @@ from data_pipeline.files import atomic_file  # noqa: E402
 from launchers.benchmark_attention import benchmark_attention  # noqa: E402
 from launchers.benchmark_config import BenchmarkConfig  # noqa: E402
 from launchers.benchmark_data import benchmark_data  # noqa: E402
+from launchers.benchmark_memory import benchmark_memory  # noqa: E402
+from launchers.benchmark_sample import benchmark_sample  # noqa: E402
 from launchers.benchmark_suite import benchmark_suite  # noqa: E402
 from launchers.benchmark_timing import Row, table  # noqa: E402
+from launchers.benchmark_tokenizer import benchmark_tokenizer  # noqa: E402
 from launchers.benchmark_train import benchmark_switches, benchmark_train  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "train": benchmark_train,
     "switches": benchmark_switches,
+    "sample": benchmark_sample,
+    "tokenizer": benchmark_tokenizer,
     "data": benchmark_data,
     "attention": benchmark_attention,
+    "memory": benchmark_memory,
     "suite": benchmark_suite,
 }
 

@@ -9,7 +9,7 @@ from models.attention import ATTENTIONS, PER_SCALE
 from models.scales import PATCH_NUMS_256
 from training.engine import PRECISIONS
 
-BENCHMARKS = ("train", "switches", "data", "attention", "suite")
+BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention", "memory", "suite")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +22,7 @@ class BenchmarkConfig:
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
     tokenizer_width: int = 160  # that of the released one
     batch: int = 4  # images at once
+    batches: tuple[int, ...] = ()  # sample: more batch sizes
     precision: str = "fp32"  # or bf16 or fp16
     compile: bool = False  # compile the transformer's blocks
     attention: str = PER_SCALE  # of training: or flex, or masked

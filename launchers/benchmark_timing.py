@@ -85,6 +85,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
     "bandwidth_share": lambda value: f"{value:.1%}",
     "peak_bytes": lambda value: f"{value / GIB:.2f} GiB",
     "predicted_bytes": lambda value: f"{value / GIB:.2f} GiB",
+    "equal_codes": lambda value: f"{value:.2%}",
     "error": lambda value: f"{value:+.1%}",
     "data_wait_ms": lambda value: f"{value:.1f} ms",
 }
@@ -94,6 +95,7 @@ HEADINGS = {
     "bandwidth_share": "bandwidth",
     "peak_bytes": "peak",
     "predicted_bytes": "predicted",
+    "equal_codes": "same codes",
     "error": "error",
     "data_wait_ms": "data wait",
 }

@@ -186,7 +186,7 @@ def test_without_guidance_the_transformer_costs_half_and_scales_without_it_cost_
     decoding = sum_of_phi_flops(tokenizer)
     free, ramp, early = (flops_of(var, tokenizer, sampling) - decoding for sampling in (
         Sampling(cfg=0), Sampling(cfg=1.5), Sampling(guidance=(1.0, 1.0, 0.0))))
-    assert ramp == 2 * free - 2 * 7 * CONFIG.width * CONFIG.vocab_size      # the first scale has t = 0: one half's logits
+    assert ramp == 2 * free - 2 * 7 * CONFIG.width * CONFIG.vocab_size  # at the first scale t is 0
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         cache, classes = var.allocate_cache(7), var.class_vectors(LABELS)
         for k, tokens in enumerate(CONFIG.patch_nums[:2]):
