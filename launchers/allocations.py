@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import json
 import tempfile
+from bisect import bisect_left, insort
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -32,7 +33,7 @@ class Phase:
 
 
 class AllocationRecorder:
-    """Within `with AllocationRecorder() as recorder`, `recorder.mark(name)` ends a phase; `phases` are there afterwards.
+    """In `with AllocationRecorder() as recorder`, `recorder.mark(name)` ends a phase; `phases` are there afterwards.
 
     Only what is allocated within counts, so the model must be built inside. (On CUDA what was allocated before and is
     freed within counts as negative.)
@@ -73,21 +74,48 @@ class AllocationRecorder:
                 self.phases = _phases_of(_read_trace(self._profile))
 
 
+class _Blocks:
+    """Blocks of memory that are allocated, as far as the profiler has seen.
+
+    A block that another thread frees, such as one of gloo's that holds the last reference to what it has sent, is not
+    reported. It is known to be gone when a new block lies where it was.
+    """
+
+    def __init__(self) -> None:
+        self.live = 0
+        self._starts: list[int] = []  # sorted
+        self._sizes: dict[int, int] = {}
+
+    def allocate(self, start: int, size: int) -> None:
+        first = bisect_left(self._starts, start)
+        if first and self._starts[first - 1] + self._sizes[self._starts[first - 1]] > start:
+            first -= 1
+        for gone in self._starts[first : bisect_left(self._starts, start + size)]:
+            self.free(gone)
+        insort(self._starts, start)
+        self._sizes[start] = size
+        self.live += size
+
+    def free(self, start: int) -> None:
+        """Nothing happens if the block was allocated before the recorder began."""
+        if start in self._sizes:
+            self.live -= self._sizes.pop(start)
+            self._starts.pop(bisect_left(self._starts, start))
+
+
 def _phases_of(trace: list[dict[str, Any]]) -> list[Phase]:
     """Replay allocations and marks of a profiler's trace in the order of time."""
     phases: list[Phase] = []
-    sizes: dict[int, int] = {}  # of what was allocated within and is not freed yet, by address
-    live = peak = 0
+    blocks, peak = _Blocks(), 0
     for event in sorted(filter(_matters, trace), key=lambda event: event["ts"]):
         if event["name"] != MEMORY:
-            phases.append(Phase(event["name"].removeprefix(MARK), live, peak))
-            peak = live
-        elif (size := event["args"]["Bytes"]) > 0:
-            sizes[event["args"]["Addr"]] = size
-            live += size
-            peak = max(peak, live)
+            phases.append(Phase(event["name"].removeprefix(MARK), blocks.live, peak))
+            peak = blocks.live
+        elif event["args"]["Bytes"] > 0:
+            blocks.allocate(event["args"]["Addr"], event["args"]["Bytes"])
+            peak = max(peak, blocks.live)
         else:
-            live -= sizes.pop(event["args"]["Addr"], 0)
+            blocks.free(event["args"]["Addr"])
     return phases
 
 

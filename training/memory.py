@@ -1,8 +1,8 @@
 """Memory per GPU of a training step, by component, as arithmetic: what `--dry-run` prints before anything is allocated.
 
 A step is followed from moment to moment, since its components do not all exist at once: at the loss all activations
-and the logits with their gradient, in the backward pass fewer activations and more gradients, at the end gradients and the
-buffers that reduce them. The peak is that of the worst moment. Activations are counted from the architecture
+and the logits with their gradient, in the backward pass fewer activations and more gradients, at the end gradients and
+the buffers that reduce them. The peak is that of the worst moment. Activations are counted from the architecture
 (training/activations.py), the rest from what DeepSpeed allocates (training/zero_memory.py). `benchmark.py memory` sets
 the predictions beside measured peaks.
 

@@ -103,7 +103,7 @@ def build_optimizer(
     groups = [group for group in groups if group["params"]]
     settings = {"lr": config.base_lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
     if config.ema_decay:
-        return AveragingAdamW(groups, ema_decay=config.ema_decay, **settings)
+        return AveragingAdamW(groups, ema_decay=config.ema_decay, fused=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
 
 

@@ -26,7 +26,7 @@ REDUCE_BYTES = 16  # the same once a step: to bf16 for the reduction, back, and 
 
 @dataclass(frozen=True)
 class ClusterConfig:
-    """A cluster of nodes of 8 H100 SXM, unless told otherwise. An H200 has gpu_memory_gib 139, memory_tb_per_second 4.8.
+    """Nodes of 8 H100 SXM, unless told otherwise. An H200 has gpu_memory_gib 139 and memory_tb_per_second 4.8.
 
     Sources: NVIDIA's data sheets of H100 and H200 for memory and its speed; the best matrix products that Stas
     Bekman's ml-engineering measured (of 989 on the data sheet); 8 ports of 400 Gb/s a node, of which NCCL's bus

@@ -186,7 +186,7 @@ class Partitions:
         return self._with(FLOAT32 * (s.n - filled + s.p), FLOAT32 * (s.bucket + filled) + casts)
 
     def update(self) -> Held:
-        """First the norm, tensor by tensor in float64; then, in float32, the share's gradients flattened into a copy."""
+        """First the norm, tensor by tensor in float64; then, in float32, the share's gradients in one flat copy."""
         s = self.shares
         norm = NORM * min(s.p, max(prod(shape) for shape in block_shapes(s.model) + other_shapes(s.model)))
         flat = FLOAT32 * s.p if s.engine.precision == "fp32" else 0
