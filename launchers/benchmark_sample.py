@@ -114,4 +114,5 @@ def as_the_launcher(drawing: Drawing) -> Callable[[], int]:
 def flops_per_image(config: BenchmarkConfig, drawing: Drawing, *, is_folded: bool) -> int:
     """Of codes and pixels, as ours does it; the public code makes each modulation and one scale's logits again."""
     guidance = SAMPLING.schedule(drawing.var.scales.num_scales)
-    return generation_flops(drawing.var.config, guidance) + decoding_flops(drawing.tokenizer.config, is_folded=is_folded)
+    decoding = decoding_flops(drawing.tokenizer.config, is_folded=is_folded)
+    return generation_flops(drawing.var.config, guidance) + decoding

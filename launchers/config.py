@@ -16,6 +16,7 @@ from training.engine import PRECISIONS, EngineConfig
 from training.loop_config import LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig
+from training.step_time import ClusterConfig
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig
 from training.tracking import TrackingConfig
 from training.watch import WatchConfig
@@ -105,6 +106,7 @@ class TrainConfig(RunConfig):
 
     tokenizer: str
     model: VARConfig
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)  # what --dry-run models; training does not read it
     label_drop: float = LABEL_DROP  # share of labels replaced by the null class, for classifier-free guidance
 
     def __post_init__(self) -> None:

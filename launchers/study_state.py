@@ -31,7 +31,7 @@ SHARED = ("tokenizer", "data.validation", "data.train", "model.patch_nums", "mod
 FREE = ("run", "tracking.", "watch.", "data.workers", "data.cache.", "loop.log_every", "loop.checkpoint_every")
 FREE += ("loop.keep_", "loop.max_failed_saves", "engine.zero_stage", "engine.micro_batch", "engine.reduce_bucket_size")
 FREE += ("engine.prefetch_bucket_size", "engine.persistence_threshold", "engine.activation_checkpointing")
-FREE += ("engine.attention", "engine.compile")
+FREE += ("engine.attention", "engine.compile", "cluster.")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ The same command again resumes from the newest checkpoint of the run folder.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -20,11 +21,13 @@ from launchers.config import TrainConfig  # noqa: E402
 from launchers.loading import initialize, load_tokenizer  # noqa: E402
 from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
 from models.generation import check_configs_agree  # noqa: E402
+from models.var import CHECKPOINTINGS  # noqa: E402
 from training.distributed import World, join_world, leave_world  # noqa: E402
 from training.engine import Engine, accumulation_steps  # noqa: E402
 from training.flops import training_flops  # noqa: E402
-from training.memory import estimate_memory  # noqa: E402
+from training.memory import estimate_memory, largest_micro_batch  # noqa: E402
 from training.optim import build_optimizer  # noqa: E402
+from training.step_time import step_time  # noqa: E402
 from training.var_loop import VARStage, build_var  # noqa: E402
 
 
@@ -66,15 +69,12 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
 def dry_run(config: TrainConfig, world_size: int) -> None:
     """Say what a run would need, from arithmetic alone; read one batch if tokenizer and shards are there."""
     accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
-    memory = estimate_memory(config.model, config.engine, world_size)
-    parts = {"weights": memory.weights, "gradients": memory.gradients, "optimizer": memory.optimizer}
-    parts |= {"activations (estimate)": memory.activations, "buckets": memory.buckets, "total": memory.total}
     say(f"parameters          {config.model.num_parameters:,}")
     say(f"FLOPs per image     {training_flops(config.model):.4g} (training, block-causal attention)")
     say(f"tokens per image    {config.model.scales.num_tokens}")
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
-    for name, size in parts.items():
-        say(f"GiB per GPU         {size / 2**30:7.2f}  {name}")
+    say_memory(config, world_size)
+    say_step_time(config, world_size, accumulation)
     try:
         tokenizer, sha256 = load_tokenizer(config.tokenizer)
         check_configs_agree(config.model, tokenizer.config)
@@ -82,6 +82,33 @@ def dry_run(config: TrainConfig, world_size: int) -> None:
         say(f"data                {describe_one_batch(dataset, config.engine.micro_batch)}")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")
+
+
+def say_memory(config: TrainConfig, world_size: int) -> None:
+    """The worst moment of a step by component, the other ways of checkpointing, and the batch that would fit."""
+    averages = config.optimizer.ema_decay > 0
+    ways = {way: replace(config.engine, activation_checkpointing=way) for way in CHECKPOINTINGS}
+    peaks = {way: estimate_memory(config.model, engine, world_size, averages=averages) for way, engine in ways.items()}
+    peak = peaks[config.engine.activation_checkpointing].peak
+    for name, size in (peak.components | {f"peak, modelled, at the {peak.name}": peak.total}).items():
+        say(f"GiB per GPU         {size / 2**30:7.2f}  {name}")
+    room = config.cluster.usable_bytes
+    for way, engine in ways.items():
+        most = largest_micro_batch(config.model, engine, world_size, room, averages=averages)
+        total = peaks[way].peak.total / 2**30
+        say(f"checkpointing       {way}: {total:.2f} GiB; in {room / 2**30:.1f} GiB fit {most} images a GPU (modelled)")
+
+
+def say_step_time(config: TrainConfig, world_size: int, accumulation: int) -> None:
+    """What a step takes on the cluster that the config describes."""
+    averages = config.optimizer.ema_decay > 0
+    model, engine = config.model, config.engine
+    taken = step_time(model, engine, config.cluster, world_size, accumulation=accumulation, averages=averages)
+    say(
+        f"step, modelled      {taken.total:.3f} s: {taken.compute:.3f} compute, {taken.recomputation:.3f} recomputation, "
+        f"{taken.exposed:.3f} communication in the open, {taken.optimizer:.3f} optimizer, {taken.data_wait:.3f} data"
+    )
+    say(f"speed, modelled     {taken.images_per_second:,.0f} images/s, MFU {taken.mfu:.0%}")
 
 
 def main() -> None:

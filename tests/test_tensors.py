@@ -19,7 +19,8 @@ def test_pixels_are_those_of_the_image_whatever_their_order_in_memory() -> None:
     first, second = images(2)
     assert pixels_of(first).shape == (3, 5, 5) and pixels_of(first).dtype == torch.uint8
     assert np.array_equal(pixels_of(first).permute(1, 2, 0), np.asarray(first))
-    assert torch.equal(stack_pixels([first, second], number=2, side=5), torch.stack([pixels_of(first), pixels_of(second)]))
+    stacked = torch.stack([pixels_of(first), pixels_of(second)])
+    assert torch.equal(stack_pixels([first, second], number=2, side=5), stacked)
 
 
 def test_every_byte_becomes_the_float_of_the_formula() -> None:
