@@ -105,7 +105,7 @@ def say_step_time(config: TrainConfig, world_size: int, accumulation: int) -> No
     model, engine = config.model, config.engine
     taken = step_time(model, engine, config.cluster, world_size, accumulation=accumulation, averages=averages)
     say(
-        f"step, modelled      {taken.total:.3f} s: {taken.compute:.3f} compute, {taken.recomputation:.3f} recomputation, "
+        f"step, modelled      {taken.total:.3f} s: {taken.compute:.3f} compute, {taken.recomputation:.3f} recomputed, "
         f"{taken.exposed:.3f} communication in the open, {taken.optimizer:.3f} optimizer, {taken.data_wait:.3f} data"
     )
     say(f"speed, modelled     {taken.images_per_second:,.0f} images/s, MFU {taken.mfu:.0%}")

@@ -19,6 +19,7 @@ def test_a_dry_run_of_training_says_what_it_needs_and_reads_one_batch(
     assert f"parameters          {VAR_CONFIG.num_parameters:,}\n" in said
     assert "2 x 2 images x 1 accumulated" in said
     assert "one batch of codes (2, 5)" in said
+    assert "checkpointing       selective: " in said and "step, modelled" in said
     assert not Path(study.train_config().run).exists()
 
 

@@ -213,7 +213,7 @@ def test_scales_must_come_in_order() -> None:
 
 
 def test_what_the_class_does_is_computed_once_and_equals_what_a_block_makes_of_the_condition(config: VARConfig) -> None:
-    var, (inputs, labels) = make_var(config), make_batch(config)
+    var, (_, labels) = make_var(config), make_batch(config)
     x, classes = torch.randn(BATCH, 3, config.width), var.class_vectors(labels)
     condition = var.class_embedding(labels)
     block_condition = var._block_condition(condition)
