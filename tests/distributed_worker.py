@@ -63,6 +63,9 @@ class InMemory:
     def __len__(self) -> int:
         return NUM_SAMPLES
 
+    def twin(self) -> InMemory:
+        return self
+
     def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[()]]:
         return torch.stack([self._one(int(i)) for i in ids]), torch.from_numpy(ids % 4), ()
 

@@ -14,6 +14,7 @@ import torch
 from tiny import VAR_CONFIG, PlainEngine
 from torch import Tensor, nn
 
+from data_pipeline import loader
 from data_pipeline.datasets import CodeDataset
 from launchers import train as train_launcher
 from training.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
@@ -79,7 +80,7 @@ def train(arguments: list[str], attempt: int, samples: str) -> None:
 
     A line holds the attempt, the rank, and the numbers and epochs of the samples of one micro-batch.
     """
-    read = CodeDataset.read
+    read = CodeDataset.read_narrow
 
     def noting_read(dataset: CodeDataset, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
         if Path(dataset.folder).name == "train":
@@ -88,7 +89,8 @@ def train(arguments: list[str], attempt: int, samples: str) -> None:
                 file.write(json.dumps(line) + "\n")
         return read(dataset, ids, epochs)
 
-    CodeDataset.read = noting_read
+    CodeDataset.read_narrow = noting_read
+    loader._in_thread = lambda batches, device, workers: batches  # what is read ahead is not what a step takes
     CodeDataset.try_one = lambda dataset: None  # reads a sample that no step sees
     sys.argv = ["train.py", *arguments]
     train_launcher.main()
