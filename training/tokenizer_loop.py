@@ -111,7 +111,7 @@ class TokenizerStage:
         seen: list[SeenImages] = []
         for _ in range(engine.accumulation):
             batch = next(batches)
-            images = batch.data.to(self.world.device)  # (B, 3, H, H)
+            images = batch.to(self.world.device).data  # (B, 3, H, H)
             reconstruction = engine(images)
             parts.append(self._backward(images, reconstruction, adversarial))
             norm = engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
