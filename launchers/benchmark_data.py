@@ -36,7 +36,7 @@ from launchers.benchmark_loaders import (
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 
 LARGE_BATCH = 256
-PASSES = {"codes": 5, "images": 1}  # over the data in a turn, so that the start of what reads ahead is little of it
+PASSES = {"codes": 5, "images": 2}  # over the data in a turn, so that the start of what reads ahead is little of it
 WORKERS = 2
 
 Calls = dict[str, Callable[[], int]]
@@ -79,9 +79,11 @@ def image_calls(folder: str, files: Path) -> Calls:
     """What is timed of image shards; `files` is filled with the same images one by one."""
     index = Index.read(folder, kind="images")
     files_of(folder, files)
-    others: dict[str, Callable[..., int]] = {"folder, DataLoader and Pillow": partial(read_folder, ImageFolder(files))}
+    passes = PASSES["images"]
+    folder_of_files = ImageFolder(files, passes=passes)
+    others: dict[str, Callable[..., int]] = {"folder, DataLoader and Pillow": partial(read_folder, folder_of_files)}
     if shards := _local_shards(folder, index):
-        others["webdataset and Pillow"] = partial(read_webdataset, shards)
+        others["webdataset and Pillow"] = partial(read_webdataset, shards * passes)
     calls: Calls = {"as a run reads them, one core": on_one_core(_batches(_images(folder), BATCH, use=_widened))}
     calls["as bytes on their way to a GPU, one core"] = on_one_core(_batches(_images(folder), BATCH))
     calls["not checked, one core"] = on_one_core(_batches(_unchecked(_images(folder)), BATCH, use=_widened))

@@ -30,8 +30,9 @@ SHUFFLED = 1000  # samples in webdataset's buffer
 class ImageFolder(Dataset[tuple[Tensor, int]]):
     """Files in folders of classes, decoded by Pillow, as torchvision's class of this name does."""
 
-    def __init__(self, folder: Path) -> None:
-        self.files = sorted(folder.glob("*/*"))
+    def __init__(self, folder: Path, *, passes: int = 1) -> None:
+        """passes: how often each file comes."""
+        self.files = sorted(folder.glob("*/*")) * passes
 
     def __len__(self) -> int:
         return len(self.files)
@@ -56,12 +57,12 @@ def decoded(sample: tuple[bytes, bytes]) -> tuple[Tensor, int]:
 
 
 def read_folder(dataset: Dataset[tuple[Tensor, int]], *, workers: int) -> int:
-    """One pass over files in random order by PyTorch's DataLoader."""
+    """All files in random order by PyTorch's DataLoader."""
     return sum(len(labels) for _, labels in DataLoader(dataset, BATCH, shuffle=True, num_workers=workers))
 
 
 def read_webdataset(shards: list[str], *, workers: int) -> int:
-    """One pass over shards by WebDataset, shuffled and decoded as its manual has it."""
+    """All shards by WebDataset, shuffled and decoded as its manual has it."""
     samples = webdataset.WebDataset(shards, shardshuffle=len(shards), empty_check=False).shuffle(SHUFFLED)
     samples = samples.to_tuple("jpg;jpeg;png;webp", "cls").map(decoded)
     return sum(len(labels) for _, labels in DataLoader(samples, BATCH, num_workers=workers))

@@ -70,7 +70,7 @@ def benchmark_sample(config: BenchmarkConfig) -> list[Row]:
 
 def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawing) -> list[Contestant]:
     """The public code, where it is there, and ours."""
-    flops = flops_per_image(config, fast, is_folded=True)
+    flops = flops_per_image(fast, is_folded=True)
     ours = Contestant(f"ours, batch {config.batch}", fast.images, flops, precision=config.precision)
     if public is None:
         return [ours]
@@ -78,7 +78,7 @@ def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawin
     theirs = Contestant(
         f"public, batch {config.batch}",
         public.timed("sample", batch=config.batch, **settings),
-        flops_per_image(config, fast, is_folded=False),
+        flops_per_image(fast, is_folded=False),
         precision=config.precision,
         extra=public.peak,
     )
@@ -89,7 +89,7 @@ def switches(config: BenchmarkConfig, plain: Drawing, fast: Drawing) -> list[Con
     """Ours with one thing changed."""
     guidance = SAMPLING.schedule(fast.var.scales.num_scales)
     compiled = replace(fast, var=deepcopy(fast.var), tokenizer=deepcopy(fast.tokenizer))
-    folded, unfolded = (flops_per_image(config, fast, is_folded=is_folded) for is_folded in (True, False))
+    folded, unfolded = (flops_per_image(fast, is_folded=is_folded) for is_folded in (True, False))
     calls: list[tuple[str, Callable[[], int], int]] = [
         ("plain decoder in fp32", plain.images, unfolded),
         ("codes alone, no pixels", fast.codes, generation_flops(fast.var.config, guidance)),
@@ -111,7 +111,7 @@ def as_the_launcher(drawing: Drawing) -> Callable[[], int]:
     return lambda: len(sampler.draw(0))
 
 
-def flops_per_image(config: BenchmarkConfig, drawing: Drawing, *, is_folded: bool) -> int:
+def flops_per_image(drawing: Drawing, *, is_folded: bool) -> int:
     """Of codes and pixels, as ours does it; the public code makes each modulation and one scale's logits again."""
     guidance = SAMPLING.schedule(drawing.var.scales.num_scales)
     decoding = decoding_flops(drawing.tokenizer.config, is_folded=is_folded)

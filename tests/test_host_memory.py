@@ -11,7 +11,8 @@ import pytest
 
 from training.host_memory import keep_freed_memory
 
-# page faults of the second of two large allocations, with the first one freed
+# Page faults of later rounds, each of which takes and frees the same large blocks as a step does. Of several blocks: a
+# small one beside a freed one can make it too small for the next aligned one, so that a single size may grow once.
 FAULTS = """
 import resource, sys
 import torch
@@ -19,10 +20,10 @@ from training.host_memory import keep_freed_memory
 assert len(sys.argv) == 1 or keep_freed_memory()
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    torch.empty(2**26, dtype=torch.uint8).fill_(1)
+    blocks = [torch.empty(mebibytes * 2**20, dtype=torch.uint8).fill_(1)
+              for mebibytes in (64, 40, 96, 33, 7, 128, 48)]
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-faults()
-print(faults())
+print(sum([faults() for _ in range(8)][2:]))
 """
 
 
@@ -32,7 +33,7 @@ def test_what_is_freed_comes_back_without_page_faults() -> None:
         int(subprocess.run([sys.executable, "-c", FAULTS, *given], capture_output=True, text=True, check=True).stdout)
         for given in ([], ["kept"])
     )
-    assert kept < plain / 10
+    assert kept < plain / 2
 
 
 def test_another_c_library_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
