@@ -75,7 +75,7 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
         "compiled blocks": {"compile": True},
         "selective checkpointing": {"activation_checkpointing": SELECTIVE_CHECKPOINTING},
         "full checkpointing": {"activation_checkpointing": FULL_CHECKPOINTING},
-        "ZeRO-3": {"zero_stage": 3},
+        **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in (1, 3) if stage != plain.zero_stage},
     }
     if world.device.type == "cuda":
         changes["FlexAttention"] = {"attention": FLEX}
@@ -89,8 +89,13 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
 
 
 def engine_config(config: BenchmarkConfig) -> EngineConfig:
+    """One rank has nobody to share with: no ZeRO in float32; below it ZeRO's first stage keeps the float32 weights."""
     return EngineConfig(
-        precision=config.precision, micro_batch=config.batch, compile=config.compile, attention=config.attention
+        zero_stage=0 if config.precision == "fp32" else 1,
+        precision=config.precision,
+        micro_batch=config.batch,
+        compile=config.compile,
+        attention=config.attention,
     )
 
 

@@ -52,6 +52,10 @@ def test_gradients_are_clipped_at_2_as_in_the_public_recipe() -> None:
     assert compiled(gradient_clipping=0.5)["gradient_clipping"] == 0.5
 
 
+def test_gradients_that_deepspeed_leaves_alone_are_clipped_once_by_the_engine() -> None:
+    assert compiled(zero_stage=0, precision="fp32")["gradient_clipping"] == 0
+
+
 def test_the_three_batch_sizes_agree() -> None:
     config = compiled()
     assert config["train_batch_size"] == 24 and config["train_micro_batch_size_per_gpu"] == 2
@@ -93,7 +97,8 @@ def test_deepspeed_accepts_the_config_and_reads_it_as_meant(stage: int, precisio
         EngineConfig(zero_stage=stage, precision=precision, micro_batch=2), global_batch=8, world_size=1
     )
     read = DeepSpeedConfig(config)
-    assert (read.train_batch_size, read.gradient_accumulation_steps, read.gradient_clipping) == (8, 4, 2.0)
+    assert (read.train_batch_size, read.gradient_accumulation_steps) == (8, 4)
+    assert read.gradient_clipping == (2.0 if stage else 0.0)  # without ZeRO the engine clips
     assert read.zero_config.stage == stage
     assert read.zero_config.overlap_comm == (stage == 3)
     assert (read.bfloat16_config.enabled, read.float16_config.enabled) == (precision == "bf16", precision == "fp16")

@@ -76,6 +76,11 @@ class EngineConfig:
     def dtype(self) -> torch.dtype:
         return PRECISIONS[self.precision]
 
+    @property
+    def is_plain(self) -> bool:
+        """Without ZeRO and low precision DeepSpeed reports no norm and passes no step over: Engine does, and clips."""
+        return self.zero_stage == 0 and self.precision == "fp32"
+
 
 def accumulation_steps(global_batch: int, micro_batch: int, world_size: int) -> int:
     """Forward passes per optimiser step, so that world_size * micro_batch * steps is the global batch exactly.
@@ -108,7 +113,7 @@ def compile_deepspeed_config(config: EngineConfig, *, global_batch: int, world_s
         "train_batch_size": global_batch,
         "train_micro_batch_size_per_gpu": config.micro_batch,
         "gradient_accumulation_steps": accumulation_steps(global_batch, config.micro_batch, world_size),
-        "gradient_clipping": config.gradient_clipping,
+        "gradient_clipping": 0.0 if config.is_plain else config.gradient_clipping,
         "zero_allow_untested_optimizer": True,  # torch's AdamW: nothing to compile, the same losses as DeepSpeed's
         "bf16": {"enabled": config.precision == "bf16", "check_grad_overflow": True},
         # the public recipe starts the loss scale at 2^11 and doubles it every 1,000 steps, there to at most 2^15
@@ -227,6 +232,8 @@ class Engine:
         )[0]
         if world.device.type == "cpu":
             _unlink_shared_memory(world)
+        if config.is_plain and world.world_size == 1:  # it would copy all gradients twice to add up one rank's
+            self._engine.enable_backward_allreduce = False
         self.state = WholeState(model, self._engine.optimizer, world)
         # DeepSpeed makes its float32 master copy from the rounded weights; fp16 would lose d30's smallest ones
         for parameter, value in zip(model.parameters(), initial, strict=False):
@@ -248,7 +255,7 @@ class Engine:
         """
         set_schedule(self._engine.optimizer, learning_rate, weight_decay)
         at_boundary = self._engine.is_gradient_accumulation_boundary()
-        norm = self._plain_gradient_norm() if at_boundary and self._has_plain_gradients else None
+        norm = self._clip_plain_gradients() if at_boundary and self.config.is_plain else None
         if norm is not None and not torch.isfinite(norm):  # with ZeRO DeepSpeed itself passes such a step over
             self._pass_over_step()
         else:
@@ -265,14 +272,13 @@ class Engine:
         self._engine.step()
         self._engine.set_gradient_accumulation_boundary(None)
 
-    @property
-    def _has_plain_gradients(self) -> bool:
-        """Without ZeRO and low precision DeepSpeed does not report the norm."""
-        return self.config.zero_stage == 0 and self.config.precision == "fp32"
-
-    def _plain_gradient_norm(self) -> Tensor:
-        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        return torch.nn.utils.get_total_norm(gradients)
+    def _clip_plain_gradients(self) -> Tensor:
+        """Scale the gradients down to the norm they may have; returns the one they had."""
+        parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
+        if self.config.gradient_clipping:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clipping, norm)
+        return norm
 
     def full_parameter(self, parameter: nn.Parameter) -> Tensor:
         """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
