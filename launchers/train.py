@@ -103,7 +103,9 @@ def say_step_time(config: TrainConfig, world_size: int, accumulation: int) -> No
     """What a step takes on the cluster that the config describes."""
     averages = config.optimizer.ema_decay > 0
     model, engine = config.model, config.engine
-    taken = step_time(model, engine, config.cluster, world_size, accumulation=accumulation, averages=averages)
+    workers = max(1, config.data.workers)  # without any a thread of this process reads
+    settings = {"accumulation": accumulation, "averages": averages, "workers": workers}
+    taken = step_time(model, engine, config.cluster, world_size, **settings)
     say(
         f"step, modelled      {taken.total:.3f} s: {taken.compute:.3f} compute, {taken.recomputation:.3f} recomputed, "
         f"{taken.exposed:.3f} communication in the open, {taken.optimizer:.3f} optimizer, {taken.data_wait:.3f} data"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor
@@ -38,6 +40,26 @@ def test_losses_and_gradients_are_the_plain_ones(
     assert logits.grad.dtype == dtype and torch.equal(logits, before)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # the last bit of 16-bit numbers
     torch.testing.assert_close(logits.grad, plain_logits.grad, rtol=tolerance, atol=tolerance)
+
+
+def test_twenty_steps_take_the_losses_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cross_entropy, "NUMBERS_AT_ONCE", 7 * CODES)
+
+    def losses(score: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
+        logits, codes, _ = make_logits(torch.float32)
+        head = torch.nn.Linear(CODES, CODES, bias=False)
+        torch.nn.init.eye_(head.weight)
+        optimizer, found = torch.optim.SGD(head.parameters(), lr=0.5), []
+        for _ in range(20):
+            loss = score(head(logits.detach()), codes).mean()
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            found.append(loss.item())
+        return found
+
+    plain = losses(F.cross_entropy)
+    assert losses(token_cross_entropy) == pytest.approx(plain, rel=1e-5) and plain[-1] < plain[0] / 2
 
 
 def test_the_gradient_is_that_of_finite_differences() -> None:

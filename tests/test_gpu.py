@@ -12,13 +12,17 @@ import pytest
 import torch
 from distributed_worker import TOKENIZER, TRANSFORMER
 
+from launchers.benchmark_models import code_batch
 from launchers.sampler import speed_up
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.generation import generate, generate_scales, known_part
 from models.sampling import Sampling, filter_logits, gumbel_noise
 from models.scales import PATCH_NUMS_256, Scales
 from models.var import VAR
+from training.distributed import to_device
+from training.losses import token_scores
 from training.tokenizer_loop import build_tokenizer
+from training.var_loop import drop_labels, step_draws, stochastic_depth
 
 pytestmark = [
     pytest.mark.gpu,
@@ -49,6 +53,28 @@ def test_attention_on_a_gpu_is_that_of_the_dense_mask(way: str, patch_nums: tupl
         found[each] = (out, *torch.autograd.grad(out.square().sum(), drawn))
     for ours, plain in zip(found[way], found[MASKED], strict=True):
         assert (ours - plain).norm() < 1e-2 * plain.norm()  # products may be in TF32
+
+
+def test_no_forward_or_backward_pass_waits_for_the_gpu() -> None:
+    """Nor do the copies that bring a step its batch and its draws. Waiting would be an error in this mode of torch."""
+    device = torch.device("cuda")
+    var, tokenizer = VAR(TRANSFORMER, seed=0).to(device), build_tokenizer(TOKENIZER, seed=0).to(device)
+    batch = code_batch(TRANSFORMER, 4).pinned()
+
+    def step() -> None:
+        moved = batch.to(device)
+        rows = to_device(step_draws(0, 0, 4, 1 + 2 * TRANSFORMER.depth), device)
+        labels = drop_labels(moved.labels, rows[:, 0], 0.1, TRANSFORMER.null_class)
+        residual_scale = stochastic_depth(rows[:, 1:], TRANSFORMER.drop_path_rate)
+        logits = var(tokenizer.teacher_forcing_inputs(moved.data), labels, residual_scale=residual_scale)
+        token_scores(logits, moved.data, TRANSFORMER.scales).loss.mean().backward()
+
+    step()  # the first one may build what it needs
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_sampling_runs_on_a_gpu() -> None:

@@ -50,6 +50,8 @@ def test_recomputation_costs_a_third_where_it_is_whole_and_less_where_it_is_not(
         modelled(activation_checkpointing=way).recomputation for way in ("none", "selective", "full")
     )
     assert none == 0 < selective < full < modelled().compute / 3
+    compiled = [modelled(activation_checkpointing=way, compile=True).recomputation for way in ("selective", "full")]
+    assert compiled == [full, full]
 
 
 @pytest.mark.parametrize("name", ["gpu_memory_gib", "matmul_tflops", "link_gb_per_second"])

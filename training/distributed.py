@@ -97,6 +97,11 @@ def join_world(timeout_seconds: float = 600.0) -> World:
     return world
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. A GPU copies it by itself, from pinned memory, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
 def _export_meeting_point(world: World, by_srun: bool) -> None:
     """See to MASTER_ADDR and MASTER_PORT, where rank 0 listens; what is set already stays."""
     if world.world_size == 1:

@@ -15,7 +15,7 @@ KEPT_AT_THE_END = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what this process frees; False where the C library is another."""
+    """Tell glibc's malloc to keep what this process frees; False where the C library is another or refuses."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):

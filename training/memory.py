@@ -30,7 +30,7 @@ LOSS, BACKWARD, REDUCTION, UPDATE = "loss", "backward pass", "reduction of gradi
 
 @dataclass(frozen=True)
 class Moment:
-    """Bytes on one GPU at one moment of a step, by component. `block` is the one under way in the backward pass."""
+    """Bytes on one GPU at one moment of a step, by component."""
 
     name: str
     weights: int

@@ -131,8 +131,12 @@ def step_time(
 
 
 def recomputation_seconds(model: VARConfig, engine: EngineConfig, cluster: ClusterConfig) -> float:
-    """Of one image. Full: the blocks' forward pass again. Selective: the bytes that come back, at memory speed."""
-    if engine.activation_checkpointing == FULL_CHECKPOINTING:
+    """Of one image. Full: the blocks' forward pass again. Selective: the bytes that come back, at memory speed.
+
+    Compiled blocks make no difference between the two, see training/activations.py.
+    """
+    ways = {FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING} if engine.compile else {FULL_CHECKPOINTING}
+    if engine.activation_checkpointing in ways:
         tokens, width = model.scales.num_tokens, model.width
         ends = (tokens - model.scales.first_tokens) * model.code_width * width + tokens * width * model.vocab_size
         rate = cluster.matmul_flops(engine.precision) * cluster.attainable_share

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
-from training.distributed import World, sum_over_ranks
+from training.distributed import World, sum_over_ranks, to_device
 from training.engine import Engine, EngineConfig
 from training.flops import training_flops
 from training.losses import average_over_tokens, token_scores
@@ -59,7 +59,7 @@ class VARStage:
         losses, errors = [], []
         for _ in range(engine.accumulation):
             batch = next(batches)
-            rows = draws[batch.positions - context.samples_seen].to(self.world.device)  # (B, 1 + 2 depth)
+            rows = to_device(draws[batch.positions - context.samples_seen], self.world.device)  # (B, 1 + 2 depth)
             batch = batch.to(self.world.device)
             labels = drop_labels(self._labels(batch), rows[:, 0], self.label_drop, self.config.null_class)
             residual_scale = stochastic_depth(rows[:, 1:], self.config.drop_path_rate)

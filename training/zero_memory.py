@@ -21,13 +21,12 @@ from typing import Protocol
 from models.transformer import NUM_MODULATIONS
 from models.var import ADALN, LAYER_NORM, NO_CHECKPOINTING, SHARED_ADALN, VARConfig
 from training.activations import FLOAT32, number_bytes
-from training.engine import EngineConfig
+from training.engine import MAX_REUSE_DISTANCE, EngineConfig
 
 MOMENTS = 2  # of AdamW
 PLAIN_BUCKET = 500_000_000  # elements reduced at once where no ZeRO optimiser does it (runtime/engine.py)
 NORM = 8  # bytes of a number while the gradient's norm is taken
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at once
-MAX_REUSE_DISTANCE = 1_000_000_000  # elements, as training/engine.py sets it
 
 
 @dataclass(frozen=True)
