@@ -10,14 +10,15 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-LARGEST_KEPT_BLOCK = 2**30
+LARGEST_KEPT_BLOCKS = (2**30, 2**25)  # bytes; older C libraries refuse the first, and keep small blocks alone
 KEPT_AT_THE_END = 2**31 - 1
 
 
 def keep_freed_memory() -> bool:
-    """Tell glibc's malloc to keep what this process frees; False where the C library is another or refuses."""
+    """Tell glibc's malloc to keep what this process frees; False where it refuses, or the C library is another."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError):
         return False
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_KEPT_BLOCK)) and bool(mallopt(M_TRIM_THRESHOLD, KEPT_AT_THE_END))
+    keeps_blocks = any(mallopt(M_MMAP_THRESHOLD, size) for size in LARGEST_KEPT_BLOCKS)
+    return bool(mallopt(M_TRIM_THRESHOLD, KEPT_AT_THE_END)) and keeps_blocks
