@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from typing import Any
 
-import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from launchers import benchmark_memory
-from launchers.benchmark_memory import STEPS, measure_step, predict_step, take_steps
+from launchers.benchmark_memory import measure_step, predict_step, take_steps
 from models.var import VARConfig
+from training import engine as training_engine
 from training.distributed import join_world, leave_world
-from training.engine import EngineConfig
+from training.engine import LIVE_ELEMENTS, EngineConfig
 from training.optim import OptimizerConfig
 
-PAYLOADS = {"all_reduce": 0, "all_gather_into_tensor": 0, "reduce_scatter_tensor": 1}  # which argument is whole
+PAYLOADS = {"_reduce_scatter_base_": 1}  # which argument is whole, if not the first
 
 
 def compare_all(cases: list[dict[str, Any]]) -> list[dict[str, dict[str, int]]]:
@@ -45,42 +46,45 @@ def benchmark(depth: int, batch: int) -> list[dict[str, Any]]:
     return rows
 
 
-class SentBytes:
-    """In place of a recorder of allocations: what collectives were given between the marks of the last step."""
+class SentBytes(TorchDispatchMode):
+    """In place of a recorder of allocations: what collectives are given between marks, whoever calls them."""
 
     def __init__(self) -> None:
-        self.sent: list[tuple[str, int]] = []
-        self.steps: list[dict[str, int]] = []
+        super().__init__()
+        self.sent: dict[str, dict[str, int]] = {}
+        self.passes: list[tuple[str, dict[str, dict[str, int]]]] = []
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if operator.namespace == "c10d":
+            name = operator.overloadpacket.__name__
+            counted = self.sent.setdefault(name, {"bytes": 0, "calls": 0})
+            counted["bytes"] += _bytes_of(args[PAYLOADS.get(name, 0)])
+            counted["calls"] += 1
+        return operator(*args, **(kwargs or {}))
 
     def mark(self, name: str) -> None:
-        if name == benchmark_memory.STEP_END:
-            self.steps.append({kind: sum(size for sent, size in self.sent if sent == kind) for kind in PAYLOADS})
-            self.sent.clear()
-
-    def watch(self, kind: str, position: int) -> Callable[..., Any]:
-        plain = getattr(dist, kind)
-
-        def counted(*arguments: Any, **named: Any) -> Any:
-            whole = arguments[position] if len(arguments) > position else list(named.values())[position]
-            self.sent.append((kind, whole.numel() * whole.element_size()))
-            return plain(*arguments, **named)
-
-        return counted
+        self.passes.append((name, self.sent))
+        self.sent = {}
 
 
-def count_sent(model: dict[str, Any], engines: list[dict[str, Any]]) -> list[dict[str, int]]:
-    """Bytes of payload by kind of collective in the last of STEPS steps, for each engine."""
+def _bytes_of(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(map(_bytes_of, tensors)) if isinstance(tensors, list | tuple) else 0
+
+
+def count_sent(cases: list[dict[str, Any]]) -> list[dict[str, dict[str, dict[str, int]]]]:
+    """Bytes of payload and calls of every collective in the three parts of the last of STEPS steps, for each case.
+
+    A case: arguments of VARConfig and EngineConfig, and `live_elements`, where ZeRO-3 is to make do with fewer.
+    """
     world = join_world()
     results = []
-    plain = {kind: getattr(dist, kind) for kind in PAYLOADS}
-    for engine in engines:
-        counter = SentBytes()
-        for kind, position in PAYLOADS.items():
-            setattr(dist, kind, counter.watch(kind, position))
-        take_steps(counter, VARConfig(**model), EngineConfig(**engine), world, OptimizerConfig())
-        for kind, function in plain.items():
-            setattr(dist, kind, function)
-        assert len(counter.steps) == STEPS
-        results.append(counter.steps[-1])
+    for case in cases:
+        training_engine.LIVE_ELEMENTS = case.get("live_elements", LIVE_ELEMENTS)
+        with SentBytes() as counter:
+            model, engine = VARConfig(**case["model"]), EngineConfig(**case["engine"])
+            take_steps(counter, model, engine, world, OptimizerConfig())
+        results.append(dict(counter.passes[-3:]))
     leave_world()
     return results

@@ -1,28 +1,25 @@
 """What ZeRO sends in one optimiser step, as DeepSpeed 0.19.8 does it: which collectives, how many bytes, when.
 
 Two things differ from the usual account. Stages 1 and 2 all-reduce the gradients, although each rank needs its share
-only: twice the bytes of a reduce-scatter. And stage 3 gathers a block once for both passes if it stays gathered in
-between (training/zero_memory.py). tests/test_communication.py counts what two ranks really send.
+only: twice the bytes of a reduce-scatter. And stage 3 gathers most blocks once for both passes
+(training/gathering.py). tests/test_communication.py counts what two ranks really send.
+
+Calls that reduce are those of full buckets, the fewest there can be: a bucket is sent before a tensor overfills it.
 
 Symbols: n parameters, W ranks, e bytes of a number in the engine's precision.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import ceil, prod
+from dataclasses import dataclass, replace
+from math import ceil
 
 from models.var import VARConfig
 from training.activations import number_bytes
 from training.engine import EngineConfig
-from training.zero_memory import (
-    PLAIN_BUCKET,
-    block_elements,
-    block_shapes,
-    kept_elements,
-    other_shapes,
-    persistent_elements,
-)
+from training.gathering import gathering
+from training.parameter_shapes import tensor_elements
+from training.zero_memory import PLAIN_BUCKET, persistent_elements
 
 ALL_REDUCE, ALL_GATHER, REDUCE_SCATTER = "all-reduce", "all-gather", "reduce-scatter"
 PASSES = {ALL_REDUCE: 2, ALL_GATHER: 1, REDUCE_SCATTER: 1}  # how often a ring sends a payload's (W - 1) / W
@@ -38,6 +35,9 @@ class Transfer:
     when: str  # FORWARD or BACKWARD: beside the computation, if DeepSpeed overlaps it; AFTER: when it is over
     payload: int
     calls: int
+
+    def times(self, number: int) -> Transfer:
+        return replace(self, payload=number * self.payload, calls=number * self.calls)
 
     def sent_bytes(self, ranks: int) -> float:
         """What each rank sends in a ring."""
@@ -61,16 +61,13 @@ def transfers(model: VARConfig, engine: EngineConfig, accumulation: int) -> list
 
 def _sharded(model: VARConfig, engine: EngineConfig, accumulation: int) -> list[Transfer]:
     e, persistent = number_bytes(engine), persistent_elements(model, engine)
-    kept = kept_elements(model, engine)
-    again = model.depth * block_elements(model) - sum(kept)
-    chunks = ceil(model.num_parameters / min(engine.prefetch_bucket_size, model.num_parameters))
+    gathered = gathering(model, engine)
     reduced = ceil(model.num_parameters / engine.reduce_bucket_size)
-    small = [prod(shape) for shape in model.depth * block_shapes(model) + other_shapes(model)]
-    num_small = sum(size <= engine.persistence_threshold for size in small)
+    num_persistent = sum(size <= engine.persistence_threshold for size in tensor_elements(model))
     sent = [
-        Transfer(ALL_GATHER, FORWARD, accumulation * e * (model.num_parameters - persistent), accumulation * chunks),
-        Transfer(ALL_GATHER, BACKWARD, accumulation * e * again, accumulation * kept.count(0)),
-        Transfer(REDUCE_SCATTER, BACKWARD, accumulation * e * model.num_parameters, accumulation * reduced),
-        Transfer(ALL_GATHER, AFTER, e * persistent, num_small),
+        Transfer(ALL_GATHER, FORWARD, e * gathered.forward.elements, gathered.forward.calls).times(accumulation),
+        Transfer(ALL_GATHER, BACKWARD, e * gathered.backward.elements, gathered.backward.calls).times(accumulation),
+        Transfer(REDUCE_SCATTER, BACKWARD, e * model.num_parameters, reduced).times(accumulation),
+        Transfer(ALL_GATHER, AFTER, e * persistent, num_persistent),
     ]
     return [transfer for transfer in sent if transfer.payload]

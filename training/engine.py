@@ -28,7 +28,7 @@ from training.foreign_weights import forbid_unpickling
 from training.optim import set_schedule
 from training.whole_state import WholeState
 
-MAX_REUSE_DISTANCE = 1_000_000_000  # parameters: what ZeRO-3 needs again within so many is kept, not gathered anew
+LIVE_ELEMENTS = 1_000_000_000  # weights gathered at once under ZeRO-3, and how far ahead a use keeps them gathered
 LOADING_SECONDS = 10.0  # more than loading a built extension takes
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # gathered whole under ZeRO-3: one collective per transformer block
@@ -146,8 +146,8 @@ def _zero_section(config: EngineConfig) -> dict[str, Any]:
         section |= {
             "stage3_prefetch_bucket_size": config.prefetch_bucket_size,
             "stage3_param_persistence_threshold": config.persistence_threshold,
-            "stage3_max_live_parameters": 1_000_000_000,
-            "stage3_max_reuse_distance": MAX_REUSE_DISTANCE,
+            "stage3_max_live_parameters": LIVE_ELEMENTS,
+            "stage3_max_reuse_distance": LIVE_ELEMENTS,
             "stage3_gather_16bit_weights_on_model_save": False,
             "leaf_module": {"classes": list(LEAF_CLASSES), "names": [], "name_suffixes": []},
         }

@@ -23,7 +23,8 @@ from training.activations import (
     saved_by_ends,
 )
 from training.engine import EngineConfig
-from training.zero_memory import Held, block_elements, end_elements, zero_memory
+from training.parameter_shapes import block_elements, end_elements
+from training.zero_memory import Held, zero_memory
 
 LOSS, BACKWARD, REDUCTION, UPDATE = "loss", "backward pass", "reduction of gradients", "update"
 

@@ -6,8 +6,8 @@ Read off DeepSpeed 0.19.8, since it is not what the figure of the ZeRO paper sug
   float32 on every rank at all times, beside the bf16 ones of the step, and `reduce_bucket_size` means nothing to it;
 - every stage above 0 keeps a float32 copy of this rank's weights, in float32 training too;
 - a bucket is flattened before it is reduced, so that it exists twice (runtime/zero/stage_1_and_2.py);
-- stage 3 does not release a block after its forward pass if the trace needs it again within MAX_REUSE_DISTANCE
-  elements (runtime/zero/partitioned_param_coordinator.py): a model of half that size stays whole on every GPU.
+- stage 3 keeps most blocks gathered from their forward to their backward pass (training/gathering.py): a model of up to
+  LIVE_ELEMENTS parameters is whole on every GPU at the loss.
 
 Symbols: n parameters, W ranks, p = n / W rounded up, e bytes of a number in the engine's precision.
 """
@@ -15,13 +15,14 @@ Symbols: n parameters, W ranks, p = n / W rounded up, e bytes of a number in the
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import ceil, prod
+from math import ceil
 from typing import Protocol
 
-from models.transformer import NUM_MODULATIONS
-from models.var import ADALN, LAYER_NORM, NO_CHECKPOINTING, SHARED_ADALN, VARConfig
+from models.var import VARConfig
 from training.activations import FLOAT32, number_bytes
-from training.engine import MAX_REUSE_DISTANCE, EngineConfig
+from training.engine import EngineConfig
+from training.gathering import Gathering, gathering
+from training.parameter_shapes import block_elements, tensor_elements
 
 MOMENTS = 2  # of AdamW
 PLAIN_BUCKET = 500_000_000  # elements reduced at once where no ZeRO optimiser does it (runtime/engine.py)
@@ -187,7 +188,7 @@ class Partitions:
     def update(self) -> Held:
         """First the norm, tensor by tensor in float64; then, in float32, the share's gradients in one flat copy."""
         s = self.shares
-        norm = NORM * min(s.p, max(prod(shape) for shape in block_shapes(s.model) + other_shapes(s.model)))
+        norm = NORM * min(s.p, max(tensor_elements(s.model)))
         flat = FLOAT32 * s.p if s.engine.precision == "fp32" else 0
         return self._with(FLOAT32 * s.p, max(norm, flat))
 
@@ -208,17 +209,15 @@ class Sharded:
         return Held(s.e * (s.p + whole), FLOAT32 * s.p, s.optimizer, s.e * s.bucket)
 
     def loss(self) -> Held:
-        return self._with(gathered=sum(self._kept) + end_elements(self.shares.model))
+        return self._with(gathered=self._gathering.at_loss)
 
     def backward(self, block: int, done: int) -> Held:
         """A leaf's gradients go to the bucket together, once its backward pass is over."""
         s = self.shares
         current = block_elements(s.model)
-        before = sum(self._kept[:block])
-        fetched = 0 if self._kept[block] else current  # the flat buffer that it came in, beside itself
-        ahead = min(s.engine.prefetch_bucket_size, block * current - before)
+        fetched = current if self._gathering.is_block_gathered_again[block] else 0  # the buffer it came in, beside it
         flushed = min(s.bucket, done) if done + current > s.bucket else 0
-        return self._with(gathered=current + before + fetched + ahead, leaf=current, flushed=flushed)
+        return self._with(gathered=self._gathering.at_block[block] + fetched, leaf=current, flushed=flushed)
 
     def reduction(self) -> Held:
         return self._with(flushed=min(self.shares.bucket, self.shares.n))
@@ -229,8 +228,8 @@ class Sharded:
         return Held(held.weights, held.gradients + flat, held.optimizer, held.buckets)
 
     @property
-    def _kept(self) -> list[int]:
-        return kept_elements(self.shares.model, self.shares.engine)
+    def _gathering(self) -> Gathering:
+        return gathering(self.shares.model, self.shares.engine)
 
     def _with(self, *, gathered: int = 0, leaf: int = 0, flushed: int = 0) -> Held:
         s, held = self.shares, self.resting()
@@ -240,43 +239,6 @@ class Sharded:
         return Held(weights, held.gradients + s.e * leaf, held.optimizer, buckets)
 
 
-def block_shapes(model: VARConfig) -> list[tuple[int, ...]]:
-    """Shapes of the parameters of one block."""
-    w, hidden = model.width, model.hidden_width
-    shapes = [(3 * w, w), (w,), (w,), (w, w), (w,), (hidden, w), (hidden,), (w, hidden), (w,)]
-    shapes += [(model.num_heads,)] if model.qk_norm else []
-    adaln = [(NUM_MODULATIONS * w, w), (NUM_MODULATIONS * w,)]
-    return shapes + {ADALN: adaln, SHARED_ADALN: [(NUM_MODULATIONS, w)], LAYER_NORM: [(w,)] * 4}[model.norm]
-
-
-def other_shapes(model: VARConfig) -> list[tuple[int, ...]]:
-    """Shapes of the parameters outside the blocks."""
-    w, scales = model.width, model.scales
-    tables = [model.num_classes + 1, scales.first_tokens, scales.num_tokens, scales.num_scales, model.vocab_size]
-    shapes: list[tuple[int, ...]] = [(rows, w) for rows in tables] + [(w, model.code_width), (w,), (model.vocab_size,)]
-    shapes += [(w,), (w,)] if model.norm == LAYER_NORM else [(2 * w, w), (2 * w,)]
-    return shapes + ([(NUM_MODULATIONS * w, w), (NUM_MODULATIONS * w,)] if model.norm == SHARED_ADALN else [])
-
-
-def block_elements(model: VARConfig) -> int:
-    """Parameters of one block."""
-    return sum(prod(shape) for shape in block_shapes(model))
-
-
 def persistent_elements(model: VARConfig, engine: EngineConfig) -> int:
     """Parameters in tensors that ZeRO-3 leaves whole on every rank, being no larger than the threshold."""
-    sizes = [prod(shape) for shape in model.depth * block_shapes(model) + other_shapes(model)]
-    return sum(size for size in sizes if size <= engine.persistence_threshold)
-
-
-def end_elements(model: VARConfig) -> int:
-    """Parameters outside the blocks; all but the embeddings come after them."""
-    return model.num_parameters - model.depth * block_elements(model)
-
-
-def kept_elements(model: VARConfig, engine: EngineConfig) -> list[int]:
-    """For each block its elements if ZeRO-3 keeps it gathered from its forward to its backward pass, else 0."""
-    current = block_elements(model)
-    visits = 2 if engine.activation_checkpointing == NO_CHECKPOINTING else 3  # of a block: forward, again, backward
-    between = [visits * after * current + 2 * end_elements(model) for after in reversed(range(model.depth))]
-    return [current if distance < MAX_REUSE_DISTANCE else 0 for distance in between]
+    return sum(size for size in tensor_elements(model) if size <= engine.persistence_threshold)
