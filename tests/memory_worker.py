@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 from torch import Tensor
@@ -12,18 +13,24 @@ from launchers import benchmark_memory
 from launchers.benchmark_memory import measure_step, predict_step, take_steps
 from models.var import VARConfig
 from training import engine as training_engine
+from training import zero_memory
 from training.distributed import join_world, leave_world
 from training.engine import LIVE_ELEMENTS, EngineConfig
+from training.gathering import gathering
 from training.optim import OptimizerConfig
 
 PAYLOADS = {"_reduce_scatter_base_": 1}  # which argument is whole, if not the first
 
 
 def compare_all(cases: list[dict[str, Any]]) -> list[dict[str, dict[str, int]]]:
-    """Predicted and measured bytes of a step of each case: arguments of VARConfig and EngineConfig, and ema_decay."""
+    """Predicted and measured bytes of a step of each case: arguments of VARConfig and EngineConfig, and ema_decay.
+
+    `live_elements` in a case: what ZeRO-3 is to make do with.
+    """
     world = join_world()
     results = []
     for case in cases:
+        limit_gathering(case)
         model, engine = VARConfig(**case["model"]), EngineConfig(**case["engine"])
         measured = measure_step(model, engine, world, ema_decay=case.get("ema_decay", 0.0))
         predicted = predict_step(model, engine, world, averages="ema_decay" in case)
@@ -33,6 +40,12 @@ def compare_all(cases: list[dict[str, Any]]) -> list[dict[str, dict[str, int]]]:
         )
     leave_world()
     return results
+
+
+def limit_gathering(case: dict[str, Any]) -> None:
+    """Let ZeRO-3, and what is predicted of its memory, keep fewer elements gathered than a real run."""
+    training_engine.LIVE_ELEMENTS = case.get("live_elements", LIVE_ELEMENTS)
+    zero_memory.gathering = partial(gathering, live_elements=training_engine.LIVE_ELEMENTS)
 
 
 def benchmark(depth: int, batch: int) -> list[dict[str, Any]]:
@@ -76,12 +89,12 @@ def _bytes_of(tensors: Any) -> int:
 def count_sent(cases: list[dict[str, Any]]) -> list[dict[str, dict[str, dict[str, int]]]]:
     """Bytes of payload and calls of every collective in the three parts of the last of STEPS steps, for each case.
 
-    A case: arguments of VARConfig and EngineConfig, and `live_elements`, where ZeRO-3 is to make do with fewer.
+    A case is one of `compare_all`.
     """
     world = join_world()
     results = []
     for case in cases:
-        training_engine.LIVE_ELEMENTS = case.get("live_elements", LIVE_ELEMENTS)
+        limit_gathering(case)
         with SentBytes() as counter:
             model, engine = VARConfig(**case["model"]), EngineConfig(**case["engine"])
             take_steps(counter, model, engine, world, OptimizerConfig())

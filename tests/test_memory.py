@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -38,23 +37,37 @@ CASES = {
 }
 
 
+NARROW = {"patch_nums": (1, 2, 3), "vocab_size": 64}  # weights are most of what there is
+TWO_RANKS = {
+    "d6, stage 1": case(6, 2, 1, "fp32", **NARROW),
+    "d6, all gathered": case(6, 2, 3, "fp32", **NARROW),
+    "d6, all gathered, bf16": case(6, 2, 3, "bf16", **NARROW),
+    "d6, part of it gathered": case(6, 2, 3, "fp32", **NARROW) | {"live_elements": 4_000_000},
+    "d6, part of it gathered, full": case(6, 2, 3, "fp32", "full", **NARROW) | {"live_elements": 4_000_000},
+}
+
 QUICK = ("d4, stage 0", "d4, stage 2, bf16, selective")  # the others take three minutes
 
 
-def compare(fork_server: ForkServer, names: Sequence[str]) -> dict[str, dict[str, dict[str, int]]]:
-    cases = {"cases": [CASES[name] for name in names]}
-    world = fork_server.run("memory_worker:compare_all", cases, world_size=1, timeout=480)
-    assert world.exit_codes == [0], world.explain()
-    return dict(zip(names, world.results[0], strict=True))
+def compare(fork_server: ForkServer, cases: dict[str, Any], *, ranks: int) -> dict[str, dict[str, dict[str, int]]]:
+    world = fork_server.run("memory_worker:compare_all", {"cases": list(cases.values())}, world_size=ranks, timeout=480)
+    assert world.exit_codes == ranks * [0], world.explain()
+    return dict(zip(cases, world.results[0], strict=True))
 
 
 @pytest.fixture(scope="module")
 def steps(fork_server: ForkServer) -> dict[str, dict[str, dict[str, int]]]:
-    return compare(fork_server, list(CASES))
+    return compare(fork_server, CASES, ranks=1)
 
 
 def test_predicted_peaks_are_within_a_tenth_of_measured_ones(fork_server: ForkServer) -> None:
-    for name, step in compare(fork_server, QUICK).items():
+    for name, step in compare(fork_server, {name: CASES[name] for name in QUICK}, ranks=1).items():
+        assert step["peaks"]["predicted"] == pytest.approx(step["peaks"]["measured"], rel=0.1), name
+
+
+@pytest.mark.slow
+def test_so_are_those_of_two_ranks_which_gather_weights(fork_server: ForkServer) -> None:
+    for name, step in compare(fork_server, TWO_RANKS, ranks=2).items():
         assert step["peaks"]["predicted"] == pytest.approx(step["peaks"]["measured"], rel=0.1), name
 
 
