@@ -46,6 +46,7 @@ TWO_RANKS = {
     "d6, part of it gathered, full": case(6, 2, 3, "fp32", "full", **NARROW) | {"live_elements": 4_000_000},
 }
 
+
 QUICK = ("d4, stage 0", "d4, stage 2, bf16, selective")  # the others take three minutes
 
 

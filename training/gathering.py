@@ -76,11 +76,25 @@ class Module:
         return self.all if self.is_leaf else self.own
 
 
-@lru_cache(maxsize=256)
+@dataclass(frozen=True)
+class Limits:
+    """In elements."""
+
+    prefetch: int  # under way at once, of what is read ahead
+    live: int  # gathered at once; also how far ahead a use keeps weights gathered
+    persistent: int  # tensors up to this size are whole on every rank
+
+
 def gathering(model: VARConfig, engine: EngineConfig, live_elements: int = LIVE_ELEMENTS) -> Gathering:
     """What one micro-batch gathers under ZeRO-3, on more than one rank."""
-    ahead, back = _forward_events(model), _backward_events(model, engine)
-    coordinator = _Coordinator(model, engine, [event.module for event in ahead + back if event.is_begin], live_elements)
+    limits = Limits(engine.prefetch_bucket_size, live_elements, engine.persistence_threshold)
+    return _gathering(model, limits, engine.activation_checkpointing != NO_CHECKPOINTING)
+
+
+@lru_cache(maxsize=256)
+def _gathering(model: VARConfig, limits: Limits, is_recomputed: bool) -> Gathering:
+    ahead, back = _forward_events(model), _backward_events(model, is_recomputed)
+    coordinator = _Coordinator(model, limits, [event.module for event in ahead + back if event.is_begin])
     for event in ahead:
         coordinator.follow(event)
     forward, at_loss = coordinator.take_calls(), coordinator.num_live
@@ -104,11 +118,11 @@ def gathering(model: VARConfig, engine: EngineConfig, live_elements: int = LIVE_
 class _Coordinator:
     """DeepSpeed's bookkeeping, over the indices of parameters in their order in the model."""
 
-    def __init__(self, model: VARConfig, engine: EngineConfig, visits: list[str], live_elements: int) -> None:
+    def __init__(self, model: VARConfig, limits: Limits, visits: list[str]) -> None:
         self.modules, self._elements = _modules(model)
         self._visits = [self.modules[name] for name in visits]
-        self._bucket, self._limit = engine.prefetch_bucket_size, live_elements
-        self._persistent = {i for i, size in enumerate(self._elements) if size <= engine.persistence_threshold}
+        self._limits = limits
+        self._persistent = {i for i, size in enumerate(self._elements) if size <= limits.persistent}
         self._whole = set(self._persistent)
         self._queue = deque((index, step) for step, visit in enumerate(self._visits) for index in visit.handled)
         self._seen_until = [-1] * len(self._elements)  # the last visit of a parameter that was read off the queue
@@ -143,7 +157,7 @@ class _Coordinator:
 
     def _read_ahead(self) -> list[int]:
         wanted: dict[int, None] = {}
-        under_way, most = 0, min(self._limit - self.num_live, self._bucket)
+        under_way, most = 0, min(self._limits.live - self.num_live, self._limits.prefetch)
         while self._queue and under_way < most:
             index, step = self._queue.popleft()
             self._seen_until[index] = max(self._seen_until[index], step)
@@ -162,7 +176,7 @@ class _Coordinator:
         released = {i for i in module.handled if self._seen_until[i] <= self._step} - self._persistent
         distance = 0
         for visit in self._visits[self._step :]:
-            if distance >= self._limit or not released:
+            if distance >= self._limits.live or not released:
                 break
             used = visit.all if module.is_leaf else visit.own
             released.difference_update(used)
@@ -199,11 +213,11 @@ def _forward_events(model: VARConfig) -> list[Event]:
     return [Event(ROOT, True), *events, *_around(FINAL_NORM, within), *_both(HEAD), Event(ROOT, False)]
 
 
-def _backward_events(model: VARConfig, engine: EngineConfig) -> list[Event]:
+def _backward_events(model: VARConfig, is_recomputed: bool) -> list[Event]:
     """A block that is computed again begins twice. The modules that begin without an end are never told of one."""
     ends = end_shapes(model)
     norm = _around(FINAL_NORM, _both(FINAL_LINEAR)) if FINAL_LINEAR in ends else [Event(FINAL_NORM, True)]
-    visits = 1 if engine.activation_checkpointing == NO_CHECKPOINTING else 2
+    visits = 2 if is_recomputed else 1
     blocks = [
         event
         for name in reversed(_block_names(model))

@@ -12,7 +12,7 @@ loses to fragments.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from models.var import VARConfig
 from training.activations import (
@@ -43,7 +43,7 @@ class Moment:
 
     @property
     def components(self) -> dict[str, int]:
-        return {name: size for name, size in asdict(self).items() if name != "name"}
+        return {name: size for name, size in vars(self).items() if name != "name"}
 
     @property
     def total(self) -> int:
@@ -78,9 +78,9 @@ def estimate_memory(
     forward = batch * (model.depth * kept + saved_by_ends(model, engine))
     moments = [_moment(LOSS, states.loss(), forward, loss_bytes(model, engine))]
     worst_block = batch * (recomputed_by_block(model, engine) + backward_of_block(model, engine))
-    size = block_elements(model)
+    size, ends = block_elements(model), end_elements(model)
     for block in reversed(range(model.depth)):
-        done = end_elements(model) + (model.depth - 1 - block) * size
+        done = ends + (model.depth - 1 - block) * size
         moments.append(_moment(BACKWARD, states.backward(block, done), batch * (block + 1) * kept + worst_block))
     moments += [_moment(REDUCTION, states.reduction()), _moment(UPDATE, states.update())]
     return MemoryEstimate(_moment("between steps", states.resting()), tuple(moments))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from math import prod
 
 from models.transformer import NUM_MODULATIONS
@@ -42,10 +43,11 @@ def end_shapes(model: VARConfig) -> dict[str, list[Shape]]:
     }
 
 
-def tensor_elements(model: VARConfig) -> list[int]:
+@lru_cache(maxsize=32)
+def tensor_elements(model: VARConfig) -> tuple[int, ...]:
     """Sizes of all parameters, those of the blocks first."""
     ends = [shape for shapes in end_shapes(model).values() for shape in shapes]
-    return [prod(shape) for shape in model.depth * block_shapes(model) + ends]
+    return tuple(prod(shape) for shape in model.depth * block_shapes(model) + ends)
 
 
 def block_elements(model: VARConfig) -> int:
