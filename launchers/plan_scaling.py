@@ -67,8 +67,7 @@ def launch(command: Command[PlanScalingConfig]) -> None:
     if command.dry_run:
         say(f"would model {len(config.sizes) * len(config.gpus) * len(config.stages)} steps")
         return
-    for line in table(config):
-        say(line)
+    say("\n".join(table(config)))
 
 
 def table(config: PlanScalingConfig) -> Iterator[str]:
