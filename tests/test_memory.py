@@ -14,6 +14,7 @@ from training.memory import LOSS, UPDATE, MemoryEstimate, estimate_memory, large
 MODEL = VARConfig(depth=16)
 RANKS = 4
 SHORT = (1, 2, 3, 4, 5, 6)  # 91 tokens: float32 at 680 tokens is among the cases, bf16 is slow on many CPUs
+NARROW = {"patch_nums": (1, 2, 3), "vocab_size": 64}  # weights are most of what there is
 BUCKETS = {"reduce_bucket_size": 1_000_000, "prefetch_bucket_size": 1_000_000}
 
 
@@ -33,12 +34,13 @@ CASES = {
     "d4, stage 3, bf16, full": case(4, 8, 3, "bf16", "full"),
     "d6, stage 1, full, few codes": case(6, 8, 1, "fp32", "full", vocab_size=64),
     "d6, stage 3, plain layer norm": case(6, 4, 3, "fp32", norm="layer_norm"),
+    "d6, stage 0, most of it weights": case(6, 2, 0, "fp32", **NARROW),
     "d8, stage 3, selective": case(8, 4, 3, "fp32", "selective", norm="shared_adaln"),
 }
 
 
-NARROW = {"patch_nums": (1, 2, 3), "vocab_size": 64}  # weights are most of what there is
 TWO_RANKS = {
+    "d6, stage 0": case(6, 2, 0, "fp32", **NARROW),
     "d6, stage 1": case(6, 2, 1, "fp32", **NARROW),
     "d6, all gathered": case(6, 2, 3, "fp32", **NARROW),
     "d6, all gathered, bf16": case(6, 2, 3, "bf16", **NARROW),

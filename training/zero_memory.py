@@ -102,7 +102,7 @@ def zero_memory(model: VARConfig, engine: EngineConfig, ranks: int, *, averages:
 
 @dataclass(frozen=True)
 class Replicated:
-    """Stage 0, float32: the model's own tensors; gradients are flattened into one more copy to be reduced."""
+    """Stage 0, float32: the model's own tensors; several ranks flatten gradients into one more copy to reduce them."""
 
     shares: Shares
 
@@ -118,7 +118,7 @@ class Replicated:
 
     def reduction(self) -> Held:
         s = self.shares
-        return self._with(gradients=s.e * s.n, buckets=s.e * min(s.n, PLAIN_BUCKET))
+        return self._with(gradients=s.e * s.n, buckets=s.e * min(s.n, PLAIN_BUCKET) if s.ranks > 1 else 0)
 
     def update(self) -> Held:
         return self._with(gradients=self.shares.e * self.shares.n)
