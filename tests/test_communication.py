@@ -28,6 +28,7 @@ def case(depth: int, stage: int, *, live: int = LIVE_ELEMENTS, norm: str = ADALN
 
 
 CASES = [
+    case(2, 0),
     case(2, 1),
     case(2, 1, precision="bf16"),
     case(2, 2, precision="bf16"),
