@@ -1,12 +1,14 @@
 """`benchmark.py suite`: every figure of docs/benchmarks.md in one command, on the machine at hand.
 
 Each benchmark runs in a process of its own, so that one which fails, for want of memory or of anything else, costs its
-own rows alone, and a GPU's memory is free for the next. On a GPU: d16 to d30 in bf16, batches chosen by the planner.
+own rows alone, and a GPU's memory is free for the next. What is there is written after each: a suite that was cut short
+goes on by the same command. On a GPU: d16 to d30 in bf16, batches chosen by the planner.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -15,7 +17,8 @@ from typing import Any
 
 import torch
 
-from launchers.benchmark_config import BenchmarkConfig
+from launchers.benchmark_config import OURS, BenchmarkConfig
+from launchers.benchmark_report import Report, unfinished_rows, write_report
 from launchers.benchmark_timing import Row
 from launchers.command_line import say
 from models.attention import FLEX
@@ -23,68 +26,167 @@ from models.var import VARConfig
 from training.engine import EngineConfig
 from training.memory import largest_micro_batch
 
-GPU_DEPTHS = (16, 20, 24, 30)
+GPU_DEPTHS = (24, 30, 16, 20)  # those that say most come first, should there be no time for all
 SAMPLED_DEPTHS = (16, 30)
-SAMPLED_AT_ONCE = 64
-USABLE_SHARE = 0.9  # of a GPU's memory, which ours and the public code's processes share
+SAMPLED_AT_ONCE, FEWER_AT_ONCE = 64, (1, 4, 16, 32)
+MANY_AT_ONCE = 256
+USABLE_SHARE = 0.9  # of a GPU's memory; the rest is that of CUDA's contexts, of libraries, and lost to fragments
+EVEN_BATCH = 8
+BESIDE_PUBLIC = ("train", "sample", "tokenizer")
+ERROR_LINE = re.compile(r"error: |[A-Za-z_][\w.]*(Error|Exception|Interrupt)\b")
 LAUNCHER = Path(__file__).with_name("benchmark.py")
 
 Settings = dict[str, Any]
 
 
-def benchmark_suite(config: BenchmarkConfig) -> list[Row]:
-    """The rows of all benchmarks, each with the name of its own first; what fails is a row that says why."""
-    planned = gpu_suite(config) if torch.cuda.is_available() else cpu_suite(config)
-    rows: list[Row] = []
-    for settings in planned:
-        title = " ".join(str(settings[name]) for name in ("what", "depth", "attention") if name in settings)
-        say(f"-- {title}")
-        rows += [row | {"name": f"{title}: {row['name']}"} for row in run_alone(settings)]
+def benchmark_suite(config: BenchmarkConfig, report: Report) -> list[Row]:
+    """The rows of all benchmarks, each with the title of its own first; what fails is a row that says why.
+
+    `report`, with the rows so far, is written to config.out after each benchmark.
+    """
+    earlier, rows = unfinished_rows(report, config.out), []
+    write_report(report | {"rows": earlier}, config.out)  # what cannot be written is known now, not in half an hour
+    for settings in plan_suite(config):
+        part = title_of(settings)
+        kept = [row for row in earlier if row["part"] == part]
+        say(f"-- {part}{f', kept from {config.out}' if kept else ''}")
+        rows += kept or [row | {"part": part} for row in run_or_run_less(settings)]
+        if not kept:
+            write_report(report | {"rows": rows}, config.out)
     return rows
+
+
+def plan_suite(config: BenchmarkConfig) -> list[Settings]:
+    """The settings of each benchmark, in their order."""
+    return gpu_suite(config) if torch.cuda.is_available() else cpu_suite(config)
+
+
+def title_of(settings: Settings) -> str:
+    """Such as "train d16, 88 images"."""
+    words = [settings["what"]]
+    words += ["alone"] if settings.get("contestants") == OURS else []
+    words += [f"d{settings['depth']}"] if "depth" in settings else []
+    words += [settings["attention"]] if "attention" in settings else []
+    return " ".join(words) + (f", {settings['batch']} images" if "batch" in settings else "")
 
 
 def cpu_suite(config: BenchmarkConfig) -> list[Settings]:
     """d8 in float32, as the README's figures are."""
     names = ("train", "switches", "sample", "tokenizer", "memory", "attention", "data")
-    return [common(config) | {"what": what} for what in names]
+    more = {"sample": {"batches": [1, 2]}}
+    return [common(config, what) | more.get(what, {}) for what in names]
 
 
 def gpu_suite(config: BenchmarkConfig) -> list[Settings]:
-    """The sizes of the paper in bf16 with compiled blocks; sampling at 64 images."""
+    """The sizes of the paper in bf16 with compiled blocks; sampling at 64 images.
+
+    A step beside the public code's at a batch that both fit, and alone, as training runs, at the largest.
+    """
     total = torch.cuda.get_device_properties(0).total_memory
-    shared = common(config) | {"precision": "bf16"}
-    fast = shared | {"compile": True}
-    batches = {depth: planned_batch(depth, total) for depth in GPU_DEPTHS}
-    training = [fast | {"what": "train", "depth": depth, "batch": batches[depth]} for depth in GPU_DEPTHS]
-    sampling = [fast | {"what": "sample", "depth": depth, "batch": SAMPLED_AT_ONCE} for depth in SAMPLED_DEPTHS]
-    flex = training[2] | {"attention": FLEX}
-    switches = shared | {"what": "switches", "depth": 16, "batch": max(1, batches[16] // 4)}
-    others = [shared | {"what": what, "depth": 16} for what in ("memory", "tokenizer", "attention", "data")]
-    return [*training, flex, *sampling, switches, *others]
+    low, fast = {"precision": "bf16"}, {"precision": "bf16", "compile": True}
+    train = common(config, "train")
+    single = {"what": "train", "contestants": OURS, "repeats": config.repeats} | fast
+    alone = {depth: single | {"depth": depth, "batch": batch_alone(depth, total)} for depth in GPU_DEPTHS}
+    beside = [train | fast | {"depth": depth, "batch": batch_beside(depth, total)} for depth in GPU_DEPTHS]
+    sampling = [
+        common(config, "sample") | fast | {"depth": depth, "batch": SAMPLED_AT_ONCE, "batches": list(FEWER_AT_ONCE)}
+        for depth in SAMPLED_DEPTHS
+    ]
+    switches = {"what": "switches", "depth": 16, "batch": max(1, batch_beside(16, total) // 4)}
+    others: list[Settings] = [
+        switches,
+        {"what": "memory", "depth": 16, "batch": 32},
+        {"what": "tokenizer", "batch": 8},
+        {"what": "attention"},
+        {"what": "data"},
+        {"what": "sample", "depth": 16, "batch": MANY_AT_ONCE},  # last: the public code's cache may not fit
+    ]
+    flex = alone[24] | {"attention": FLEX}
+    return [*alone.values(), *beside, *sampling, flex, *(common(config, part["what"]) | low | part for part in others)]
 
 
-def planned_batch(depth: int, total_bytes: int) -> int:
-    """The largest power of two of images that fits when two trainers share the memory."""
-    engine = EngineConfig(precision="bf16", micro_batch=1)
-    most = largest_micro_batch(VARConfig(depth=depth), engine, 1, USABLE_SHARE * total_bytes / 2)
-    return 2 ** (max(most, 1).bit_length() - 1)
+def common(config: BenchmarkConfig, what: str) -> Settings:
+    beside = {"against": config.against} if what in BESIDE_PUBLIC and config.against else {}
+    return {"what": what, "repeats": config.repeats} | beside
 
 
-def common(config: BenchmarkConfig) -> Settings:
-    return {"repeats": config.repeats, "against": config.against}
+def batch_alone(depth: int, total_bytes: int) -> int:
+    """The most images that one trainer with compiled blocks fits."""
+    return even_batch(depth, USABLE_SHARE * total_bytes, compiles=True)
 
 
-def run_alone(settings: Settings) -> list[Row]:
-    """One benchmark in a process of its own; its rows, or one that says why there are none."""
+def batch_beside(depth: int, total_bytes: int) -> int:
+    """The most images that two trainers fit, neither compiled: the public code keeps as much as ours then, or less."""
+    return even_batch(depth, USABLE_SHARE * total_bytes / 2, compiles=False)
+
+
+def even_batch(depth: int, memory_bytes: float, *, compiles: bool) -> int:
+    """The most images that fit by the planner; a multiple of 8 from 8 on, and at least one."""
+    engine = EngineConfig(precision="bf16", micro_batch=1, compile=compiles)
+    most = largest_micro_batch(VARConfig(depth=depth), engine, 1, memory_bytes)
+    return max(1, round_down(most))
+
+
+def round_down(images: int) -> int:
+    """To a multiple of 8, from 8 on."""
+    return images - images % EVEN_BATCH if images >= EVEN_BATCH else images
+
+
+class ChildFailed(Exception):
+    """A benchmark's process has ended without figures; the message is the reason in one line."""
+
+
+def run_or_run_less(settings: Settings) -> list[Row]:
+    """The rows of one benchmark. Each failure is a row that says why, and something less is run in its place."""
+    rows: list[Row] = []
+    attempt: Settings | None = settings
+    while attempt is not None:
+        try:
+            return rows + [named(attempt, row) for row in run_apart(attempt)]
+        except ChildFailed as failure:
+            rows.append(named(attempt, {"name": describe_failure(attempt, str(failure))}))
+            say(rows[-1]["name"])
+            attempt = something_less(attempt, str(failure))
+    return rows
+
+
+def named(settings: Settings, row: Row) -> Row:
+    return row | {"name": f"{title_of(settings)}: {row['name']}", "settings": settings}
+
+
+def describe_failure(settings: Settings, reason: str) -> str:
+    """Which path the command was given may be said, where it leads to may not."""
+    if against := settings.get("against"):
+        return f"failed beside the public code: {reason.replace(str(Path(against).resolve()), against)}"
+    return f"failed: {reason}"
+
+
+def something_less(settings: Settings, reason: str) -> Settings | None:
+    """Ours without the public code; a training step with three quarters of the images; None where neither helps."""
+    is_training, batch = settings["what"] == "train", settings.get("batch", 1)
+    if "against" in settings:
+        less = {name: value for name, value in settings.items() if name != "against"}
+        return less | ({"contestants": OURS} if is_training and torch.cuda.is_available() else {})
+    if is_training and "out of memory" in reason and batch > EVEN_BATCH:
+        return settings | {"batch": round_down(3 * batch // 4)}
+    return None
+
+
+def run_apart(settings: Settings) -> list[Row]:
+    """The rows of one benchmark, which runs in a process of its own. Raises ChildFailed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
-        given = [f"{name}={value}" for name, value in settings.items() if value != ""]
+        given = [f"{name}={value}" for name, value in settings.items()]
         ended = subprocess.run(
             [sys.executable, str(LAUNCHER), *given, f"out={out}"], stderr=subprocess.PIPE, text=True, check=False
         )
         if ended.returncode == 0:
             return json.loads(out.read_text())["rows"]
-    lines = [line for line in ended.stderr.splitlines() if line.strip()]
-    reason = lines[-1] if lines else f"exit code {ended.returncode}"
-    say(f"failed: {reason}")
-    return [{"name": f"failed: {reason}"}]
+    raise ChildFailed(reason_of(ended.stderr) or f"exit code {ended.returncode}")
+
+
+def reason_of(errors: str) -> str:
+    """The last line that names an error, for libraries go on talking at the end of a process; else the last line."""
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    named = [line for line in lines if ERROR_LINE.match(line)]
+    return (named or lines or [""])[-1]

@@ -61,9 +61,14 @@ def _row(contestant: Contestant, rates: list[float], reference: list[float], pea
     }
     if contestant.flops_per_image:
         row["tflops"] = median * contestant.flops_per_image / 1e12
-        row["mfu"] = median * contestant.flops_per_image / matmul_flops_per_second(contestant.precision)
+        peak_rate = matmul_flops_per_second(contestant.precision)
+        row |= {"mfu": median * contestant.flops_per_image / peak_rate, "matmul_tflops": peak_rate / 1e12}
     if contestant.bytes_per_image:
-        row["bandwidth_share"] = median * contestant.bytes_per_image / copy_bytes_per_second()
+        bandwidth = copy_bytes_per_second()
+        row |= {
+            "bandwidth_share": median * contestant.bytes_per_image / bandwidth,
+            "copy_gb_per_second": bandwidth / 1e9,
+        }
     if peak:
         row["peak_bytes"] = peak
     return row | contestant.extra()

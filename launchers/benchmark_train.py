@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional as F
 
 from data_pipeline.loader import Batch, train_batches
-from launchers.benchmark_config import BenchmarkConfig
+from launchers.benchmark_config import OURS, BenchmarkConfig
 from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, public_code, var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 from launchers.machine_limits import device_type, synchronize
@@ -50,7 +50,8 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
         batches = TimedIterator(read_batches(config, Path(folder)))
         ours = OurStep(config, engine, tokenizer, batches, world)
         contestants = [contestant(config, "ours, codes from shards", ours, extra=ours.data_wait)]
-        if device_type() == "cpu" or public is None:  # a GPU has no room for three trainers of d30
+        # a GPU has no room for three trainers of d30
+        if config.contestants != OURS and (device_type() == "cpu" or public is None):
             bare = bare_step(config, tokenizer, codes)
             contestants.append(contestant(config, "bare PyTorch loop, codes in memory", bare))
         if public is not None:

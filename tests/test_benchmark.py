@@ -10,10 +10,11 @@ from tiny import command
 
 from launchers import benchmark
 from launchers.benchmark_config import BENCHMARKS, BenchmarkConfig
+from launchers.benchmark_suite import plan_suite, title_of
 
 
 def test_every_benchmark_that_can_be_asked_for_is_there() -> None:
-    assert tuple(benchmark.BENCHMARKED) == BENCHMARKS
+    assert (*benchmark.BENCHMARKED, "suite") == BENCHMARKS
 
 
 def test_rows_go_to_the_screen_and_to_a_file(
@@ -23,4 +24,18 @@ def test_rows_go_to_the_screen_and_to_a_file(
     benchmark.launch(command(BenchmarkConfig(what="data", out=str(tmp_path / "b.json"))))
     report = json.loads((tmp_path / "b.json").read_text())
     assert report["rows"] == [{"name": "a row", "peak_bytes": 2**30}] and report["settings"]["depth"] == 8
+    assert report["finished"]
     assert "a row" in capsys.readouterr().out
+
+
+def test_a_dry_run_of_the_suite_names_its_benchmarks_in_their_order(capsys: pytest.CaptureFixture[str]) -> None:
+    benchmark.launch(command(BenchmarkConfig(what="suite"), dry_run=True))
+    titles = [title_of(settings) for settings in plan_suite(BenchmarkConfig(what="suite"))]
+    assert capsys.readouterr().out.splitlines()[1:] == titles
+
+
+def test_the_suite_goes_to_a_file_when_all_is_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(benchmark, "benchmark_suite", lambda config, report: [{"name": report["settings"]["what"]}])
+    benchmark.launch(command(BenchmarkConfig(what="suite", out=str(tmp_path / "b.json"))))
+    report = json.loads((tmp_path / "b.json").read_text())
+    assert report["rows"] == [{"name": "suite"}] and report["finished"]

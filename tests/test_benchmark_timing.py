@@ -28,6 +28,7 @@ def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.Mon
     rate = row["samples_per_second"]
     assert row["mfu"] == pytest.approx(rate * 2 / 400) and row["bandwidth_share"] == pytest.approx(rate * 5 / 50)
     assert row["data_wait_ms"] == 0.5
+    assert row["matmul_tflops"] == pytest.approx(400e-12) and row["copy_gb_per_second"] == pytest.approx(50e-9)
 
 
 def test_the_table_has_the_columns_that_any_row_has() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 from tiny import PlainEngine
 
 from launchers import benchmark_train
-from launchers.benchmark_config import BenchmarkConfig
+from launchers.benchmark_config import OURS, BenchmarkConfig
 from launchers.benchmark_models import code_batch, make_tokenizer, var_config
 from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
 from training.distributed import World
@@ -38,6 +39,11 @@ def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
     assert ours["data_wait_ms"] > 0 and ours["ratio"] == 1.0
     flops = training_flops(var_config(CONFIG))
     assert bare["tflops"] == pytest.approx(bare["samples_per_second"] * flops / 1e12)
+
+
+def test_ours_can_be_alone_on_its_device() -> None:
+    rows = benchmark_train.benchmark_train(replace(CONFIG, contestants=OURS))
+    assert [row["name"] for row in rows] == ["ours, codes from shards"]
 
 
 def test_every_switch_is_timed_beside_none(
