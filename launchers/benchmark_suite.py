@@ -144,8 +144,8 @@ def run_or_run_less(settings: Settings) -> list[Row]:
         try:
             return rows + [named(attempt, row) for row in run_apart(attempt)]
         except ChildFailed as failure:
-            rows.append(named(attempt, {"name": describe_failure(attempt, str(failure))}))
-            say(rows[-1]["name"])
+            rows.append(named(attempt, failed_row(attempt, str(failure))))
+            say(f"{rows[-1]['name']}: {rows[-1]['reason']}")
             attempt = something_less(attempt, str(failure))
     return rows
 
@@ -154,11 +154,12 @@ def named(settings: Settings, row: Row) -> Row:
     return row | {"name": f"{title_of(settings)}: {row['name']}", "settings": settings}
 
 
-def describe_failure(settings: Settings, reason: str) -> str:
-    """Which path the command was given may be said, where it leads to may not."""
+def failed_row(settings: Settings, reason: str) -> Row:
+    """The path that the command was given may be in it, where that leads to may not."""
     if against := settings.get("against"):
-        return f"failed beside the public code: {reason.replace(str(Path(against).resolve()), against)}"
-    return f"failed: {reason}"
+        reason = reason.replace(str(Path(against).resolve()), against)
+        return {"name": "failed beside the public code", "reason": reason}
+    return {"name": "failed", "reason": reason}
 
 
 def something_less(settings: Settings, reason: str) -> Settings | None:

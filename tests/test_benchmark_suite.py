@@ -85,7 +85,8 @@ def test_what_fits_less_than_eight_images_has_as_many_as_fit() -> None:
 def test_a_benchmark_that_fails_is_a_row_that_says_why() -> None:
     settings = {"what": "train", "batch": 1, "depth": 1, "tokenizer_width": 33}
     rows = run_or_run_less(settings)
-    assert len(rows) == 1 and rows[0]["name"].startswith("train d1, 1 images: failed: error: tokenizer_width is 33")
+    assert len(rows) == 1 and rows[0]["name"] == "train d1, 1 images: failed"
+    assert rows[0]["reason"].startswith("error: tokenizer_width is 33")
 
 
 def test_ours_is_measured_where_the_public_code_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -98,7 +99,8 @@ def test_ours_is_measured_where_the_public_code_fails(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(benchmark_suite, "run_apart", run)
     failed, ours = run_or_run_less({"what": "sample", "depth": 30, "against": "VAR"})
-    assert "beside the public code: error: the public code in VAR stopped" in failed["name"]
+    assert failed["name"].endswith("failed beside the public code")
+    assert failed["reason"].startswith("error: the public code in VAR stopped")
     assert str(tmp_path) not in json.dumps([failed, ours])
     assert ours["mfu"] == 0.5 and ours["settings"] == {"what": "sample", "depth": 30}
 
@@ -112,7 +114,7 @@ def test_a_step_that_does_not_fit_is_tried_with_fewer_images(monkeypatch: pytest
     monkeypatch.setattr(benchmark_suite, "run_apart", run)
     rows = run_or_run_less({"what": "train", "contestants": OURS, "depth": 30, "batch": 48})
     assert [row["settings"]["batch"] for row in rows] == [48, 32, 24]
-    assert rows[-1]["name"] == "train alone d30, 24 images: ours" and "out of memory" in rows[0]["name"]
+    assert rows[-1]["name"] == "train alone d30, 24 images: ours" and "out of memory" in rows[0]["reason"]
 
 
 def test_the_reason_is_the_line_that_names_an_error() -> None:
