@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fork_world import ForkServer
-from project import ENCODE, PACK, TOKENIZER, Project, train_arguments
+from project import ENCODE, PACK, TOKENIZER, ForkedProject, train_arguments
 from tiny import Study, make_study
 
 FIGURES = pytest.StashKey[dict[str, str]]()
@@ -42,15 +42,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
 
 
 @pytest.fixture(scope="session")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Project:
-    project = Project(tmp_path_factory.mktemp("project"))
+def project(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> ForkedProject:
+    project = ForkedProject(tmp_path_factory.mktemp("project"), fork_server)
     project.succeed("pack_images", *PACK)
-    project.succeed("train_tokenizer", *TOKENIZER)
-    project.succeed("encode_codes", *ENCODE)
+    project.forked("train_tokenizer", *TOKENIZER)
+    project.forked("encode_codes", *ENCODE)
     return project
 
 
 @pytest.fixture(scope="session")
-def trained(project: Project) -> Project:
-    project.succeed("train", *train_arguments("runs/whole"), ranks=2)
+def trained(project: ForkedProject) -> ForkedProject:
+    project.forked("train", *train_arguments("runs/whole"), ranks=2)
     return project

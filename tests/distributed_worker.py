@@ -1,6 +1,6 @@
 """One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops.
 
-Usage: distributed_worker.py OUT. Everything runs in one world, because starting one costs many seconds.
+Everything runs in one world, because starting one costs seconds. As a program: distributed_worker.py OUT, one rank.
 """
 
 from __future__ import annotations
@@ -218,14 +218,14 @@ def shared_error(world: World) -> str:
     return "nothing"
 
 
-def main() -> None:
-    out = Path(sys.argv[-1])
+def main(out: str) -> None:
     world = join_world(timeout_seconds=120)
-    results = run_all(world, out)
-    (out / f"rank{world.rank}.json").write_text(json.dumps(results))
+    torch.set_num_threads(1)  # these tensors are too small to share
+    results = run_all(world, Path(out))
+    (Path(out) / f"rank{world.rank}.json").write_text(json.dumps(results))
     leave_world()
-    end_process(0)
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[-1])
+    end_process(0)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_world import ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "digits"
@@ -70,6 +71,20 @@ class Project:
 
     def records(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
+
+
+@dataclass(frozen=True)
+class ForkedProject(Project):
+    """Where commands run in processes forked from one that has imported everything, not ten seconds later."""
+
+    server: ForkServer
+
+    def forked(self, name: str, *arguments: str, ranks: int = 0) -> str:
+        """`succeed` without the start of Python, and of DeepSpeed's launcher where there are ranks."""
+        order = {"name": name, "arguments": arguments, "folder": str(self.folder), "alone": ranks == 0}
+        world = self.server.run("launcher_worker:launch", order, world_size=max(1, ranks), timeout=300)
+        assert set(world.exit_codes) == {0}, world.explain()[-6000:]
+        return "".join(rank.stdout for rank in world.ranks)
 
 
 def single_error(stderr: str) -> str:

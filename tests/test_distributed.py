@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fork_world import ForkServer
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).with_name("distributed_worker.py")
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 # what depends on the clock, or on how many steps lie between two fetches of metrics
 INCIDENTAL = (
@@ -23,24 +19,17 @@ INCIDENTAL = (
 )
 
 
-def run_world(world_size: int, out: Path) -> Path:
+def run_world(server: ForkServer, world_size: int, out: Path) -> Path:
     out.mkdir()
-    environment = os.environ | {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(WORKER.parent.parent)}
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    launcher = [Path(sys.executable).with_name("deepspeed"), "--num_gpus", str(world_size), "--master_port", str(port)]
-    done = subprocess.run(
-        [*map(str, launcher), str(WORKER), str(out)], env=environment, capture_output=True, text=True, timeout=400
-    )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    world = server.run("distributed_worker:main", {"out": str(out)}, world_size=world_size, timeout=400)
+    assert set(world.exit_codes) == {0}, world.explain()[-8000:]
     return out
 
 
 @pytest.fixture(scope="module")
-def worlds(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def worlds(tmp_path_factory: pytest.TempPathFactory, fork_server: ForkServer) -> dict[int, Path]:
     root = tmp_path_factory.mktemp("worlds")
-    return {world_size: run_world(world_size, root / f"world{world_size}") for world_size in (1, 2)}
+    return {world_size: run_world(fork_server, world_size, root / f"world{world_size}") for world_size in (1, 2)}
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from project import ENCODE, PACK, ROOT, Project, train_arguments
+from project import ENCODE, PACK, ROOT, ForkedProject, train_arguments
 
 
 def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -23,7 +23,7 @@ def lasting(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in record.items() if name not in clock} for record in records]
 
 
-def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: Project) -> None:
+def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained: ForkedProject) -> None:
     train = [record for record in trained.records("runs/whole") if record["kind"] == "train"]
     assert [record["step"] for record in train] == list(range(1, 24))
     assert train[0]["loss_avg"] == pytest.approx(np.log(64), abs=0.1)
@@ -34,7 +34,7 @@ def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained
     assert len(train[0]["loss"]) == 3  # one per scale
 
 
-def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: Project) -> None:
+def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: ForkedProject) -> None:
     command = trained.command("train", *train_arguments("runs/killed"), ranks=2)
     process = subprocess.Popen(
         command,
@@ -61,11 +61,11 @@ def wait_for(condition: Any, *, seconds: float) -> None:
         time.sleep(0.05)
 
 
-def test_images_do_not_depend_on_ranks_batch_or_format(trained: Project) -> None:
+def test_images_do_not_depend_on_ranks_batch_or_format(trained: ForkedProject) -> None:
     """Two ranks draw into the evaluator's npz what one draws into PNG files, bit for bit."""
     two_each = ["--run", "runs/whole", "--per-class", "2"]
-    trained.succeed("sample", *two_each, "--batch", "3", "--out", "pngs")
-    said = trained.succeed("sample", *two_each, "--batch", "4", "--out", "npz", "--format", "npz", ranks=2)
+    trained.forked("sample", *two_each, "--batch", "3", "--out", "pngs")
+    said = trained.forked("sample", *two_each, "--batch", "4", "--out", "npz", "--format", "npz", ranks=2)
     assert said.count("20 images in npz/samples.npz") == 1
     with np.load(trained.folder / "npz" / "samples.npz") as found:
         images, labels = found["arr_0"], found["labels"]
@@ -78,18 +78,18 @@ def test_images_do_not_depend_on_ranks_batch_or_format(trained: Project) -> None
     assert grids[0] == grids[1]
 
 
-def test_the_papers_figures_are_drawn_of_a_run_and_its_tokenizer(trained: Project) -> None:
+def test_the_papers_figures_are_drawn_of_a_run_and_its_tokenizer(trained: ForkedProject) -> None:
     stages = ["--stages", "0.2", "0.6", "1.0", "--classes", "0", "1", "2", "3"]
-    said = trained.succeed("compare_sizes", "--runs", "runs/whole", *stages, "--out", "figures/7.png")
+    said = trained.forked("compare_sizes", "--runs", "runs/whole", *stages, "--out", "figures/7.png")
     assert [name in said for name in ("step-00000005", "step-00000014", "step-00000023")] == [True] * 3
     images = ["--images", "data/digits/images/val", "--num-images", "2"]
-    trained.succeed("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *images, "--out", "figures/9.png")
+    trained.forked("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *images, "--out", "figures/9.png")
     assert sorted(path.name for path in (trained.folder / "figures").iterdir()) == ["7.png", "9.json", "9.png"]
     [logged] = (trained.folder / "runs" / "mlflow_artifacts").rglob("pictures/9.png")  # the tokenizer's run is tracked
     assert logged.read_bytes() == (trained.folder / "figures" / "9.png").read_bytes()
 
 
-def test_mlflow_shows_what_metrics_jsonl_holds(project: Project) -> None:
+def test_mlflow_shows_what_metrics_jsonl_holds(project: ForkedProject) -> None:
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(f"sqlite:///{project.folder}/runs/mlflow.db")
@@ -100,56 +100,56 @@ def test_mlflow_shows_what_metrics_jsonl_holds(project: Project) -> None:
     assert client.get_run(state["run_id"]).info.status == "FINISHED"
 
 
-def test_stage_2_trains_from_images_as_well(project: Project) -> None:
+def test_stage_2_trains_from_images_as_well(project: ForkedProject) -> None:
     images = ["data.train=data/digits/images/train", "data.validation=data/digits/images/val", "loop.epochs=0.1"]
-    project.succeed("train", *train_arguments("runs/online", *images))
+    project.forked("train", *train_arguments("runs/online", *images))
     assert [record["step"] for record in project.records("runs/online") if record["kind"] == "train"] == [1, 2, 3]
 
 
-def test_packing_and_encoding_again_do_nothing(project: Project) -> None:
-    said = project.succeed("pack_images", *PACK)
-    said += project.succeed("encode_codes", *ENCODE)
+def test_packing_and_encoding_again_do_nothing(project: ForkedProject) -> None:
+    said = project.forked("pack_images", *PACK)
+    said += project.forked("encode_codes", *ENCODE)
     assert said.count("nothing to do") == 3
 
 
-def test_a_dry_run_allocates_no_model_and_needs_no_data(project: Project) -> None:
+def test_a_dry_run_allocates_no_model_and_needs_no_data(project: ForkedProject) -> None:
     for name, count in {"d16": "310,283,520", "d30": "2,010,020,356", "d36_512": "2,353,893,904"}.items():
         config = str(ROOT / f"configs/{name}.yaml")
-        said = project.succeed("train", "--config", config, "--dry-run", "--world-size", "8")
+        said = project.forked("train", "--config", config, "--dry-run", "--world-size", "8")
         assert count in said and "not there yet" in said
-    assert "one batch of codes (32, 21)" in project.succeed("train", *train_arguments("runs/dry"), "--dry-run")
+    assert "one batch of codes (32, 21)" in project.forked("train", *train_arguments("runs/dry"), "--dry-run")
 
 
 @pytest.fixture(scope="module")
-def released(trained: Project) -> list[str]:
+def released(trained: ForkedProject) -> list[str]:
     """The trained run as files of the public code: the options that name transformer and tokenizer."""
-    trained.succeed("export_weights", "--run", "runs/whole", "--out", "public", "--format", "reference")
+    trained.forked("export_weights", "--run", "runs/whole", "--out", "public", "--format", "reference")
     return ["public/var_d2.pth", "--tokenizer", "public/tokenizer/vae_ch32v64z16.pth", "--patch-nums", "1", "2", "4"]
 
 
 def test_weights_that_went_out_in_the_public_format_come_back_the_same_and_training_starts_from_them(
-    trained: Project, released: list[str]
+    trained: ForkedProject, released: list[str]
 ) -> None:
-    said = trained.succeed("import_weights", "--var", *released, "--out", "imports/d2")
+    said = trained.forked("import_weights", "--var", *released, "--out", "imports/d2")
     assert "d2, " in said and "V = 64" in said and "wrote imports/d2" in said
     newest = trained.folder / "runs/whole/checkpoints/step-00000023/weights/model.safetensors"
     assert (trained.folder / "imports/d2/model.safetensors").read_bytes() == newest.read_bytes()
-    said = trained.succeed("train", *train_arguments("runs/warm", "--init-from", "imports/d2", "loop.epochs=0.1"))
+    said = trained.forked("train", *train_arguments("runs/warm", "--init-from", "imports/d2", "loop.epochs=0.1"))
     first, whole = trained.records("runs/warm")[0], trained.records("runs/whole")[0]
     assert first["loss_avg"] < whole["loss_avg"] - 0.1
 
 
 def test_the_readmes_two_commands_work_on_a_run_and_on_public_files_alike(
-    trained: Project, released: list[str]
+    trained: ForkedProject, released: list[str]
 ) -> None:
     """A grid of one class and an in-painted picture, the same from the run as from files in the public format."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(trained.folder / "photo.png")
     for name, model in (("run", ["runs/whole"]), ("files", released)):
         grid = ["--classes", "7", "--per-class", "4", "--cfg", "4", "--top-p", "0.95", "--out", f"grid_{name}"]
-        trained.succeed("sample", "--run", *model, *grid)
+        trained.forked("sample", "--run", *model, *grid)
         box = ["--task", "inpaint", "--box", "0", "15", "20", "25", "--out", f"edit_{name}"]
-        trained.succeed("edit", "--run", *model, "--image", "photo.png", *box)
+        trained.forked("edit", "--run", *model, "--image", "photo.png", *box)
     for picture in ("grid_{}/samples.png", "edit_{}/panel.png", "edit_{}/seed-00003.png"):
         of_run, of_files = ((trained.folder / picture.format(name)).read_bytes() for name in ("run", "files"))
         assert of_run == of_files, picture

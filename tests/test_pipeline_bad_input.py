@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from project import Project, train_arguments
+from project import ForkedProject, Project, train_arguments
 from tiny import VAR_CONFIG, write_public_files
 
 from launchers.loading import load_tokenizer
@@ -141,12 +141,12 @@ class TestBadInput:
         line = project.fail("train", *train_arguments("runs/x"), "--init-from", str(public / "d1"))
         assert "its depth is 1, this run has 2" in line
 
-    def test_corrupt_image_is_skipped_counted_and_named(self, project: Project) -> None:
+    def test_corrupt_image_is_skipped_counted_and_named(self, project: ForkedProject) -> None:
         for label in ("cat", "dog"):
             (project.folder / "photos" / label).mkdir(parents=True)
             for number in range(4):
                 picture = Image.fromarray(np.full((20, 24, 3), 40 * number, np.uint8))
                 picture.save(project.folder / "photos" / label / f"{number}.png")
         (project.folder / "photos/cat/broken.jpg").write_bytes(b"\xff\xd8\xff not a photograph")
-        said = project.succeed("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
+        said = project.forked("pack_images", "source=photos", "out=photo_shards", "val_fraction=0.25")
         assert "1 skipped" in said and "broken.jpg" in said
