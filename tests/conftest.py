@@ -30,6 +30,13 @@ def fork_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkServer
         yield server
 
 
+@pytest.fixture(scope="session", autouse=True)
+def early_server(request: pytest.FixtureRequest) -> None:
+    """Let the fork server import, and compile, beside the first tests: these need one core."""
+    if any("fork_server" in item.fixturenames for item in request.session.items):
+        request.getfixturevalue("fork_server")
+
+
 @pytest.fixture
 def figures(pytestconfig: pytest.Config) -> dict[str, str]:
     """Figure -> value, printed after the tests as rows for docs/reliability.md."""

@@ -115,7 +115,7 @@ class RunningWorld:
 
 
 class ForkServer:
-    """Starts worlds, one at a time. Nothing of it outlives this process.
+    """Starts worlds, one at a time, the first once everything is imported. Nothing of it outlives this process.
 
     folder: where each world leaves the output of its ranks.
     preload: modules that all ranks find imported; the more, the later the first world and the sooner each of them.
@@ -132,7 +132,7 @@ class ForkServer:
             env=os.environ | ONE_THREAD | {"DS_ACCELERATOR": "cpu"},
             text=True,
         )
-        self._hear()  # that it is ready; the first time on a machine DeepSpeed compiles its communication
+        self._is_ready = False
 
     def __enter__(self) -> ForkServer:
         return self
@@ -170,6 +170,8 @@ class ForkServer:
         timeout: seconds until all ranks are killed. grace: seconds that the others have once one rank has ended.
         leftover_grace: seconds that processes which ranks have started may outlive them.
         """
+        if not self._is_ready:
+            self._is_ready = bool(self._hear())  # the first time on a machine DeepSpeed compiles its communication
         self._end_what_a_failed_test_left_running()
         faults = [str(Fault.parse(fault)) for fault in faults]
         folder = self._folder / f"world{next(self._numbers)}"
