@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fork_world import ForkServer
+from fork_world import EndedWorld, ForkServer
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs" / "digits"
@@ -34,11 +34,11 @@ class Project:
         launcher = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(ranks)] if ranks else []
         return [*(launcher or [sys.executable]), str(ROOT / "launchers" / f"{name}.py"), *arguments]
 
-    def run(self, name: str, *arguments: str, ranks: int = 0, env: dict[str, str] | None = None) -> Any:
+    def run(self, name: str, *arguments: str, ranks: int = 0) -> Any:
         return subprocess.run(
             self.command(name, *arguments, ranks=ranks),
             cwd=self.folder,
-            env=os.environ | {"DS_ACCELERATOR": "cpu"} | (env or {}),
+            env=os.environ | {"DS_ACCELERATOR": "cpu"},
             capture_output=True,
             text=True,
             timeout=300,
@@ -63,12 +63,6 @@ class Project:
         assert left.value.code == code, (left.value.code, said.getvalue()[-2000:])
         return single_error(said.getvalue())
 
-    def fail_as_rank(self, name: str, *arguments: str, env: dict[str, str]) -> str:
-        """The same in a process of its own, with an environment of its own."""
-        done = self.run(name, *arguments, env=env)
-        assert done.returncode == 64, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
-        return single_error(done.stderr)
-
     def records(self, run: str) -> list[dict[str, Any]]:
         return [json.loads(line) for line in (self.folder / run / "metrics.jsonl").read_text().splitlines()]
 
@@ -81,10 +75,19 @@ class ForkedProject(Project):
 
     def forked(self, name: str, *arguments: str, ranks: int = 0) -> str:
         """`succeed` without the start of Python, and of DeepSpeed's launcher where there are ranks."""
-        order = {"name": name, "arguments": arguments, "folder": str(self.folder), "alone": ranks == 0}
-        world = self.server.run("launcher_worker:launch", order, world_size=max(1, ranks), timeout=300)
+        world = self._world(name, *arguments, ranks=ranks)
         assert set(world.exit_codes) == {0}, world.explain()[-6000:]
         return "".join(rank.stdout for rank in world.ranks)
+
+    def fail_as_rank(self, name: str, *arguments: str, env: dict[str, str]) -> str:
+        """`fail` where the environment says which rank this is."""
+        world = self._world(name, *arguments, ranks=1, environment=env)
+        assert world.exit_codes == [64], world.explain()[-6000:]
+        return single_error(world.ranks[0].stderr)
+
+    def _world(self, name: str, *arguments: str, ranks: int, **options: Any) -> EndedWorld:
+        order = {"name": name, "arguments": arguments, "folder": str(self.folder), "alone": ranks == 0}
+        return self.server.run("launcher_worker:launch", order, world_size=max(1, ranks), timeout=300, **options)
 
 
 def single_error(stderr: str) -> str:

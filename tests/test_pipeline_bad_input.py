@@ -61,7 +61,7 @@ class TestBadInput:
         line = project.fail("train", *train_arguments("runs/x"), "data.train=foreign")
         assert "0000" in line and "encode_codes.py" in line
 
-    def test_batch_not_divisible_by_the_world(self, project: Project) -> None:
+    def test_batch_not_divisible_by_the_world(self, project: ForkedProject) -> None:
         world = {"RANK": "0", "WORLD_SIZE": "3", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
         line = project.fail_as_rank("train", *train_arguments("runs/x"), env=world)
         assert "global_batch 64 is not divisible by the world size 3" in line
