@@ -11,21 +11,12 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from image_folders import encoded, noise
 from malformed_images import BOMBS, REFUSED, jpeg
 from peak_memory import BOUND, peak_memory
 from PIL import Image
 
 from data_pipeline.images import DecodingBudget, ImageTransform, decode_image, map_in_threads, resize_short_side
-
-
-def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-
-
-def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=format, **options)
-    return buffer.getvalue()
 
 
 def as_tensor(pixels: np.ndarray) -> torch.Tensor:
