@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from shown_studies import write_study
+from synced_studies import a_law, connect_to, of_role, state_of, sync, without_the_last
 from tiny import command
 from trackers import FakeMLflow, points_of
 
@@ -26,7 +25,6 @@ from training.mlflow_client import PARENT_TAG
 from training.mlflow_state import ViewState, read_state
 from training.mlflow_tracker import Tracker, TrackerUnavailable
 from training.mlflow_uploader import send_now
-from training.study_fit import Interval, LawFit, PowerLaw
 from training.tracking import RunRecord
 
 URI = "http://tracker:5000"
@@ -39,11 +37,6 @@ def client(monkeypatch: pytest.MonkeyPatch) -> FakeMLflow:
     connect_to(client, monkeypatch)
     monkeypatch.setattr(mlflow_uploader, "pause_after", lambda failures: 0.0)
     return client
-
-
-def connect_to(client: FakeMLflow, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("training.mlflow_tracker", "training.mlflow_study"):
-        monkeypatch.setattr(f"{module}.open_client", lambda uri: client)
 
 
 @pytest.fixture(scope="module")
@@ -64,29 +57,6 @@ def config(
     (tmp_path / "sizes" / STUDY).write_text(to_yaml(config))
     monkeypatch.setattr(study_mlflow, "read_run", lambda folder: runs[folder.name])
     return config
-
-
-def without_the_last(config: StudyConfig) -> StudyConfig:
-    """The two sizes that are finished."""
-    shutil.rmtree(Path(config.folder) / "d10-seed0")
-    config = replace(config, sizes=config.sizes[:2])
-    (Path(config.folder) / STUDY).write_text(to_yaml(config))
-    return config
-
-
-def sync(config: StudyConfig) -> None:
-    launch_sync(command(config))
-
-
-def of_role(client: FakeMLflow, role: str) -> dict[str, Any]:
-    """The active runs of a role by their names."""
-    return {run.info.run_name: run for run in client.active() if run.data.tags["role"] == role}
-
-
-def state_of(client: FakeMLflow) -> Any:
-    """All that a tracker holds; points that were drawn twice count twice."""
-    drawn = {run: Counter(points) for run, points in client.points.items()}
-    return copy.deepcopy((client.runs, drawn, client.artifacts, client.experiment_tags))
 
 
 def test_an_empty_tracker_gets_all_of_it(config: StudyConfig, client: FakeMLflow) -> None:
@@ -238,30 +208,6 @@ def test_results_lie_on_the_page_of_the_study(
     assert numbers["fit/loss_avg_by_compute_irreducible"] == 4.5
     assert "fit/loss_avg_by_compute_exponent_low" not in numbers  # not a number: there were too few points
     assert len(client.points[parent.info.run_id]) == len(numbers)
-
-
-def a_law() -> LawFit:
-    nothing = Interval(float("nan"), float("nan"))
-    return LawFit(
-        metric="loss_avg",
-        variable="compute",
-        law=PowerLaw(exponent=-0.2, scale=2.0, irreducible=4.5),
-        source_of_irreducible="fitted",
-        exponent_interval=nothing,
-        exponent_t_interval=nothing,
-        scale_interval=nothing,
-        irreducible_interval=None,
-        pearson=-0.99,
-        r_squared=0.98,
-        runs_test=0.5,
-        names=(),
-        x=(),
-        y=(),
-        residuals=(),
-        sensitivity=(),
-        held_out=(),
-        left_out=(),
-    )
 
 
 def test_a_finished_study_is_finished_once_it_is_reported(config: StudyConfig, client: FakeMLflow) -> None:
