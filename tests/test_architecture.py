@@ -100,6 +100,14 @@ def test_every_launcher_is_a_command() -> None:
             assert f"nextscale-{path.stem.replace('_', '-')} = launchers.{path.stem}:main" in scripts
 
 
+def test_every_launcher_starts_as_a_file_from_any_folder() -> None:
+    """Most tests fork launchers from a process that finds our packages already."""
+    for path in (ROOT / "launchers").glob("*.py"):
+        if "def main() -> None:" in (text := path.read_text()):
+            own_root_first = text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))")
+            assert own_root_first < text.index("\nfrom launchers") and text.endswith("    main()\n"), label(path)
+
+
 def test_our_packages_are_the_ones_in_this_repository() -> None:
     import models
 
