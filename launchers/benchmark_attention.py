@@ -1,4 +1,8 @@
-"""`benchmark.py attention`: forward and backward passes of block-causal attention, each way beside the dense mask."""
+"""`benchmark.py attention`: forward and backward passes of block-causal attention, each way beside the dense mask.
+
+FLOPs are those of the pairs that a query may see, whatever else a way computes; bytes the least that any way must move:
+operands and results of both passes, once each.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,11 @@ from launchers.benchmark_timing import Contestant, Row, time_in_turns
 from launchers.machine_limits import synchronize
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
+from training.flops import attention_pairs
 
 HEAD_DIM = 64
+PRODUCTS = 6  # q k^T and the weighted sum of v, and two more of each in the backward pass
+MOVED = 12  # q, k, v and the output; in the backward pass those, the output's gradient and the gradients of q, k, v
 SCHEDULES = ((PATCH_NUMS_256, 4, 8), (PATCH_NUMS_512, 1, 8), (PATCH_NUMS_1024, 1, 2))  # sides, images, heads
 ON_CUDA = ((PATCH_NUMS_256, 64, 16), (PATCH_NUMS_512, 16, 16), (PATCH_NUMS_1024, 2, 16))
 
@@ -38,7 +45,13 @@ def attention_contestants(
         shape = (3, batch, heads, scales.num_tokens, HEAD_DIM)
         inputs = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype).requires_grad_()
         yield [
-            Contestant(f"{scales.num_tokens} tokens, {attend.way}", forward_and_backward(attend, inputs))
+            Contestant(
+                f"{scales.num_tokens} tokens, {attend.way}",
+                forward_and_backward(attend, inputs),
+                flops_per_image=PRODUCTS * 2 * attention_pairs(scales) * heads * HEAD_DIM,
+                bytes_per_image=MOVED * scales.num_tokens * heads * HEAD_DIM * dtype.itemsize,
+                precision="bf16" if on_cuda else "fp32",
+            )
             for attend in (BlockCausalAttention(scales, way) for way in ways)
         ]
 

@@ -2,13 +2,15 @@
 
 Rows that say "one core" are held to one, with every thread that they start. The first row of a kind is what a run reads
 by default; "preads alone" reads the same bytes in the same order and does nothing with them: a limit.
+A sample's bytes are those of its members in a shard, headers included, and those of what is handed on: one copy, at the
+least. They are set against what the host's memory copies, by all of its cores.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +23,7 @@ from data_pipeline.index import Index
 from data_pipeline.loader import Batch, train_batches
 from data_pipeline.reader import ShardReader, load_members
 from data_pipeline.storage import Storage
+from data_pipeline.tensors import widen
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_folders import CODE_SAMPLES, VIEWED_SAMPLES, VIEWS, files_of, made_codes, made_images
 from launchers.benchmark_loaders import (
@@ -33,30 +36,35 @@ from launchers.benchmark_loaders import (
     read_webdataset,
     take,
 )
+from launchers.benchmark_models import var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 
 LARGE_BATCH = 256
 PASSES = {"codes": 5, "images": 2}  # over the data in a turn, so that the start of what reads ahead is little of it
 WORKERS = 2
 
-Calls = dict[str, Callable[[], int]]
+Calls = dict[str, tuple[Callable[[], int], float]]  # by name: passes over the data, and the bytes of a sample or 0
 
 
 def benchmark_data(config: BenchmarkConfig) -> list[Row]:
     """Samples a second: codes and images as a run reads them, without checks, by others, and as bytes."""
     with tempfile.TemporaryDirectory() as made:
-        folders = [config.folder] if config.folder else _made_folders(Path(made))
+        folders = [config.folder] if config.folder else _made_folders(Path(made), config)
         rows: list[Row] = []
         for folder in folders:
             kind = Index.read(folder).kind
             calls = code_calls(folder) if kind == "codes" else image_calls(folder, Path(made) / "files")
-            rows += time_in_turns([Contestant(f"{kind}, {name}", call) for name, call in calls.items()], config.repeats)
+            contestants = [
+                Contestant(f"{kind}, {name}", call, bytes_per_image=moved, bytes_on="cpu")
+                for name, (call, moved) in calls.items()
+            ]
+            rows += time_in_turns(contestants, config.repeats)
     return rows
 
 
-def _made_folders(made: Path) -> list[str]:
-    made_codes(made / "codes", views=1, samples=CODE_SAMPLES)
-    made_codes(made / "viewed", views=VIEWS, samples=VIEWED_SAMPLES)
+def _made_folders(made: Path, config: BenchmarkConfig) -> list[str]:
+    made_codes(made / "codes", var_config(config), views=1, samples=CODE_SAMPLES)
+    made_codes(made / "viewed", var_config(config), views=VIEWS, samples=VIEWED_SAMPLES)
     made_images(made / "images")
     return [str(made / name) for name in ("codes", "viewed", "images")]
 
@@ -65,14 +73,18 @@ def code_calls(folder: str) -> Calls:
     """What is timed of code shards."""
     index = Index.read(folder, kind="codes")
     views = f"{index.meta['views']} views, batches of"
-    calls: Calls = {
+    read, narrow, wide = bytes_of(_codes(folder))
+    large = partial(_batches, size=LARGE_BATCH)
+    calls = {
         f"{views} {BATCH}, one core": on_one_core(_batches(_codes(folder), BATCH)),
-        f"{views} {LARGE_BATCH}, one core": on_one_core(_batches(_codes(folder), LARGE_BATCH)),
-        f"{views} {LARGE_BATCH}, one core, not checked": on_one_core(_batches(_unchecked(_codes(folder)), LARGE_BATCH)),
-        f"{views} {LARGE_BATCH}, one core, as int64": on_one_core(_batches(_codes(folder), LARGE_BATCH, use=_widened)),
-        f"{views} {LARGE_BATCH}, {WORKERS} processes": _batches(_codes(folder), LARGE_BATCH, workers=WORKERS),
+        f"{views} {LARGE_BATCH}, one core": on_one_core(large(_codes(folder))),
+        f"{views} {LARGE_BATCH}, one core, not checked": on_one_core(large(_unchecked(_codes(folder)))),
+        f"{views} {LARGE_BATCH}, {WORKERS} processes": large(_codes(folder), workers=WORKERS),
     }
-    return calls | _byte_calls(folder, index)
+    widened = on_one_core(large(_codes(folder), use=_widened))
+    found: Calls = {name: (call, read + narrow) for name, call in calls.items()}
+    found[f"{views} {LARGE_BATCH}, one core, as int64"] = (widened, read + wide)
+    return found | _byte_calls(folder, index, read)
 
 
 def image_calls(folder: str, files: Path) -> Calls:
@@ -80,28 +92,38 @@ def image_calls(folder: str, files: Path) -> Calls:
     index = Index.read(folder, kind="images")
     files_of(folder, files)
     passes = PASSES["images"]
+    read, narrow, wide = bytes_of(_images(folder))
     folder_of_files = ImageFolder(files, passes=passes)
     others: dict[str, Callable[..., int]] = {"folder, DataLoader and Pillow": partial(read_folder, folder_of_files)}
     if shards := _local_shards(folder, index):
         others["webdataset and Pillow"] = partial(read_webdataset, shards * passes)
-    calls: Calls = {"as a run reads them, one core": on_one_core(_batches(_images(folder), BATCH, use=_widened))}
-    calls["as bytes on their way to a GPU, one core"] = on_one_core(_batches(_images(folder), BATCH))
+    calls = {"as a run reads them, one core": on_one_core(_batches(_images(folder), BATCH, use=_widened))}
     calls["not checked, one core"] = on_one_core(_batches(_unchecked(_images(folder)), BATCH, use=_widened))
     calls |= {f"{name}, one core": on_one_core(partial(call, workers=0)) for name, call in others.items()}
-    calls["decoded and no more, one core"] = on_one_core(_decode_all(folder, index))
     several = f"{WORKERS} processes"
     calls[f"as a run reads them, {several}"] = _batches(_images(folder), BATCH, workers=WORKERS, use=_widened)
     calls |= {f"{name}, {several}": partial(call, workers=WORKERS) for name, call in others.items()}
-    return calls | _byte_calls(folder, index)
+    found: Calls = {name: (call, read + wide) for name, call in calls.items()}
+    as_bytes = on_one_core(_batches(_images(folder), BATCH))
+    found["as bytes on their way to a GPU, one core"] = (as_bytes, read + narrow)
+    found["decoded and no more, one core"] = (on_one_core(_decode_all(folder, index)), 0)  # of sides of its own
+    return found | _byte_calls(folder, index, read)
 
 
-def _byte_calls(folder: str, index: Index) -> Calls:
+def _byte_calls(folder: str, index: Index, read: float) -> Calls:
     order = _order(index)
     calls = {"members as bytes, one core": on_one_core(_read_all(ShardReader(folder, index), order))}
     if shards := _local_shards(folder, index):
         calls["preads alone, one core"] = on_one_core(_preads(folder, index, order))
         calls["webdataset in order, as bytes, one core"] = on_one_core(partial(read_bytes_in_order, shards))
-    return calls
+    return {name: (call, 2 * read) for name, call in calls.items()}
+
+
+def bytes_of(dataset: CodeDataset | ImageDataset) -> tuple[float, int, int]:
+    """Of a sample: the bytes read, on average, and those of data and label as they are read and as models take them."""
+    spans = [span for places in _spans(dataset.storage, dataset.index) for _, span in places]
+    data, labels = dataset.read_narrow(np.array([0]), np.array([0]))
+    return sum(spans) / len(spans), data.nbytes + labels.nbytes, widen(data).nbytes + labels.nbytes
 
 
 def _batches(
@@ -154,15 +176,20 @@ def _decode_all(folder: str, index: Index) -> Callable[[], int]:
 
 def _preads(folder: str, index: Index, order: list[int]) -> Callable[[], int]:
     """The members of each sample by one system call, from shards that are open."""
-    storage, places = Storage(folder), []
-    for shard in index.shards:
-        table, first = load_members(storage, shard)
-        descriptor = storage.open(shard)
-        for row, after in zip(first, first[1:]):
-            start, last = int(table["start"][row]), table[after - 1]
-            places.append((descriptor, int(last["content"]) + int(last["size"]) - start, start))
+    storage = Storage(folder)
+    shards = zip(map(storage.open, index.shards), _spans(storage, index), strict=True)
+    places = [(descriptor, span, start) for descriptor, found in shards for start, span in found]
     wanted = [places[number] for number in order]
     return lambda: sum(1 for place in wanted if os.pread(*place))
+
+
+def _spans(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:
+    """For each shard, where its samples start, and their bytes from there to the end of their last member."""
+    for shard in index.shards:
+        table, first = load_members(storage, shard)
+        ends = table["content"].astype(int) + table["size"].astype(int)
+        starts = [int(table["start"][row]) for row in first[:-1]]
+        yield [(start, int(ends[after - 1]) - start) for start, after in zip(starts, first[1:], strict=True)]
 
 
 def _local_shards(folder: str, index: Index) -> list[str]:

@@ -16,33 +16,41 @@ from data_pipeline.labels import label_of
 from data_pipeline.members import Sample
 from data_pipeline.reader import ShardReader
 from data_pipeline.shards import write_shards
-from models.scales import PATCH_NUMS_256, Scales
+from models.var import VARConfig
 
 CODE_SAMPLES, VIEWED_SAMPLES, IMAGE_SAMPLES = 20_000, 4_000, 1_536
 VIEWS = 16  # as launchers/encode_codes.py stores of a training image
 IMAGE_SIDE = 288
-META: dict[str, Any] = {"classes": [str(label) for label in range(1000)]}
+IMAGE_CLASSES = 1000
 
 
-def made_codes(folder: Path, *, views: int, samples: int) -> Index:
-    """Code shards as the paper's at 256 pixels, of random codes."""
+def made_codes(folder: Path, model: VARConfig, *, views: int, samples: int) -> Index:
+    """Two code shards for a model, of random codes, packed as `encode_codes` does it."""
+    num_tokens, vocab_size, classes = model.scales.num_tokens, model.vocab_size, model.num_classes
     generator = np.random.default_rng(0)
-    num_tokens = Scales(PATCH_NUMS_256).num_tokens
-    layout = CodeFormat(num_tokens, views=views, bits=12)
-    records = (layout.pack(i % 1000, generator.integers(0, 4096, (views, num_tokens))) for i in range(samples))
-    meta = {"patch_nums": list(PATCH_NUMS_256), "vocab_size": 4096, "num_tokens": num_tokens}
-    meta |= {"bits": 12, "views": views, "tokenizer_sha256": "0" * 64}
-    stored = (Sample(f"{i:09d}", {layout.suffix: record}) for i, record in enumerate(records))
-    return write_shards(stored, folder, kind="codes", meta=META | meta, samples_per_shard=samples // 2)
+    layout = CodeFormat.for_vocab(num_tokens, vocab_size, views)
+    drawn = (generator.integers(0, vocab_size, (views, num_tokens)) for _ in range(samples))
+    records = (layout.pack(number % classes, codes) for number, codes in enumerate(drawn))
+    meta = {"patch_nums": list(model.patch_nums), "vocab_size": vocab_size, "num_tokens": num_tokens}
+    meta |= {"bits": layout.bits, "views": views, "tokenizer_sha256": "0" * 64} | class_names(classes)
+    stored = (Sample(f"{number:09d}", {layout.suffix: record}) for number, record in enumerate(records))
+    return write_shards(stored, folder, kind="codes", meta=meta, samples_per_shard=samples // 2)
+
+
+def class_names(number: int) -> dict[str, Any]:
+    """Of an index, whose classes have numbers for names."""
+    return {"classes": [str(label) for label in range(number)]}
 
 
 def made_images(folder: Path) -> Index:
     """Image shards as pack_images makes them: JPEGs of noise smoothed a little, with a short side of 288 pixels."""
     generator = np.random.default_rng(0)
     stored = (
-        Sample(f"{i:09d}", {"cls": b"%d" % (i % 1000), "jpg": made_jpeg(generator)}) for i in range(IMAGE_SAMPLES)
+        Sample(f"{i:09d}", {"cls": b"%d" % (i % IMAGE_CLASSES), "jpg": made_jpeg(generator)})
+        for i in range(IMAGE_SAMPLES)
     )
-    return write_shards(stored, folder, kind="images", meta=META, samples_per_shard=IMAGE_SAMPLES // 2)
+    meta = class_names(IMAGE_CLASSES)
+    return write_shards(stored, folder, kind="images", meta=meta, samples_per_shard=IMAGE_SAMPLES // 2)
 
 
 def made_jpeg(generator: np.random.Generator) -> bytes:

@@ -6,16 +6,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.codes import CodeFormat
 from data_pipeline.datasets import CodeDataset
 from data_pipeline.loader import Batch
-from data_pipeline.members import Sample
-from data_pipeline.shards import write_shards
 from launchers.benchmark_config import BenchmarkConfig
+from launchers.benchmark_folders import made_codes
 from launchers.public_code import PublicCode
 from models.autoencoder import AutoencoderConfig
 from models.var import VAR, VARConfig
@@ -41,19 +38,9 @@ def code_batch(config: VARConfig, batch: int) -> Batch:
 
 
 def code_shards(config: VARConfig, folder: Path, samples: int) -> CodeDataset:
-    """Random codes, packed as `encode_codes` does it."""
-    layout = CodeFormat.for_vocab(config.scales.num_tokens, config.vocab_size, views=1)
-    generator = np.random.default_rng(0)
-    sizes = {"patch_nums": list(config.patch_nums), "vocab_size": config.vocab_size}
-    meta = sizes | {"classes": [str(label) for label in range(config.num_classes)], "bits": layout.bits, "views": 1}
-    meta |= {"num_tokens": config.scales.num_tokens, "tokenizer_sha256": "0" * 64}
-    records = (
-        layout.pack(number % config.num_classes, generator.integers(0, config.vocab_size, (1, layout.num_tokens)))
-        for number in range(samples)
-    )
-    named = (Sample(f"{number:09d}", {layout.suffix: record}) for number, record in enumerate(records))
-    write_shards(named, folder, kind="codes", meta=meta, samples_per_shard=samples)
-    return CodeDataset(folder, **sizes, tokenizer_sha256=None)
+    """Random codes from shards, one view of each sample."""
+    made_codes(folder, config, views=1, samples=samples)
+    return CodeDataset(folder, patch_nums=config.patch_nums, vocab_size=config.vocab_size, tokenizer_sha256=None)
 
 
 def image_batch(config: VARConfig, tokenizer: VQVAEConfig, batch: int) -> Batch:

@@ -1,7 +1,8 @@
 """`benchmark.py sample`: images drawn from labels, tokens and pictures, ours and the public code's, by batch size.
 
 Settings are the defaults of `Sampling`, which are those of the released models' FID. Weights are initial ones: what is
-computed does not depend on them.
+computed does not depend on them. Rows whose transformer and decoder work in different precisions have no MFU: on a GPU
+that is fp32 as a whole too, whose convolutions cuDNN computes in TF32.
 """
 
 from __future__ import annotations
@@ -14,11 +15,11 @@ import torch
 
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import make_tokenizer, public_code, var_config
-from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.machine_limits import device_type, synchronize
+from launchers.benchmark_timing import MIXED, Contestant, Row, time_in_turns
+from launchers.machine_limits import convolution_precision, device_type, synchronize
 from launchers.public_code import PublicCode
 from launchers.sample_plan import SamplePlan
-from launchers.sampler import Sampler, speed_up
+from launchers.sampler import Sampler, compile_both, decoder_precision, speed_up
 from models.generation import generate_scales
 from models.sampling import Sampling
 from models.var import VAR
@@ -71,18 +72,25 @@ def benchmark_sample(config: BenchmarkConfig) -> list[Row]:
 def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawing) -> list[Contestant]:
     """The public code, where it is there, and ours."""
     flops = flops_per_image(fast, is_folded=True)
-    ours = Contestant(f"ours, batch {config.batch}", fast.images, flops, precision=config.precision)
+    precision = common_precision(config.precision, decoder_precision(config.precision))
+    ours = Contestant(f"ours, batch {config.batch}", fast.images, flops, precision=precision)
     if public is None:
         return [ours]
     settings = {"cfg": SAMPLING.cfg, "top_k": SAMPLING.top_k, "top_p": SAMPLING.top_p}
+    call = public.timed("sample", batch=config.batch, **settings)
     theirs = Contestant(
         f"public, batch {config.batch}",
-        public.timed("sample", batch=config.batch, **settings),
+        call,
         flops_per_image(fast, is_folded=False),
-        precision=config.precision,
-        extra=public.peak,
+        precision=common_precision(config.precision, config.precision),  # its autocast spans both
+        memory=call.memory,
     )
     return [theirs, ours]
+
+
+def common_precision(transformer: str, decoder: str) -> str:
+    """The precision in which both compute, or MIXED."""
+    return transformer if convolution_precision(decoder) == transformer else MIXED
 
 
 def switches(config: BenchmarkConfig, plain: Drawing, fast: Drawing) -> list[Contestant]:
@@ -90,17 +98,18 @@ def switches(config: BenchmarkConfig, plain: Drawing, fast: Drawing) -> list[Con
     guidance = SAMPLING.schedule(fast.var.scales.num_scales)
     compiled = replace(fast, var=deepcopy(fast.var), tokenizer=deepcopy(fast.tokenizer))
     folded, unfolded = (flops_per_image(fast, is_folded=is_folded) for is_folded in (True, False))
-    calls: list[tuple[str, Callable[[], int], int]] = [
-        ("plain decoder in fp32", plain.images, unfolded),
-        ("codes alone, no pixels", fast.codes, generation_flops(fast.var.config, guidance)),
-        ("as sample.py draws", as_the_launcher(fast), folded),
+    alone, whole = config.precision, common_precision(config.precision, decoder_precision(config.precision))
+    calls: list[tuple[str, Callable[[], int], int, str]] = [
+        ("plain decoder in fp32", plain.images, unfolded, common_precision(alone, "fp32")),
+        ("codes alone, no pixels", fast.codes, generation_flops(fast.var.config, guidance), alone),
+        ("as sample.py draws", as_the_launcher(fast), folded, whole),
     ]
     if config.compile:
-        speed_up(compiled.var, compiled.tokenizer, config.precision, compiles=True)
-        calls.append(("compiled", compiled.images, folded))
+        compile_both(compiled.var, compiled.tokenizer)  # they are prepared: folding again would round twice
+        calls.append(("compiled", compiled.images, folded, whole))
     return [
-        Contestant(f"ours, {name}, batch {config.batch}", call, flops, precision=config.precision)
-        for name, call, flops in calls
+        Contestant(f"ours, {name}, batch {config.batch}", call, flops, precision=precision)
+        for name, call, flops, precision in calls
     ]
 
 

@@ -1,6 +1,7 @@
 """`benchmark.py tokenizer`: images to codes, codes to images, and a training step of stage 1 without LPIPS.
 
 Each kind of work has rows of its own, whose first one, the public code where it is there, the others are compared with.
+Nearly all of it is convolutions, so on a GPU float32 is set against the peak of TF32, in which cuDNN computes them.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, image_batch, make_tokenizer, public_code, var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.machine_limits import device_type, synchronize
+from launchers.machine_limits import convolution_precision, device_type, synchronize
 from models.var import VAR
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
@@ -39,8 +40,16 @@ def benchmark_tokenizer(config: BenchmarkConfig) -> list[Row]:
         if public is not None:
             for group, what in zip(groups, ("encode", "decode")):
                 call = public.timed(what, batch=config.batch)
-                group.insert(0, Contestant(f"public, {what}", call, group[0].flops_per_image, extra=public.peak))
+                flops = group[0].flops_per_image
+                group.insert(0, contestant(f"public, {what}", call, flops, memory=call.memory))
         return [row for group in groups for row in time_in_turns(group, config.repeats)]
+
+
+def contestant(
+    name: str, call: Callable[[], int], flops: int, *, precision: str = "fp32", **columns: Callable[[], Row]
+) -> Contestant:
+    """Convolutions on numbers in `precision`."""
+    return Contestant(name, call, flops, precision=convolution_precision(precision), **columns)
 
 
 def encoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:
@@ -53,8 +62,8 @@ def encoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:
         return {"equal_codes": (turned.encode(images) == tokenizer.encode(images)).float().mean().item()}
 
     return [
-        Contestant("ours, encode", timed(tokenizer.encode, images), flops),
-        Contestant("ours, encode, channels-last", timed(turned.encode, images), flops, extra=equal_codes),
+        contestant("ours, encode", timed(tokenizer.encode, images), flops),
+        contestant("ours, encode, channels-last", timed(turned.encode, images), flops, extra=equal_codes),
     ]
 
 
@@ -65,14 +74,14 @@ def decoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:
     prepared = deepcopy(tokenizer)
     prepared.prepare_decoder()
     found = [
-        Contestant("ours, decode, plain", timed(tokenizer.decode, codes), plain),
-        Contestant("ours, decode, prepared", timed(prepared.decode, codes), folded),
+        contestant("ours, decode, plain", timed(tokenizer.decode, codes), plain),
+        contestant("ours, decode, prepared", timed(prepared.decode, codes), folded),
     ]
     if config.precision == "bf16":
         halved = deepcopy(tokenizer)
         halved.prepare_decoder(torch.bfloat16)
         call = timed(halved.decode, codes)
-        found.append(Contestant("ours, decode, prepared, bf16", call, folded, precision="bf16"))
+        found.append(contestant("ours, decode, prepared, bf16", call, folded, precision="bf16"))
     return found
 
 
@@ -110,4 +119,4 @@ def trainer(config: BenchmarkConfig, tokenizer: VQVAE, world: World) -> Contesta
         synchronize()
         return config.batch
 
-    return Contestant("ours, training step without LPIPS", call, tokenizer_training_flops(tokenizer.config))
+    return contestant("ours, training step without LPIPS", call, tokenizer_training_flops(tokenizer.config))

@@ -2,12 +2,13 @@
 
 `train`: ours, a bare PyTorch loop, and the public code's step, on codes and on images that it encodes at each step.
 `switches`: ours with each setting that trades speed, memory or start-up time. All have the same weights, batch,
-precision and device.
+precision and device. Models of one process lie in memory all at once: `working_bytes` is the column that compares them.
 """
 
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import repeat
@@ -23,7 +24,7 @@ from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, 
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 from launchers.machine_limits import device_type, synchronize
 from models.attention import FLEX, MASKED
-from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
+from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
 from training.engine import Engine, EngineConfig
@@ -59,9 +60,9 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
                 public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True)
             )
             contestants = [
-                contestant(config, "public, codes in memory", on_codes),
+                contestant(config, "public, codes in memory", on_codes, memory=on_codes.memory),
                 *contestants,
-                contestant(config, "public, images encoded anew", on_images, extra=public.peak),
+                contestant(config, "public, images encoded anew", on_images, memory=on_images.memory),
             ]
         return time_in_turns(contestants, config.repeats)
 
@@ -101,10 +102,10 @@ def engine_config(config: BenchmarkConfig) -> EngineConfig:
 
 
 def contestant(
-    config: BenchmarkConfig, name: str, call: Callable[[], int], *, extra: Callable[[], Row] = dict
+    config: BenchmarkConfig, name: str, call: Callable[[], int], **columns: Callable[[], Row]
 ) -> Contestant:
     flops = training_flops(var_config(config))
-    return Contestant(name, call, flops_per_image=flops, precision=config.precision, extra=extra)
+    return Contestant(name, call, flops_per_image=flops, precision=config.precision, **columns)
 
 
 def read_batches(config: BenchmarkConfig, folder: Path) -> Iterator[Batch]:
@@ -135,22 +136,32 @@ class OurStep:
         self.batch = config.batch
         self.batches = batches
         self.samples_seen = 0
+        self.waits: list[tuple[float, float]] = []  # of each step, the seconds waited for data and those that it took
 
     def __call__(self) -> int:
+        start = time.perf_counter()
         self.stage.train_step(self.batches, StepContext(self.samples_seen, 0.5, LEARNING_RATE, WEIGHT_DECAY))
         synchronize()
         if isinstance(self.batches, TimedIterator):
             self.samples_seen += self.batch
+            self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
         return self.batch
 
     def data_wait(self) -> Row:
-        """Milliseconds that a step has waited for its data, over all steps."""
-        return {"data_wait_ms": 1000 * self.batches.take_waited() * self.batch / self.samples_seen}
+        """What a step has waited for its data, in milliseconds and as a share of the step.
+
+        Over all steps but the first, which starts the reader, and warms up what else there is.
+        """
+        waited, taken = (sum(seconds) for seconds in zip(*self.waits[1:], strict=True))
+        return {"data_wait_ms": 1000 * waited / len(self.waits[1:]), "data_wait_share": waited / taken}
 
 
 def bare_step(config: BenchmarkConfig, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
-    """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours."""
-    model = VAR(var_config(config), seed=0).to(device_type())
+    """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours.
+
+    Its blocks are compiled, and its attention computed, as those of ours are.
+    """
+    model = build_var(var_config(config), engine_config(config), seed=0).to(device_type())
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )

@@ -7,7 +7,8 @@ not how the machine was sold, shared or cooled.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 
 import torch
@@ -18,6 +19,7 @@ from training.engine import PRECISIONS
 MATMUL_SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # the best of these squares counts
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # more than any cache holds
 SECONDS = 0.5  # for each thing measured
+TF32 = "tf32"  # float32 numbers whose products a GPU takes with 10 bits of their fractions: what cuDNN does
 
 
 def device_type() -> str:
@@ -30,16 +32,40 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
+def convolution_precision(precision: str) -> str:
+    """In what convolutions are computed whose numbers are in `precision`: on a GPU fp32 ones in TF32, if torch may."""
+    return TF32 if (precision, device_type()) == ("fp32", "cuda") and torch.backends.cudnn.allow_tf32 else precision
+
+
 @lru_cache(maxsize=None)
 def matmul_flops_per_second(precision: str) -> float:
-    """FLOPs a second of large square matrix products in fp32, bf16 or fp16, by the settings of torch as they are."""
-    return max(_matmul_rate(side, PRECISIONS[precision]) for side in MATMUL_SIDES[device_type()])
+    """FLOPs a second of large square matrix products in fp32, bf16 or fp16, by the settings of torch as they are.
+
+    tf32: of float32 numbers where TF32 is allowed; a CPU has none, so there it is fp32.
+    """
+    if precision != TF32:
+        return max(_matmul_rate(side, PRECISIONS[precision]) for side in MATMUL_SIDES[device_type()])
+    if device_type() == "cpu":
+        return matmul_flops_per_second("fp32")
+    with tf32_allowed():
+        return max(_matmul_rate(side, torch.float32) for side in MATMUL_SIDES["cuda"])
+
+
+@contextmanager
+def tf32_allowed() -> Iterator[None]:
+    """Matrix products of a GPU may use TF32 meanwhile; afterwards they may what they might before."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        yield
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 @lru_cache(maxsize=None)
-def copy_bytes_per_second() -> float:
-    """Bytes read and written a second by the copy of a large tensor."""
-    source = torch.ones(COPY_BYTES[device_type()], dtype=torch.uint8, device=device_type())
+def copy_bytes_per_second(device: str) -> float:
+    """Bytes read and written a second by the copy of a large tensor in the memory of the cpu or of cuda."""
+    source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best_seconds(lambda: target.copy_(source))
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO
@@ -33,7 +34,6 @@ class PublicCode:
     def __init__(self, checkout: str, var: VAR, tokenizer: VQVAE, *, precision: str) -> None:
         check_checkout(checkout)
         check_public(var.config)
-        self.peak_bytes = 0  # of the worst call so far, on a GPU
         self._folder = tempfile.TemporaryDirectory()
         self._errors: BinaryIO = (Path(self._folder.name) / "stderr").open("w+b")
         folder = Path(self._folder.name)
@@ -62,32 +62,30 @@ class PublicCode:
             stderr=self._errors,
             text=True,
         )
-        self._ask(self._settings)
+        try:
+            self._ask(self._settings)
+        except BaseException:  # what is not entered is not left
+            self._close()
+            raise
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._process.stdin.close()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(BrokenPipeError):  # it may have ended without reading its last request
+            self._process.stdin.close()
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
         self._errors.close()
         self._folder.cleanup()
 
-    def call(self, what: str, *, batch: int, **settings: Any) -> int:
-        """Do `what` (train_step, sample, encode or decode) with `batch` images, to the end; returns how many."""
-        answer = self._ask({"what": what, "batch": batch, **settings})
-        self.peak_bytes = max(self.peak_bytes, answer["peak_bytes"])
-        return batch
-
-    def timed(self, what: str, *, batch: int, **settings: Any) -> Callable[[], int]:
-        """The same as something to time."""
-        return lambda: self.call(what, batch=batch, **settings)
-
-    def peak(self) -> dict[str, int]:
-        """The column of a row that only this process knows."""
-        return {"peak_bytes": self.peak_bytes} if self.peak_bytes else {}
+    def timed(self, what: str, *, batch: int, **settings: Any) -> PublicCall:
+        """Doing `what` (train_step, sample, encode or decode) with `batch` images, as something to time."""
+        return PublicCall(lambda: self._ask({"what": what, "batch": batch, **settings}), batch)
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -107,6 +105,24 @@ class PublicCode:
         self._errors.seek(0)
         lines = self._errors.read().decode(errors="replace").split("\n")
         return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+
+
+class PublicCall:
+    """One kind of work of the public code. A call does it to the end, and returns how many images it was."""
+
+    def __init__(self, work: Callable[[], dict[str, int]], batch: int) -> None:
+        """work: does it, and tells the memory that it took."""
+        self._work = work
+        self._batch = batch
+        self._memory: dict[str, int] = {}
+
+    def __call__(self) -> int:
+        self._memory = self._work()
+        return self._batch
+
+    def memory(self) -> dict[str, int]:
+        """`peak_bytes` and `working_bytes` of the latest call on a GPU, as benchmark_timing.py has them; else empty."""
+        return self._memory
 
 
 def check_checkout(checkout: str) -> None:

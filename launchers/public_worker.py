@@ -45,6 +45,7 @@ class PublicModels:
         self.parameters = list(self.var.parameters())
         self.names = [name for name, _ in self.var.named_parameters()]
         self.settings = settings
+        self.inputs: dict[tuple[str, int], Any] = {}
         self.amp_optimizer = AmpOptimizer
         self.optimizer: Any = None
 
@@ -64,7 +65,7 @@ class PublicModels:
         maps = self.tokenizer.img_to_idxBl(self.images(batch)) if encodes else self.token_maps(batch)
         codes = self.torch.cat(maps, dim=1)
         inputs = self.tokenizer.quantize.idxBl_to_var_input(maps)
-        with self.optimizer.amp_ctx if AMP_MODES[self.precision] else nullcontext():
+        with self.autocast():  # AmpOptimizer's own is CUDA's alone, and equal to this one there
             logits = self.var(self.labels(batch), inputs)
             scored = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
             loss = scored.view(batch, -1).mul(1 / codes.shape[1]).sum(dim=-1).mean()
@@ -93,18 +94,32 @@ class PublicModels:
         return nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype)
 
     def labels(self, batch: int) -> Any:
-        return self.torch.arange(batch, device=self.device) % self.settings["num_classes"]
+        return self.resident("labels", batch, lambda: self.torch.arange(batch) % self.settings["num_classes"])
 
     def images(self, batch: int) -> Any:
         side = 16 * self.settings["patch_nums"][-1]
         generator = self.torch.Generator().manual_seed(0)
-        return (self.torch.rand(batch, 3, side, side, generator=generator) * 2 - 1).to(self.device)
+        return self.resident(
+            "images", batch, lambda: self.torch.rand(batch, 3, side, side, generator=generator) * 2 - 1
+        )
 
     def token_maps(self, batch: int) -> list[Any]:
-        generator = self.torch.Generator().manual_seed(0)
         sizes = [side * side for side in self.settings["patch_nums"]]
-        codes = self.torch.randint(self.settings["vocab_size"], (batch, sum(sizes)), generator=generator)
-        return list(codes.to(self.device).split(sizes, dim=1))
+        shape, generator = (batch, sum(sizes)), self.torch.Generator().manual_seed(0)
+        codes = self.resident(
+            "codes", batch, lambda: self.torch.randint(self.settings["vocab_size"], shape, generator=generator)
+        )
+        return list(codes.split(sizes, dim=1))
+
+    def resident(self, kind: str, batch: int, make: Callable[[], Any]) -> Any:
+        """Inputs made by the first call that needs them, which warms up; later ones find them on the device, like ours.
+
+        Outside inference mode: training keeps them for its backward pass.
+        """
+        if (kind, batch) not in self.inputs:
+            with self.torch.inference_mode(False):
+                self.inputs[kind, batch] = make().to(self.device)
+        return self.inputs[kind, batch]
 
 
 def serve(answer: Callable[[dict[str, Any]], None]) -> None:
@@ -116,12 +131,17 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
     answer({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)
-        if models.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        getattr(models, request.pop("what"))(**request)
-        if models.device == "cuda":
-            torch.cuda.synchronize()
-        answer({"peak_bytes": torch.cuda.max_memory_allocated() if models.device == "cuda" else 0})
+        work = getattr(models, request.pop("what"))
+        if models.device != "cuda":
+            work(**request)
+            answer({})
+            continue
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
+        work(**request)
+        torch.cuda.synchronize()
+        peak = torch.cuda.max_memory_allocated()
+        answer({"peak_bytes": peak, "working_bytes": peak - resident})
 
 
 def serve_on_a_pipe() -> None:

@@ -60,11 +60,21 @@ def speed_up(var: VAR, tokenizer: VQVAE, precision: str, *, compiles: bool) -> N
     """
     keep_freed_memory()
     var.to(PRECISIONS[precision])
-    tokenizer.prepare_decoder(torch.bfloat16 if precision == "bf16" else torch.float32)
+    tokenizer.prepare_decoder(PRECISIONS[decoder_precision(precision)])
     if compiles:
-        var.compile_generation()
-        if var.position_embedding.device.type != "cpu":
-            tokenizer.decoder.compile()
+        compile_both(var, tokenizer)
+
+
+def decoder_precision(precision: str) -> str:
+    """The decoder's beside a transformer in `precision`."""
+    return "bf16" if precision == "bf16" else "fp32"
+
+
+def compile_both(var: VAR, tokenizer: VQVAE) -> None:
+    """The last part of `speed_up`, for models that have had the others."""
+    var.compile_generation()
+    if var.position_embedding.device.type != "cpu":
+        tokenizer.decoder.compile()
 
 
 def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.ndarray:

@@ -26,6 +26,15 @@ def test_the_ways_are_timed_beside_the_dense_mask(tmp_path: Path, monkeypatch: p
     names = [row["name"] for row in rows]
     assert names[:2] == [f"14 tokens, {MASKED}", f"14 tokens, {PER_SCALE}"] and f"5 tokens, {MASKED}" in names
     assert all(row["ratio"] == 1.0 for row in rows if MASKED in row["name"])
+    assert all(row["mfu"] > 0 and row["bandwidth_share"] > 0 for row in rows)
+
+
+def test_flops_are_those_of_the_pairs_seen_and_bytes_those_of_every_tensor_once() -> None:
+    (first, *_), *_ = attention_contestants((((1, 2), 3, 2),))
+    pairs = 1 + 4 * 5  # the first token sees itself, the four of the second scale all five
+    forward = 2 * 2 * pairs * 2 * 64
+    tensors, itemsize = 4 + 8, 2 if torch.cuda.is_available() else 4
+    assert first.flops_per_image == 3 * forward and first.bytes_per_image == tensors * 5 * 2 * 64 * itemsize
 
 
 def test_each_call_handles_its_images_and_leaves_a_gradient() -> None:

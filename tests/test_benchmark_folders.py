@@ -11,10 +11,11 @@ from tiny import Study
 from data_pipeline.datasets import CodeDataset
 from launchers.benchmark_folders import IMAGE_SIDE, files_of, made_codes, made_jpeg
 from models.scales import PATCH_NUMS_256
+from models.var import VARConfig
 
 
 def test_made_codes_are_read_as_the_papers(tmp_path: Path) -> None:
-    made_codes(tmp_path, views=2, samples=6)
+    made_codes(tmp_path, VARConfig(depth=16), views=2, samples=6)
     dataset = CodeDataset(tmp_path, patch_nums=PATCH_NUMS_256, vocab_size=4096, tokenizer_sha256=None)
     codes, labels = dataset.read(np.arange(6), np.zeros(6, np.int64))
     assert codes.shape == (6, 680) and codes.max() > 3000 and labels.tolist() == list(range(6))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 from launchers import benchmark_timing
-from launchers.benchmark_timing import Contestant, table, time_in_turns
+from launchers.benchmark_timing import MIXED, Contestant, table, time_in_turns
 
 
 def test_calls_are_timed_in_turns_after_one_to_warm_up() -> None:
@@ -20,15 +21,36 @@ def test_calls_are_timed_in_turns_after_one_to_warm_up() -> None:
 
 def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(benchmark_timing, "matmul_flops_per_second", lambda precision: {"bf16": 400.0}[precision])
-    monkeypatch.setattr(benchmark_timing, "copy_bytes_per_second", lambda: 50.0)
+    monkeypatch.setattr(benchmark_timing, "copy_bytes_per_second", lambda device: {"cpu": 50.0}[device])
     contestant = Contestant(
-        "a", lambda: 1, 2.0, 5.0, precision="bf16", extra=lambda: {"data_wait_ms": 0.5}
+        "a", lambda: 1, 2.0, 5.0, bytes_on="cpu", precision="bf16", extra=lambda: {"data_wait_ms": 0.5}
     )
     row = time_in_turns([contestant], repeats=1)[0]
     rate = row["samples_per_second"]
     assert row["mfu"] == pytest.approx(rate * 2 / 400) and row["bandwidth_share"] == pytest.approx(rate * 5 / 50)
     assert row["data_wait_ms"] == 0.5
     assert row["matmul_tflops"] == pytest.approx(400e-12) and row["copy_gb_per_second"] == pytest.approx(50e-9)
+
+
+def test_work_of_several_precisions_has_no_mfu() -> None:
+    row = time_in_turns([Contestant("a", lambda: 1, 2.0, precision=MIXED)], repeats=1)[0]
+    assert "mfu" not in row and row["tflops"] == pytest.approx(row["samples_per_second"] * 2 / 1e12)
+
+
+def test_memory_is_that_of_the_worst_call_after_warming_up() -> None:
+    taken: list[int] = []
+    sizes = {1: 900, 2: 5, 3: 7, 4: 6}
+    contestant = Contestant("a", lambda: taken.append(1) or 1, memory=lambda: {"working_bytes": sizes[len(taken)]})
+    assert time_in_turns([contestant], repeats=3)[0]["working_bytes"] == 7
+
+
+def test_what_a_call_takes_of_a_gpu_is_apart_from_what_lay_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 40)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
+    row = time_in_turns([Contestant("a", lambda: 1)], repeats=1)[0]
+    assert (row["peak_bytes"], row["working_bytes"]) == (100, 60)
 
 
 def test_the_table_has_the_columns_that_any_row_has() -> None:

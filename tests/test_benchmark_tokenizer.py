@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from public_stand_in import stand_in
 from tiny import PlainEngine
 
 from launchers import benchmark_tokenizer
@@ -37,6 +39,21 @@ def test_each_kind_of_work_has_rows_of_its_own_and_most_codes_do_not_change() ->
     first = [row["name"] for row in rows if row["ratio"] == 1.0]
     assert first == ["ours, encode", "ours, decode, plain", "ours, training step without LPIPS"]
     assert rows[1]["equal_codes"] > 0.8 and all(row["mfu"] > 0 for row in rows)
+
+
+def test_the_public_code_is_first_with_the_memory_of_each_kind_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, benchmark_tokenizer, lambda what, *, batch: {"encode": 9, "decode": 2}[what])
+    rows = benchmark_tokenizer.benchmark_tokenizer(CONFIG)
+    found = {row["name"]: row["working_bytes"] for row in rows if "working_bytes" in row}
+    assert found == {"public, encode": 9, "public, decode": 2}
+    assert all(row["ratio"] == 1.0 for row in rows if row["name"] in found)
+
+
+def test_on_a_gpu_float32_is_set_against_the_peak_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launchers.machine_limits.device_type", lambda: "cuda")
+    tokenizer = make_tokenizer(CONFIG)
+    found = [*encoders(CONFIG, tokenizer), *decoders(replace(CONFIG, precision="bf16"), tokenizer)]
+    assert [each.precision for each in found] == ["tf32"] * 4 + ["bf16"]
 
 
 def test_fast_calls_leave_the_plain_tokenizer_alone() -> None:

@@ -7,12 +7,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from public_stand_in import stand_in
 from tiny import PlainEngine
 
 from launchers import benchmark_train
 from launchers.benchmark_config import OURS, BenchmarkConfig
 from launchers.benchmark_models import code_batch, make_tokenizer, var_config
 from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
+from models.attention import MASKED
+from models.var import NO_CHECKPOINTING, VAR
 from training.distributed import World
 from training.flops import training_flops
 from training.step_metrics import TimedIterator
@@ -37,6 +40,7 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
     ours, bare = benchmark_train.benchmark_train(CONFIG)
     assert ours["data_wait_ms"] > 0 and ours["ratio"] == 1.0
+    assert 0 < ours["data_wait_share"] < 1
     flops = training_flops(var_config(CONFIG))
     assert bare["tflops"] == pytest.approx(bare["samples_per_second"] * flops / 1e12)
 
@@ -44,6 +48,30 @@ def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
 def test_ours_can_be_alone_on_its_device() -> None:
     rows = benchmark_train.benchmark_train(replace(CONFIG, contestants=OURS))
     assert [row["name"] for row in rows] == ["ours, codes from shards"]
+
+
+def test_the_public_steps_have_each_its_own_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in(monkeypatch, benchmark_train, lambda what, *, batch, encodes: 9 if encodes else 2)
+    rows = benchmark_train.benchmark_train(CONFIG)
+    found = {row["name"]: row["working_bytes"] for row in rows if "working_bytes" in row}
+    assert found == {"public, codes in memory": 2, "public, images encoded anew": 9} and "public" in rows[0]["name"]
+
+
+def test_the_bare_loop_runs_the_model_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[str, str]] = []
+    monkeypatch.setattr(VAR, "compile_blocks", lambda self: compiled.append((self.attention, self.checkpointing)))
+    config = replace(CONFIG, compile=True, attention=MASKED)
+    bare_step(config, make_tokenizer(config), code_batch(var_config(config), 2))
+    assert compiled == [(MASKED, NO_CHECKPOINTING)]
+
+
+def test_data_wait_is_a_share_of_the_steps_after_the_first(tmp_path: Path) -> None:
+    batches = TimedIterator(read_batches(CONFIG, tmp_path))
+    step = OurStep(CONFIG, engine_config(CONFIG), make_tokenizer(CONFIG), batches, World())
+    step()
+    (waited, taken), step.waits = step.waits[0], [(9.0, 9.0), (1.0, 3.0), (1.0, 5.0)]
+    assert 0 < waited < taken
+    assert step.data_wait() == {"data_wait_ms": 1000.0, "data_wait_share": 0.25}
 
 
 def test_every_switch_is_timed_beside_none(

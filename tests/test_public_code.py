@@ -5,13 +5,14 @@ A stand-in with the public names answers here; the real one is measured by `benc
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from tiny import make_tokenizer
 
-from launchers.public_code import PublicCode, check_checkout
+from launchers.public_code import PublicCall, PublicCode, check_checkout
 from models.var import VAR, VARConfig
 
 MODELS = '''
@@ -72,11 +73,31 @@ def public(checkout: Path) -> PublicCode:
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in's tensors lie on the CPU")
 def test_it_does_what_it_is_told(checkout: Path) -> None:
     with public(checkout) as running:
-        assert running.call("train_step", batch=2, encodes=True) == 2
+        assert running.timed("train_step", batch=2, encodes=True)() == 2
         assert running.timed("train_step", batch=2, encodes=False)() == 2
-        assert running.call("sample", batch=2, cfg=1.5, top_k=9, top_p=0.5) == 2
-        assert running.call("encode", batch=2) == running.call("decode", batch=2) == 2
-        assert running.peak() == {}
+        assert running.timed("sample", batch=2, cfg=1.5, top_k=9, top_p=0.5)() == 2
+        encode, decode = (running.timed(what, batch=2) for what in ("encode", "decode"))
+        assert encode() == decode() == 2
+        assert encode.memory() == {}
+
+
+def test_each_kind_of_work_knows_the_memory_of_its_latest_call() -> None:
+    sizes = iter([5, 9, 7])
+    small, large = (PublicCall(lambda: {"peak_bytes": next(sizes)}, batch) for batch in (1, 2))
+    assert (small(), large(), small()) == (1, 2, 1)
+    assert (small.memory(), large.memory()) == ({"peak_bytes": 7}, {"peak_bytes": 9})
+
+
+def test_what_cannot_start_leaves_nothing_open(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (checkout / "models/__init__.py").write_text("import a_package_that_nobody_has")
+    started: list[subprocess.Popen[str]] = []
+    start = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: started.append(start(*given, **more)) or started[0])
+    running = public(checkout)
+    with pytest.raises(ValueError, match="a_package_that_nobody_has"):
+        running.__enter__()
+    process, folder = started[0], Path(running._settings["folder"])
+    assert process.stdin.closed and process.stdout.closed and process.returncode is not None and not folder.exists()
 
 
 def test_what_it_said_last_is_the_error(checkout: Path) -> None:

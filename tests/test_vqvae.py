@@ -79,7 +79,11 @@ def test_code_widths_must_agree() -> None:
         VQVAEConfig(quantizer=QuantizerConfig(code_width=8))
 
 
-@pytest.mark.parametrize("dtype, most, mean", [(torch.float32, 1e-4, 1e-5), (torch.bfloat16, 0.2, 0.02)])
+GREY_LEVEL = 2 / 255    # of images in [-1, 1]
+
+
+@pytest.mark.parametrize("dtype, most, mean", [(torch.float32, 1e-4, 1e-5),
+                                               (torch.bfloat16, 8 * GREY_LEVEL, 1.5 * GREY_LEVEL)])
 def test_a_prepared_decoder_gives_the_plain_images_and_encoding_does_not_change(
         images: torch.Tensor, dtype: torch.dtype, most: float, mean: float) -> None:
     torch.manual_seed(0)
@@ -93,6 +97,8 @@ def test_a_prepared_decoder_gives_the_plain_images_and_encoding_does_not_change(
     assert (fast - plain).abs().max() < most and (fast - plain).abs().mean() < mean     # bfloat16 keeps 8 bits
     assert torch.equal(tokenizer.encode(images), codes)
     assert set(tokenizer.state_dict()) == set(weights)
+    with pytest.raises(AssertionError, match="rounded twice"):
+        tokenizer.prepare_decoder(dtype)
 
 
 def test_a_batch_too_large_to_decode_at_once_comes_in_parts(
