@@ -74,9 +74,9 @@ def _row(contestant: Contestant, rates: list[float], reference: list[float]) -> 
             peak_rate = matmul_flops_per_second(contestant.precision)
             row |= {"mfu": median * contestant.flops_per_image / peak_rate, "matmul_tflops": peak_rate / 1e12}
     if contestant.bytes_per_image:
-        row["gigabytes_per_second"] = median * contestant.bytes_per_image / 1e9
-        bandwidth = copy_bytes_per_second(contestant.bytes_on)
-        row |= {"bandwidth_share": 1e9 * row["gigabytes_per_second"] / bandwidth, "copy_gb_per_second": bandwidth / 1e9}
+        moved, bandwidth = median * contestant.bytes_per_image, copy_bytes_per_second(contestant.bytes_on)
+        row |= {"gb_per_second": moved / 1e9, "bandwidth_share": moved / bandwidth}
+        row["copy_gb_per_second"] = bandwidth / 1e9
     return row
 
 
@@ -99,7 +99,7 @@ def _memory_above(resident: int) -> Row:
 COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
     "tflops": lambda value: f"{value:.3g}",
     "mfu": lambda value: f"{value:.1%}",
-    "gigabytes_per_second": lambda value: f"{value:.3g}",
+    "gb_per_second": lambda value: f"{value:.3g}",
     "bandwidth_share": lambda value: f"{value:.1%}",
     "working_bytes": lambda value: f"{value / GIB:.2f} GiB",
     "peak_bytes": lambda value: f"{value / GIB:.2f} GiB",
@@ -112,7 +112,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
 HEADINGS = {
     "tflops": "TFLOP/s",
     "mfu": "MFU",
-    "gigabytes_per_second": "GB/s",
+    "gb_per_second": "GB/s",
     "bandwidth_share": "bandwidth",
     "working_bytes": "working",
     "peak_bytes": "peak",

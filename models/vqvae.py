@@ -97,7 +97,7 @@ class VQVAE(nn.Module):
 
         Images differ from the plain ones by rounding: with initial weights in float32 by less than 1e-4 of [-1, 1], in
         bfloat16 by one of 256 grey levels on average and by up to 8. Codes of images and the quantiser stay as they
-        are. To be called once: what is folded in bfloat16 cannot be folded again without rounding twice.
+        are. Weights in bfloat16 are not prepared again: folding would round them twice.
         """
         self.decoder.fold_upsampling()
         for module in (self.post_quant_conv, self.decoder):

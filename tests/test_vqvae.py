@@ -97,8 +97,14 @@ def test_a_prepared_decoder_gives_the_plain_images_and_encoding_does_not_change(
     assert (fast - plain).abs().max() < most and (fast - plain).abs().mean() < mean     # bfloat16 keeps 8 bits
     assert torch.equal(tokenizer.encode(images), codes)
     assert set(tokenizer.state_dict()) == set(weights)
-    with pytest.raises(AssertionError, match="rounded twice"):
-        tokenizer.prepare_decoder(dtype)
+
+
+def test_a_decoder_in_low_precision_is_not_folded_again() -> None:
+    tokenizer = VQVAE(CONFIG)
+    tokenizer.prepare_decoder()
+    tokenizer.prepare_decoder(torch.bfloat16)       # of float32 weights, which are as they were
+    with pytest.raises(AssertionError, match="rounds them twice"):
+        tokenizer.prepare_decoder(torch.bfloat16)
 
 
 def test_a_batch_too_large_to_decode_at_once_comes_in_parts(
