@@ -44,11 +44,11 @@ def matmul_flops_per_second(precision: str) -> float:
     tf32: of float32 numbers where TF32 is allowed; a CPU has none, so there it is fp32.
     """
     if precision != TF32:
-        return max(_matmul_rate(side, PRECISIONS[precision]) for side in MATMUL_SIDES[device_type()])
+        return _best_matmul_rate(PRECISIONS[precision])
     if device_type() == "cpu":
         return matmul_flops_per_second("fp32")
     with tf32_allowed():
-        return max(_matmul_rate(side, torch.float32) for side in MATMUL_SIDES["cuda"])
+        return _best_matmul_rate(torch.float32)
 
 
 @contextmanager
@@ -68,6 +68,16 @@ def copy_bytes_per_second(device: str) -> float:
     source = torch.ones(COPY_BYTES[device], dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best_seconds(lambda: target.copy_(source))
+
+
+def _best_matmul_rate(dtype: torch.dtype) -> float:
+    """Of all sides, but for those after one so slow that the next would take long, as CPUs may be in 16 bit."""
+    rates: list[float] = []
+    for side in MATMUL_SIDES[device_type()]:
+        rates.append(_matmul_rate(side, dtype))
+        if 2 * side**3 / rates[-1] > SECONDS:
+            break
+    return max(rates)
 
 
 def _matmul_rate(side: int, dtype: torch.dtype) -> float:

@@ -62,3 +62,18 @@ def test_float32_convolutions_on_a_gpu_are_in_tf32_unless_torch_may_not(monkeypa
     assert [machine_limits.convolution_precision(name) for name in ("fp32", "bf16")] == ["tf32", "bf16"]
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     assert machine_limits.convolution_precision("fp32") == "fp32"
+
+
+def test_no_larger_product_is_tried_after_one_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+
+    def rate(side: int, dtype: torch.dtype) -> float:
+        tried.append(side)
+        return 1e15 if dtype == torch.float32 else 1e6
+
+    monkeypatch.setattr(machine_limits, "_matmul_rate", rate)
+    sides = list(machine_limits.MATMUL_SIDES[machine_limits.device_type()])
+    machine_limits._best_matmul_rate(torch.float32)
+    assert tried == sides
+    machine_limits._best_matmul_rate(torch.bfloat16)
+    assert tried == [*sides, sides[0]]
