@@ -43,6 +43,7 @@ def write_launchers(folder: Path) -> None:
 def run(arguments: list[str]) -> None:
     """As the `deepspeed` command: an end by a signal is not an error to it."""
     folder = Path(arguments[0])
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore Ctrl-C
     note(folder, "runner")
     child = subprocess.Popen([*PYTHON, "-m", "deepspeed.launcher.launch", *arguments], cwd=folder / "package")
     child.wait()
