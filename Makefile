@@ -1,4 +1,4 @@
-# make demo   the whole pipeline on handwritten digits, six to ten minutes on two CPU cores after the installation
+# make demo   the whole pipeline on handwritten digits, four to ten minutes on two CPU cores after the installation
 # make scaling-demo   six sizes on codes of known entropy, fitted and reported: 16 minutes on two CPU cores
 # make test   the fast tests        make test-slow   the MLflow page in a browser        make lint   flake8, isort
 PYTHON ?= python3
