@@ -10,7 +10,7 @@ from __future__ import annotations
 import ctypes
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # mallopt(3)
-LARGEST_KEPT_BLOCKS = (2**30, 2**25)  # bytes; older C libraries refuse the first, and keep small blocks alone
+LARGEST_KEPT_BLOCKS = (2**30, 2**25)  # bytes; glibc before 2.35 refuses the first
 KEPT_AT_THE_END = 2**31 - 1
 
 
