@@ -1,9 +1,10 @@
 """Codes on disk: the record of one image.
 
-A record is the label (2 bytes) and `views` sets of codes, each made from another crop of the image. Everything is
-little endian. Codes of 12 bits are packed two to three bytes, low nibble first; an odd last code is followed by four
-zero bits, so that every view starts on a byte. 680 codes of 12 bits give 2 + 1020 = 1022 bytes: with its tar header a
-sample takes exactly 1536.
+A record is a number of views of equal size, each the label (2 bytes) and the codes of another crop of the image. The
+label is repeated so that a view is read in one piece, without the others. Everything is little endian. Codes of 12 bits
+are packed two to three bytes, low nibble first; an odd last code is followed by four zero bits, so that every view
+starts on a byte. 680 codes of 12 bits give 2 + 1020 = 1022 bytes: with its tar header a sample of one view takes
+exactly 1536.
 Unpacked codes come as narrow as they fit, int16 or int32: whoever hands them on has less to copy.
 Legend: B batch, K views, L codes of one image (num_tokens).
 """
@@ -47,11 +48,11 @@ class CodeFormat:
 
     @property
     def view_bytes(self) -> int:
-        return (self.num_tokens * self.bits + 7) // 8
+        return LABEL_BYTES + (self.num_tokens * self.bits + 7) // 8
 
     @property
     def record_bytes(self) -> int:
-        return LABEL_BYTES + self.views * self.view_bytes
+        return self.views * self.view_bytes
 
     def pack(self, label: int, codes: np.ndarray) -> bytes:
         """One record. codes: (K, L) integers. Raises ValueError for another shape or a value that does not fit."""
@@ -62,31 +63,28 @@ class CodeFormat:
         if not 0 <= label < 2**16:
             raise ValueError(f"label is {label}, expected 0 .. {2**16 - 1}")
         pack_codes = _pack_12 if self.bits == 12 else _pack_16
-        return int(label).to_bytes(LABEL_BYTES, "little") + pack_codes(codes)[:, : self.view_bytes].tobytes()
+        rows = np.empty((self.views, self.view_bytes), dtype=np.uint8)
+        rows[:, :LABEL_BYTES] = label & 0xFF, label >> 8
+        rows[:, LABEL_BYTES:] = pack_codes(codes)[:, : self.view_bytes - LABEL_BYTES]
+        return rows.tobytes()
 
     @property
     def kind(self) -> RecordKind:
-        """What a reader takes of each record: the label, and one view."""
-        return RecordKind(self.suffix, self.record_bytes, head=LABEL_BYTES, part=self.view_bytes)
-
-    def offsets(self, views: np.ndarray) -> np.ndarray:
-        """The first byte of one view in each of B records. views: (B,) integers."""
-        assert views.min() >= 0 and views.max() < self.views, f"views {views} of {self.views}"
-        return LABEL_BYTES + views * self.view_bytes
+        """What a reader takes of each record: one view."""
+        return RecordKind(self.suffix, self.record_bytes, parts=self.views)
 
     def unpack_view(self, record: bytes, view: int) -> tuple[int, np.ndarray]:
         """Label and codes (L,) of one view. Raises ValueError for a record of another length, and as `unpack` does."""
         if len(record) != self.record_bytes:
             raise ValueError(f"record of {len(record)} bytes, expected {self.record_bytes}; encode the data again")
-        start = int(self.offsets(np.array([view]))[0])
-        row = np.frombuffer(record[:LABEL_BYTES] + record[start : start + self.view_bytes], dtype=np.uint8)
+        row = np.frombuffer(record, dtype=np.uint8).reshape(self.views, -1)[view]
         labels, codes = self.unpack(row[None])
         return int(labels[0]), codes[0]
 
     def unpack(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Labels (B,) int64 and codes (B, L), int16 if they have 12 bits and int32 if they have 16.
 
-        rows: (B, 2 + view_bytes) uint8, contiguous, of each record the label and one view.
+        rows: (B, view_bytes) uint8, contiguous, of each record one view.
         Raises ValueError for bits that no writer sets.
         """
         labels = rows[:, :LABEL_BYTES].copy().view("<u2")[:, 0].astype(np.int64)

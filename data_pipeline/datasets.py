@@ -223,8 +223,7 @@ class CodeDataset(PackedDataset):
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
         """ids, epochs: (B,) -> codes (B, L) int16, or int32 if they have 16 bits, and labels (B,) int64."""
         ids = np.asarray(ids, dtype=np.int64)
-        offsets = self.format.offsets(self._views(ids, epochs))
-        rows = self.reader.read_records(ids, offsets, self.format.kind, otherwise=self._record)
+        rows = self.reader.read_records(ids, self._views(ids, epochs), self.format.kind, otherwise=self._record)
         try:
             labels, codes = self.format.unpack(rows)
         except ValueError:

@@ -22,7 +22,7 @@ from data_pipeline.claims import Claims, Entry, shard_of
 from data_pipeline.codes import CodeFormat
 from data_pipeline.damage import DamagedData
 from data_pipeline.images import DecodingBudget, ImageTransform, encoded_image, map_in_threads
-from data_pipeline.index import Index, is_complete
+from data_pipeline.index import VERSIONS, Index, is_complete
 from data_pipeline.labels import JSON_KEY, label_of
 from data_pipeline.plan import Stream, hash_uniform
 from data_pipeline.progress import Progress
@@ -76,7 +76,8 @@ class Recipe:
     def plan(self, source: Index) -> dict[str, Any]:
         """What all workers must agree on, so that they make the same bytes."""
         versions = f"torch {torch.__version__}, Pillow {PIL.__version__}"
-        return {**self.meta(source), "batch": self.batch_size, "device": self.device, "versions": versions}
+        how = {"batch": self.batch_size, "device": self.device, "versions": versions, "index": VERSIONS["codes"]}
+        return {**self.meta(source), **how}
 
 
 def write_codes(
@@ -219,7 +220,8 @@ class Encoding:
         if not self._ids[name]:
             return {"shard": None}
         self._progress.begin_shard()
-        shard = write_shard(self._counted(self._encoder.samples(self._ids[name])), self._out / f"{name}.tar")
+        samples = self._counted(self._encoder.samples(self._ids[name]))
+        shard = write_shard(samples, self._out / f"{name}.tar", parts=self._encoder.recipe.views)
         return {"shard": shard.to_json()}
 
     def _counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:

@@ -24,7 +24,7 @@ from data_pipeline.strict_json import parse_json
 Kind = Literal["images", "codes"]
 
 INDEX_NAME = "index.json"
-INDEX_VERSION = 2
+VERSIONS = {"images": 2, "codes": 3}  # of codes: in 3 a view has a label and a checksum of its own
 MAX_INDEX_BYTES = 32 * 2**20
 MAX_VIEWS = 4096
 MAX_PATCH_NUM = 1024
@@ -112,6 +112,11 @@ class Index:
         return sum(shard.samples for shard in self.shards)
 
     @property
+    def record_parts(self) -> int:
+        """In how many parts with checksums of their own a sample is stored: codes in views; 0: as a whole."""
+        return self.meta["views"] if self.kind == "codes" else 0
+
+    @property
     def fingerprint(self) -> str:
         """sha256 of the index in canonical JSON, wherever the shards lie. Equal fingerprints mean equal samples."""
         content = self._content()
@@ -156,7 +161,7 @@ class Index:
 
     def _content(self) -> dict[str, Any]:
         shards = [shard.to_json() for shard in self.shards]
-        return {"version": INDEX_VERSION, "kind": self.kind, "shards": shards, "meta": self.meta}
+        return {"version": VERSIONS[self.kind], "kind": self.kind, "shards": shards, "meta": self.meta}
 
 
 def _check_codes(meta: dict[str, Any]) -> None:
@@ -206,6 +211,8 @@ def _refuse_missing(folder: Path) -> None:
 def _parse_index(content: Any) -> Index:
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
-    if content["version"] != INDEX_VERSION:
-        raise ValueError(f"version is {str(content['version'])[:20]}, this program reads version {INDEX_VERSION}")
-    return Index(content["kind"], tuple(ShardEntry(**shard) for shard in content["shards"]), content["meta"])
+    kind, version = content["kind"], content["version"]
+    if isinstance(kind, str) and version != VERSIONS.get(kind, version):
+        hint = ", made by launchers/encode_codes.py" if kind == "codes" else ""
+        raise ValueError(f"version is {str(version)[:20]}, of {kind} this program reads version {VERSIONS[kind]}{hint}")
+    return Index(kind, tuple(ShardEntry(**shard) for shard in content["shards"]), content["meta"])

@@ -2,8 +2,9 @@
 
 It is made by reading the finished tar from its first to its last byte, and tells damage from the end of the data, which
 a tar alone cannot. One row per member, 33 bytes, little endian; the checksum is XXH3 over headers and content, so that
-a changed name shows as well as a changed picture. The index seals the table with its sha256. XXH3 finds damage, not
-tampering: that is what the shard's own sha256 is for.
+a changed name shows as well as a changed picture. In code shards, of whose records only one view is wanted at a time, a
+row goes on with the checksum of every view, 8 bytes each. The index seals the table with its sha256. XXH3 finds damage,
+not tampering: that is what the shard's own sha256 is for.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from xxhash import xxh3_64_intdigest as checksum_of
@@ -37,6 +38,11 @@ ROW = np.dtype(
 )
 
 
+def row_type(parts: int) -> np.dtype:
+    """A row of the table of a shard whose records have so many equal parts, each with a checksum; 0: just ROW."""
+    return np.dtype([*ROW.descr, ("parts", "<u8", (parts,))]) if parts else ROW
+
+
 class Sample(NamedTuple):
     """One sample: a key without dots, and its members by suffix without dot ("cls", "png", "vq12")."""
 
@@ -53,9 +59,10 @@ class Scan:
 
     read: Read
     total: int
+    parts: int = 0  # equal ones of every member, each of which is to have a checksum; 0: none
     ignored: Counter[str] = field(default_factory=Counter)  # by suffix
     num_samples: int = 0
-    _rows: list[tuple[int, int, int, int, int, int]] = field(default_factory=list)
+    _rows: list[tuple[Any, ...]] = field(default_factory=list)
     _keys: set[str] = field(default_factory=set)
 
     def samples(self) -> Iterator[Sample]:
@@ -77,8 +84,8 @@ class Scan:
             yield current
 
     def table(self) -> np.ndarray:
-        """The rows of all members read so far. -> (members,) of ROW"""
-        return np.array(self._rows, dtype=ROW)
+        """The rows of all members read so far. -> (members,) of row_type(parts)"""
+        return np.array(self._rows, dtype=row_type(self.parts))
 
     def _begin(self, key: str, member: TarMember) -> Sample:
         if key in self._keys:
@@ -93,9 +100,22 @@ class Scan:
         data = self.read(member.start, member.stop - member.start)
         if len(data) != member.stop - member.start:
             raise TarFault(f"it ends inside {member.name}")
+        content = data[member.content - member.start :]
         place = (member.start, member.content, member.size)
-        self._rows.append((self.num_samples - 1, SUFFIXES.index(suffix), *place, checksum_of(data)))
-        return data[member.content - member.start :]
+        row = (self.num_samples - 1, SUFFIXES.index(suffix), *place, checksum_of(data))
+        self._rows.append((*row, part_checksums(content, self.parts)) if self.parts else row)
+        return content
+
+
+def part_checksums(content: bytes, parts: int) -> list[int]:
+    """The checksums of the equal parts of a member; what does not divide evenly is left to the member's own."""
+    size = len(content) // parts
+    return [checksum_of(content[number * size : (number + 1) * size]) for number in range(parts)]
+
+
+def members_of(rows: np.ndarray) -> list[tuple[int, int, int, int, int, int]]:
+    """Rows of a table as tuples of the fields of ROW, which is what `read_sample` takes."""
+    return rows[list(ROW.names or ())].tolist()
 
 
 def read_sample(read: Read, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:
@@ -153,11 +173,11 @@ def file_reader(descriptor: int) -> Read:
     return read
 
 
-def scan_file(path: Path, visit: Callable[[Sample], None] = lambda sample: None) -> Scan:
-    """Read a whole tar; `visit` sees every sample. Raises TarFault naming the file."""
+def scan_file(path: Path, visit: Callable[[Sample], None] = lambda sample: None, *, parts: int = 0) -> Scan:
+    """Read a whole tar; `visit` sees every sample. parts: as Scan has them. Raises TarFault naming the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
-        scan = Scan(file_reader(descriptor), os.fstat(descriptor).st_size)
+        scan = Scan(file_reader(descriptor), os.fstat(descriptor).st_size, parts)
         for sample in scan.samples():
             visit(sample)
         return scan

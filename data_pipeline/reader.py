@@ -20,8 +20,17 @@ import numpy as np
 from data_pipeline.damage import DamagedData, DamagedShard
 from data_pipeline.files import bytes_sha256, open_file_sha256
 from data_pipeline.index import Index, ShardEntry
-from data_pipeline.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, ROW, SUFFIXES, Sample, checksum_of, read_sample
-from data_pipeline.records import RecordKind, RecordPlaces
+from data_pipeline.members import (
+    MAX_MEMBER_BYTES,
+    MAX_TABLE_BYTES,
+    SUFFIXES,
+    Sample,
+    checksum_of,
+    members_of,
+    read_sample,
+    row_type,
+)
+from data_pipeline.records import NOWHERE, RecordKind, RecordPlaces
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
@@ -70,7 +79,7 @@ class ShardReader:
         """The sample with this number. Raises DamagedData, naming shard and member, if its bytes changed."""
         number, sample = self.locate(sample_id)
         table, first = self._table(number)
-        rows = table[first[sample] : first[sample + 1]].tolist()
+        rows = members_of(table[first[sample] : first[sample + 1]])
         try:
             return read_sample(partial(self._read_bytes, number), rows, check=self.check)
         except TarFault as fault:
@@ -79,33 +88,31 @@ class ShardReader:
             raise self._damaged(number, str(fault)) from fault
 
     def read_records(
-        self, ids: np.ndarray, offsets: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
+        self, ids: np.ndarray, parts: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
     ) -> np.ndarray:
-        """The first bytes of each of B records and the part at its offset, checked: (B, head + part) uint8.
+        """Of each of B records one part, checked: (B, kind.part_bytes) uint8. parts: (B,), 0 .. kind.parts - 1.
 
         otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
         is wrong with it.
         """
+        assert parts.min() >= 0 and parts.max() < kind.parts, f"parts {parts} of {kind.parts}"
         places = self._places_of(kind)
         shards = places.shards_of(ids)
         for shard in places.unknown(shards):
-            places.fill(shard, *load_members(self.storage, self.index.shards[shard]))
-        opened, head, part = self._descriptors, kind.head, kind.part
+            places.fill(shard, *self._load_members(shard))
+        opened, size = self._descriptors, kind.part_bytes
         pieces: list[bytes] = []
-        wanted = zip(shards.tolist(), ids.tolist(), offsets.tolist(), places.find(ids))
-        for shard, sample_id, offset, (start, span, headers, checksum) in wanted:
+        for row, (shard, start, checksum) in enumerate(zip(shards.tolist(), *places.find(ids, parts))):
             descriptor = opened.get(shard) or self._descriptor(shard)
             try:
-                blob = os.pread(descriptor, span, start)
+                piece = os.pread(descriptor, size, start)
             except OSError:  # comes again, with words, when the sample is read by itself
-                blob = b""
-            if not blob or len(blob) != span or self.check and checksum_of(blob) != checksum:
-                blob, headers = otherwise(sample_id), 0
-            if offset == head:  # in one piece
-                pieces.append(blob[headers : headers + head + part])
-            else:
-                pieces += blob[headers : headers + head], blob[headers + offset : headers + offset + part]
-        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), head + part)
+                piece = b""
+            if start == NOWHERE or len(piece) != size or self.check and checksum_of(piece) != checksum:
+                begin = int(parts[row]) * size
+                piece = otherwise(int(ids[row]))[begin : begin + size]
+            pieces.append(piece)
+        return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), size)
 
     def _places_of(self, kind: RecordKind) -> RecordPlaces:
         if self._places is None or self._places.kind != kind:
@@ -164,8 +171,11 @@ class ShardReader:
 
     def _table(self, number: int) -> tuple[np.ndarray, list[int]]:
         if number not in self._tables:
-            self._tables[number] = load_members(self.storage, self.index.shards[number])
+            self._tables[number] = self._load_members(number)
         return self._tables[number]
+
+    def _load_members(self, number: int) -> tuple[np.ndarray, list[int]]:
+        return load_members(self.storage, self.index.shards[number], parts=self.index.record_parts)
 
     def _read_bytes(self, number: int, position: int, size: int) -> bytes:
         descriptor = self._descriptor(number)
@@ -193,19 +203,19 @@ class ShardReader:
             os.close(self._descriptors.pop(number))
 
 
-def load_members(storage: Storage, shard: ShardEntry) -> tuple[np.ndarray, list[int]]:
-    """The table of a shard, and the first row of each sample, then the number of rows.
+def load_members(storage: Storage, shard: ShardEntry, *, parts: int) -> tuple[np.ndarray, list[int]]:
+    """The table of a shard, and the first row of each sample, then the number of rows. parts: index.record_parts.
 
     Raises FileNotFoundError if it is not there, DamagedData if it is not the one that the index seals.
     """
-    place = storage.place_of(shard.members_name)
-    most = min(shard.samples * len(SUFFIXES) * ROW.itemsize, MAX_TABLE_BYTES)
+    place, row = storage.place_of(shard.members_name), row_type(parts)
+    most = min(shard.samples * len(SUFFIXES) * row.itemsize, MAX_TABLE_BYTES)
     content = storage.read_small(shard.members_name, max_bytes=most)
     if bytes_sha256(content) != shard.members_sha256:
         raise DamagedShard(f"{place}: damaged, its sha256 is not the one in the index; {AGAIN}")
-    if len(content) % ROW.itemsize or len(content) < shard.samples * ROW.itemsize:
-        raise DamagedShard(f"{place}: {len(content)} bytes, too few for {shard.samples} samples; {AGAIN}")
-    table = np.frombuffer(content, dtype=ROW)
+    if len(content) % row.itemsize or len(content) < shard.samples * row.itemsize:
+        raise DamagedShard(f"{place}: {len(content)} bytes, which is no table of {shard.samples} samples; {AGAIN}")
+    table = np.frombuffer(content, dtype=row)
     if fault := _table_fault(table, shard):
         raise DamagedShard(f"{place}: {fault}; {AGAIN}")
     return table, np.searchsorted(table["sample"], np.arange(shard.samples + 1)).tolist()

@@ -1,7 +1,8 @@
 """Where records lie: members of one kind and size, one a sample, as code shards have them, found many at once.
 
 A table with a row for every member is made for any sample. Here the one member of each sample has a place in arrays
-over all shards, so that a whole batch is looked up at once, wherever its samples are.
+over all shards, so that a whole batch is looked up at once, wherever its samples are. A record has equal parts, each
+with a checksum of its own, and one of them is read at a time.
 """
 
 from __future__ import annotations
@@ -13,18 +14,20 @@ import numpy as np
 
 from data_pipeline.members import SUFFIXES
 
-# the member's first byte in its shard, its bytes in all, those of them that are headers, and its checksum
-COLUMNS = ("start", "span", "headers", "checksum")
+NOWHERE = 0  # in place of a record's first byte: no record is where a shard's first header is
 
 
 @dataclass(frozen=True)
 class RecordKind:
-    """Which member of a sample is its record, and what is wanted of each: its first bytes, and a part further on."""
+    """Which member of a sample is its record, and in how many equal parts it is read."""
 
     suffix: str
     size: int  # bytes of a record
-    head: int  # bytes wanted from its beginning
-    part: int  # bytes wanted from an offset on that each record has of its own
+    parts: int
+
+    @property
+    def part_bytes(self) -> int:
+        return self.size // self.parts
 
 
 class RecordPlaces:
@@ -34,8 +37,9 @@ class RecordPlaces:
         self.kind = kind
         self._ends = np.cumsum(shard_sizes)
         self._is_known = np.zeros(len(shard_sizes), dtype=bool)
-        # One row a sample, or a look-up would wait for memory once a column. Rows not yet written to take no memory.
-        self._rows = np.empty((sum(shard_sizes), len(COLUMNS)), dtype=np.uint64)
+        # In 64 bits each; of shards that were not yet read they take no memory.
+        self._starts = np.full(sum(shard_sizes), NOWHERE, dtype=np.int64)
+        self._checksums = np.empty((sum(shard_sizes), kind.parts), dtype=np.uint64)
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
         """The shard of each sample. ids: (B,) -> (B,)"""
@@ -49,14 +53,18 @@ class RecordPlaces:
     def fill(self, shard: int, table: np.ndarray, first: list[int]) -> None:
         """Fill in a shard. table, first: its members, and the first row of each sample, then the number of rows."""
         members = table[np.array(first[:-1], dtype=np.int64)]
-        headers = members["content"] - members["start"]
         is_record = (np.diff(first) == 1) & (members["suffix"] == SUFFIXES.index(self.kind.suffix))
         is_record &= members["size"] == self.kind.size
-        spans = (headers + members["size"]) * is_record
-        columns = (members["start"], spans, headers, members["checksum"])
-        self._rows[self._ends[shard] - len(members) : self._ends[shard]] = np.stack(columns, axis=1)
+        own = slice(self._ends[shard] - len(members), self._ends[shard])
+        self._starts[own] = np.where(is_record, members["content"], NOWHERE)
+        self._checksums[own] = members["parts"]
         self._is_known[shard] = True
 
-    def find(self, ids: np.ndarray) -> list[list[int]]:
-        """The COLUMNS of each sample. ids: (B,), in shards that are filled in. Span 0: it is not one such record."""
-        return self._rows[ids].tolist()
+    def find(self, ids: np.ndarray, parts: np.ndarray) -> tuple[list[int], list[int]]:
+        """The first byte of one part of each record, and its checksum. NOWHERE: the sample is not one such record.
+
+        ids, parts: (B,), the samples in shards that are filled in.
+        """
+        records = self._starts[ids]
+        starts = np.where(records == NOWHERE, NOWHERE, records + parts * self.kind.part_bytes)
+        return starts.tolist(), self._checksums[ids, parts].tolist()

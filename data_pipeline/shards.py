@@ -32,12 +32,15 @@ def write_shards(
     Raises ValueError if the folder is already packed, or a sample cannot be stored.
     """
     refuse_complete(folder)
-    index = Index(kind, write_tars(samples, folder, samples_per_shard=samples_per_shard), meta)
+    parts = Index(kind, (), meta).record_parts
+    index = Index(kind, write_tars(samples, folder, samples_per_shard=samples_per_shard, parts=parts), meta)
     index.write(folder)
     return index
 
 
-def write_tars(samples: Iterable[Sample], folder: Path, *, samples_per_shard: int) -> tuple[ShardEntry, ...]:
+def write_tars(
+    samples: Iterable[Sample], folder: Path, *, samples_per_shard: int, parts: int = 0
+) -> tuple[ShardEntry, ...]:
     """The first half of `write_shards`, for writers that have more to store before the index says "complete"."""
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
@@ -46,13 +49,14 @@ def write_tars(samples: Iterable[Sample], folder: Path, *, samples_per_shard: in
     entries: list[ShardEntry] = []
     for first in stream:  # islice takes the rest of the shard from the same stream
         chunk = chain([first], islice(stream, samples_per_shard - 1))
-        entries.append(write_shard(chunk, Path(folder) / shard_name(len(entries))))
+        entries.append(write_shard(chunk, Path(folder) / shard_name(len(entries)), parts=parts))
     return tuple(entries)
 
 
-def write_shard(samples: Iterable[Sample], path: Path) -> ShardEntry:
+def write_shard(samples: Iterable[Sample], path: Path, *, parts: int = 0) -> ShardEntry:
     """Write one tar, and its table of members before it; the tar appears under `path` only when complete.
 
+    parts: of each member, those that are to have a checksum of their own: the `record_parts` of the index it is for.
     Times and owners are fixed: equal samples give equal bytes. The table is made from the file as it lies on disk.
     """
     num_samples = 0
@@ -63,7 +67,7 @@ def write_shard(samples: Iterable[Sample], path: Path) -> ShardEntry:
                 num_samples += 1
         file.flush()
         written = Path(file.name)
-        scan = scan_file(written)
+        scan = scan_file(written, parts=parts)
         if scan.num_samples != num_samples:
             raise ValueError(f"{path}: {num_samples} samples make {scan.num_samples}; give each a key of its own")
         table_sha256 = write_members(scan.table(), path)

@@ -16,7 +16,7 @@ from data_pipeline.files import open_file_sha256
 from data_pipeline.images import image_of
 from data_pipeline.index import INDEX_NAME, Index, ShardEntry
 from data_pipeline.labels import JSON_KEY, label_of
-from data_pipeline.members import Sample, read_sample
+from data_pipeline.members import Sample, members_of, read_sample
 from data_pipeline.reader import load_members
 from data_pipeline.storage import Storage
 from data_pipeline.tar import TarFault
@@ -66,7 +66,7 @@ def _faults(storage: Storage, index: Index, shard: ShardEntry, *, decode: bool) 
         size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:
             yield f"{place}: {size} bytes, the index says {shard.bytes}"
-        table, first = load_members(storage, shard)
+        table, first = load_members(storage, shard, parts=index.record_parts)
         is_whole = size == shard.bytes and open_file_sha256(file) == shard.sha256
         named = 0
         if decode or not is_whole:
@@ -84,7 +84,7 @@ def _sample_faults(
     descriptor: int, table: np.ndarray, first: list[int], index: Index, *, decode: bool
 ) -> Iterator[str]:
     for start, stop in zip(first, first[1:]):
-        rows = table[start:stop].tolist()
+        rows = members_of(table[start:stop])
         try:
             sample = read_sample(partial(_read_all, descriptor), rows)
         except TarFault as fault:
@@ -125,4 +125,6 @@ def _unpack(sample: Sample, index: Index) -> tuple[int, int]:
         raise ValueError(f"no {code_format.suffix} among the members {sorted(sample.members)}")
     record = sample.members[code_format.suffix]
     unpacked = [code_format.unpack_view(record, view) for view in range(code_format.views)]
+    if len(labels := {label for label, _ in unpacked}) > 1:
+        raise ValueError(f"its views have several classes, {sorted(labels)}")
     return unpacked[0][0], max(int(codes.max()) for _, codes in unpacked)

@@ -186,7 +186,7 @@ def _preads(folder: str, index: Index, order: list[int]) -> Callable[[], int]:
 def _spans(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:
     """For each shard, where its samples start, and their bytes from there to the end of their last member."""
     for shard in index.shards:
-        table, first = load_members(storage, shard)
+        table, first = load_members(storage, shard, parts=index.record_parts)
         ends = table["content"].astype(int) + table["size"].astype(int)
         starts = [int(table["start"][row]) for row in first[:-1]]
         yield [(start, int(ends[after - 1]) - start) for start, after in zip(starts, first[1:], strict=True)]

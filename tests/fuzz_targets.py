@@ -12,6 +12,7 @@ import json
 import tarfile
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -74,7 +75,8 @@ def code_record(content: bytes) -> None:
     except ValueError as error:
         assert "\n" not in str(error)
         return
-    assert layout.pack(views[0][0], np.stack([codes for _, codes in views])) == record
+    rows = [replace(layout, views=1).pack(label, codes[None]) for label, codes in views]
+    assert b"".join(rows) == record
 
 
 def index(content: bytes) -> None:

@@ -142,7 +142,7 @@ INDEXES: dict[str, tuple[Damage, int, str]] = {
     "tokens that do not add up": (set_meta(num_tokens=7), 65, "patch_nums"),
     "codes of another schedule": (set_meta(patch_nums=[1, 3], num_tokens=10), 64, "patch_nums"),
     "codes of another tokenizer": (set_meta(tokenizer_sha256="0" * 64), 64, "tokenizer_sha256"),
-    "images instead of codes": (set_index(kind="images"), 65, "no image among the members"),
+    "images instead of codes": (set_index(kind="images", version=2), 65, "no table of 12 samples"),
 }
 
 

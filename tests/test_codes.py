@@ -28,8 +28,9 @@ def test_batches_unpack_like_single_records() -> None:
     codes = np.random.default_rng(0).integers(0, 4096, (4, 3, 5))
     records = [code_format.pack(label, rows) for label, rows in enumerate(codes)]
     views = np.array([2, 0, 1, 2])
-    kind, offsets = code_format.kind, code_format.offsets(views).tolist()
-    rows = [record[: kind.head] + record[at : at + kind.part] for record, at in zip(records, offsets)]
+    size = code_format.kind.part_bytes
+    assert size == code_format.view_bytes and code_format.kind.parts == 3
+    rows = [record[view * size : (view + 1) * size] for record, view in zip(records, views.tolist())]
     labels, unpacked = code_format.unpack(np.frombuffer(b"".join(rows), dtype=np.uint8).reshape(4, -1))
     assert labels.tolist() == [0, 1, 2, 3] and labels.dtype == np.int64
     np.testing.assert_array_equal(unpacked, codes[np.arange(4), views])
@@ -38,6 +39,8 @@ def test_batches_unpack_like_single_records() -> None:
 def test_the_bytes_are_as_documented() -> None:
     record = CodeFormat(num_tokens=3, views=1, bits=12).pack(0x0201, np.array([[0xABC, 0x123, 0xFED]]))
     assert record == bytes([0x01, 0x02, 0xBC, 0x3A, 0x12, 0xED, 0x0F])
+    two_views = CodeFormat(num_tokens=1, views=2, bits=12).pack(7, np.array([[0xABC], [1]]))
+    assert two_views == bytes([7, 0, 0xBC, 0x0A, 7, 0, 1, 0])
     assert CodeFormat(num_tokens=1, views=1, bits=16).pack(1, np.array([[0xABCD]])) == bytes([1, 0, 0xCD, 0xAB])
 
 
@@ -45,7 +48,7 @@ def test_680_codes_of_the_papers_vocabulary_take_1022_bytes() -> None:
     code_format = CodeFormat.for_vocab(680, 4096, views=1)
     assert code_format.record_bytes == 1022 and code_format.suffix == "vq12"
     assert CodeFormat.for_vocab(680, 4097, views=1).suffix == "vq16"
-    assert CodeFormat.for_vocab(680, 4096, views=16).record_bytes == 2 + 16 * 1020
+    assert CodeFormat.for_vocab(680, 4096, views=16).record_bytes == 16 * 1022
 
 
 @pytest.mark.parametrize(

@@ -110,7 +110,8 @@ def test_damaged_codes_are_replaced_too(tmp_path: Path) -> None:
     strict = open_codes(tmp_path)
     table, _ = strict.reader._table(0)
     content = bytearray((tmp_path / "shard-000000.tar").read_bytes())
-    content[int(table["content"][1]) + 2] ^= 1
+    start, size = (int(table[name][1]) for name in ("content", "size"))
+    content[start : start + size] = bytes(byte ^ 1 for byte in content[start : start + size])
     (tmp_path / "shard-000000.tar").write_bytes(content)
     ids, epochs = np.arange(3), np.zeros(3, np.int64)
     with pytest.raises(DamagedData, match="shard-000000.tar: damaged shard, member vq12 of sample 1"):

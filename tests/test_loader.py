@@ -162,7 +162,7 @@ def test_a_truncated_shard_is_found_before_the_first_batch(tmp_path: Path) -> No
 def test_damage_found_while_reading_is_one_line_also_from_a_worker(tmp_path: Path, workers: int) -> None:
     shard = pack_codes(tmp_path / "codes", num_samples=4) / "shard-000000.tar"
     content = bytearray(shard.read_bytes())
-    content[1024 + 3] ^= 1  # in the header of the second sample
+    content[1536:1566] = bytes(byte ^ 1 for byte in content[1536:1566])  # all views of the second sample
     shard.write_bytes(content)
     with pytest.raises(ValueError, match="shard-000000.tar: damaged shard") as caught:
         global_stream(open_codes(tmp_path / "codes"), num_steps=1, workers=workers)

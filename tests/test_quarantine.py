@@ -13,7 +13,7 @@ from tiny import Study, train_var
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.index import Index
-from data_pipeline.members import ROW
+from data_pipeline.members import row_type
 from launchers.config import TrainConfig
 from training.bad_samples import TooManyBadSamples
 from training.tracking import RunRecord
@@ -21,8 +21,9 @@ from training.tracking import RunRecord
 
 def damage(folder: Path, samples: list[int]) -> None:
     """Flip a bit in the codes of some samples of the first shard."""
-    shard = Index.read(folder).shards[0]
-    table = np.frombuffer((folder / shard.members_name).read_bytes(), dtype=ROW)
+    index = Index.read(folder)
+    shard = index.shards[0]
+    table = np.frombuffer((folder / shard.members_name).read_bytes(), dtype=row_type(index.record_parts))
     content = bytearray((folder / shard.name).read_bytes())
     for sample in samples:
         content[int(table["content"][sample]) + 3] ^= 1

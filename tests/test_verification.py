@@ -12,6 +12,7 @@ import pytest
 from shard_mutations import make_images
 from tiny import pack_codes
 
+from data_pipeline.codes import CodeFormat
 from data_pipeline.index import Index
 from data_pipeline.members import Sample
 from data_pipeline.shards import write_shards
@@ -87,6 +88,17 @@ def test_decoding_finds_codes_beyond_the_vocabulary(tmp_path: Path) -> None:
     index = Index.read(tmp_path)
     replace(index, meta={**index.meta, "vocab_size": 2}).write(tmp_path)
     assert any("vocab_size is 2" in fault for fault in faults(tmp_path, decode=True))
+
+
+def test_decoding_finds_a_record_whose_views_disagree_about_the_class(tmp_path: Path) -> None:
+    index = Index.read(pack_codes(tmp_path / "whole", 2))
+    layout = CodeFormat(num_tokens=5, views=1, bits=12)
+    views = [layout.pack(label, np.zeros((1, 5), dtype=int)) for label in (2, 1, 2)]
+    samples = [Sample("a", {"vq12": b"".join(views)}), Sample("b", {"vq12": 3 * views[0]})]
+    write_shards(samples, tmp_path / "mixed", kind="codes", meta=index.meta, samples_per_shard=2)
+    assert [fault.split(": ", 1)[1] for fault in faults(tmp_path / "mixed", decode=True)] == [
+        "sample a: its views have several classes, [1, 2]"
+    ]
 
 
 def test_many_faults_are_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
