@@ -8,13 +8,17 @@ it belongs to, never the state of a generator, so it does not depend on ranks, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from enum import IntEnum
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 
 WINDOW_SAMPLES = 2**20
+GOLDEN_GAMMA = np.uint64(0x9E3779B97F4A7C15)
+MIXING = ((np.uint64(30), np.uint64(0xBF58476D1CE4E5B9)), (np.uint64(27), np.uint64(0x94D049BB133111EB)))
+LAST_SHIFT = np.uint64(31)
 
 
 class Stream(IntEnum):
@@ -31,7 +35,19 @@ class Stream(IntEnum):
 
 def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
     """64 well-mixed bits for each combination of non-negative keys, which broadcast. -> uint64, at least one axis."""
-    state = np.zeros(1, dtype=np.uint64)
+    numbers = next((place for place, key in enumerate(keys) if isinstance(key, np.ndarray)), len(keys))
+    return _mixed(_hash_numbers(*keys[:numbers]), keys[numbers:])
+
+
+@lru_cache
+def _hash_numbers(*keys: int) -> np.ndarray:
+    """The keys that are the same for all samples come first and stay the same: they are not mixed again every time."""
+    bits = _mixed(np.zeros(1, dtype=np.uint64), keys)
+    bits.setflags(write=False)
+    return bits
+
+
+def _mixed(state: np.ndarray, keys: Iterable[int | np.ndarray]) -> np.ndarray:
     for key in keys:
         state = _splitmix64(state ^ np.asarray(key).astype(np.uint64))
     return state
@@ -39,10 +55,12 @@ def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
 
 def _splitmix64(state: np.ndarray) -> np.ndarray:
     # Steele, Lea, Flood, "Fast splittable pseudorandom number generators" (2014), with Vigna's constants. Modulo 2^64.
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))
+    state = state + GOLDEN_GAMMA
+    for shift, factor in MIXING:
+        state ^= state >> shift
+        state *= factor
+    state ^= state >> LAST_SHIFT
+    return state
 
 
 def hash_uniform(seed: int, stream: Stream, ids: np.ndarray, epochs: np.ndarray, count: int) -> np.ndarray:

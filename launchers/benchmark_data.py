@@ -1,9 +1,9 @@
 """`benchmark.py data`: packed codes and images as a training run reads them, and what others make of the same files.
 
 Rows that say "one core" are held to one, with every thread that they start. The first row of a kind is what a run reads
-by default; "preads alone" reads the same bytes in the same order and does nothing with them: a limit.
-A sample's bytes are those of its members in a shard, headers included, and those of what is handed on: one copy, at the
-least. They are set against what the host's memory copies, by all of its cores.
+by default; "preads alone" reads the same bytes in an order as random and does nothing with them: a limit.
+A sample's bytes are those that are read of it, of an image its members with their headers and of codes one view, and
+those of what is handed on: one copy, at the least. They are set against what all cores copy in memory.
 """
 
 from __future__ import annotations
@@ -111,19 +111,23 @@ def image_calls(folder: str, files: Path) -> Calls:
 
 
 def _byte_calls(folder: str, index: Index, read: float) -> Calls:
+    """read: the bytes of a sample that a run reads. Others read all of its members."""
     order = _order(index)
-    calls = {"members as bytes, one core": on_one_core(_read_all(ShardReader(folder, index), order))}
+    storage = Storage(folder)
+    whole = _mean_bytes(_spans(storage, index))
+    calls = {"members as bytes, one core": (on_one_core(_read_all(ShardReader(folder, index), order)), 2 * whole)}
     if shards := _local_shards(folder, index):
-        calls["preads alone, one core"] = on_one_core(_preads(folder, index, order))
-        calls["webdataset in order, as bytes, one core"] = on_one_core(partial(read_bytes_in_order, shards))
-    return {name: (call, 2 * read) for name, call in calls.items()}
+        calls["preads alone, one core"] = (on_one_core(_preads(folder, index, order)), 2 * read)
+        in_order = on_one_core(partial(read_bytes_in_order, shards))
+        calls["webdataset in order, as bytes, one core"] = (in_order, 2 * whole)
+    return calls
 
 
 def bytes_of(dataset: CodeDataset | ImageDataset) -> tuple[float, int, int]:
     """Of a sample: the bytes read, on average, and those of data and label as they are read and as models take them."""
-    spans = [span for places in _spans(dataset.storage, dataset.index) for _, span in places]
     data, labels = dataset.read_narrow(np.array([0]), np.array([0]))
-    return sum(spans) / len(spans), data.nbytes + labels.nbytes, widen(data).nbytes + labels.nbytes
+    read = _mean_bytes(_places(dataset.storage, dataset.index))
+    return read, data.nbytes + labels.nbytes, widen(data).nbytes + labels.nbytes
 
 
 def _batches(
@@ -175,12 +179,29 @@ def _decode_all(folder: str, index: Index) -> Callable[[], int]:
 
 
 def _preads(folder: str, index: Index, order: list[int]) -> Callable[[], int]:
-    """The members of each sample by one system call, from shards that are open."""
+    """What a run reads of each sample, by one system call, from shards that are open."""
     storage = Storage(folder)
-    shards = zip(map(storage.open, index.shards), _spans(storage, index), strict=True)
+    shards = zip(map(storage.open, index.shards), _places(storage, index), strict=True)
     places = [(descriptor, span, start) for descriptor, found in shards for start, span in found]
     wanted = [places[number] for number in order]
     return lambda: sum(1 for place in wanted if os.pread(*place))
+
+
+def _mean_bytes(shards: Iterator[list[tuple[int, int]]]) -> float:
+    sizes = [size for places in shards for _, size in places]
+    return sum(sizes) / len(sizes)
+
+
+def _places(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:
+    """For each shard, where in each of its samples is what a run reads, and its bytes: of codes one of the views."""
+    if index.kind == "images":
+        yield from _spans(storage, index)
+        return
+    views = index.meta["views"]
+    for shard in index.shards:
+        table, _ = load_members(storage, shard, parts=index.record_parts)
+        rows = enumerate(zip(table["content"].tolist(), table["size"].tolist()))
+        yield [(content + number % views * (size // views), size // views) for number, (content, size) in rows]
 
 
 def _spans(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from tiny import Study
+from tiny import Study, open_codes, pack_codes
 
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_data import benchmark_data, bytes_of, code_calls, image_calls
@@ -34,4 +34,5 @@ def test_bytes_are_those_of_a_sample_in_its_shard_and_in_tensors(tmp_path: Path)
     model = VARConfig(depth=1, patch_nums=(1, 2), vocab_size=64, num_classes=3)
     read, narrow, wide = bytes_of(code_shards(model, tmp_path, 6))
     record = 2 + 8  # a label, and five codes of 12 bits
-    assert (read, narrow, wide) == (512 + record, 5 * 2 + 8, 5 * 8 + 8)  # behind a tar header
+    assert (read, narrow, wide) == (record, 5 * 2 + 8, 5 * 8 + 8)
+    assert bytes_of(open_codes(pack_codes(tmp_path / "views")))[0] == record  # of three views one
