@@ -239,7 +239,8 @@ class CodeDataset(PackedDataset):
 
     def label(self, sample_id: int) -> int:
         """The class of a sample."""
-        return self.format.unpack_view(self._record(sample_id), 0)[0]
+        rows = self.reader.read_records(np.array([sample_id]), np.array([0]), self.format.kind, otherwise=self._record)
+        return int(self.format.unpack(rows)[0][0])
 
     def _record(self, sample_id: int) -> bytes:
         sample = self.reader.read(sample_id)

@@ -24,6 +24,7 @@ from data_pipeline.damage import DamagedData
 from data_pipeline.images import DecodingBudget, ImageTransform, encoded_image, map_in_threads
 from data_pipeline.index import VERSIONS, Index, is_complete
 from data_pipeline.labels import JSON_KEY, label_of
+from data_pipeline.members import most_members
 from data_pipeline.plan import Stream, hash_uniform
 from data_pipeline.progress import Progress
 from data_pipeline.reader import ShardReader
@@ -73,11 +74,20 @@ class Recipe:
             "images_fingerprint": source.fingerprint,
         }
 
+    def check_views(self, source: Index) -> None:
+        """Raise ValueError if a shard of these images would have more views than its table of members has room for."""
+        largest = max((shard.samples for shard in source.shards), default=0)
+        if largest > most_members(self.views):
+            raise ValueError(
+                f"views is {self.views}, of shards with up to {largest} images each; at most {most_members(self.views)}"
+                " images a shard are possible with so many; store fewer, or pack with a smaller samples_per_shard"
+            )
+
     def plan(self, source: Index) -> dict[str, Any]:
         """What all workers must agree on, so that they make the same bytes."""
         versions = f"torch {torch.__version__}, Pillow {PIL.__version__}"
-        how = {"batch": self.batch_size, "device": self.device, "versions": versions, "index": VERSIONS["codes"]}
-        return {**self.meta(source), **how}
+        how = {"batch": self.batch_size, "device": self.device, "versions": versions}
+        return {**self.meta(source), **how, "index_version": VERSIONS["codes"]}
 
 
 def write_codes(
@@ -185,8 +195,11 @@ class Encoding:
         encode: Callable[[Tensor], Tensor],
         report: Callable[[str], None] = print,
     ) -> None:
-        """The arguments of `write_codes`. Raises its ValueError if `out` holds, or is to hold, other codes."""
+        """The arguments of `write_codes`. Raises its ValueError if `out` holds, or is to hold, other codes,
+        and for more views than a shard has room for.
+        """
         source = Index.read(images, kind="images")
+        recipe.check_views(source)
         first_ids = accumulate((shard.samples for shard in source.shards), initial=0)
         self._ids = {
             shard.name.removesuffix(".tar"): range(first, first + shard.samples)

@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 
 from data_pipeline.damage import DamagedData
 from data_pipeline.files import atomic_file
-from data_pipeline.members import MEMBERS_SUFFIX
+from data_pipeline.members import MEMBERS_SUFFIX, most_members
 from data_pipeline.remote import check_location, is_url, without_query
 from data_pipeline.storage import Storage
 from data_pipeline.strict_json import parse_json
@@ -106,6 +106,10 @@ class Index:
             raise ValueError("classes is not a list of names")
         if self.kind == "codes":
             _check_codes(self.meta)
+        most = most_members(self.record_parts)
+        for shard in self.shards:
+            if shard.samples > most:
+                raise ValueError(f"{shard.name}: {shard.samples} samples, at most {most} fit its table of members")
 
     @property
     def num_samples(self) -> int:
@@ -144,11 +148,15 @@ class Index:
     def parse(cls, content: bytes, place: str) -> Index:
         """An index from the bytes of its file, which errors call `place`. Raises DamagedData if it is malformed."""
         try:
-            return _parse_index(parse_json(content))
+            values = parse_json(content)
+            refusal = _version_refusal(values)
+            if not refusal:
+                return _parse_index(values)
         except KeyError as error:
             raise DamagedData(f"{place}: malformed index, {error} is missing; {PACK_AGAIN}") from error
         except (ValueError, TypeError, AttributeError) as error:
             raise DamagedData(f"{place}: malformed index, {error}; {PACK_AGAIN}") from error
+        raise DamagedData(f"{place}: {refusal}")
 
     def to_bytes(self) -> bytes:
         """The bytes of its file, JSON."""
@@ -208,11 +216,19 @@ def _refuse_missing(folder: Path) -> None:
         raise FileNotFoundError(f"{path}: no such file, so this folder was never packed to the end; {next_step}")
 
 
-def _parse_index(content: Any) -> Index:
+def _version_refusal(content: Any) -> str:
+    """Why an index of another version cannot be used, and what to do; empty: it is of this one. Raises KeyError."""
     if not isinstance(content, dict):
         raise ValueError(f"it holds a {type(content).__name__}")
     kind, version = content["kind"], content["version"]
-    if isinstance(kind, str) and version != VERSIONS.get(kind, version):
-        hint = ", made by launchers/encode_codes.py" if kind == "codes" else ""
-        raise ValueError(f"version is {str(version)[:20]}, of {kind} this program reads version {VERSIONS[kind]}{hint}")
-    return Index(kind, tuple(ShardEntry(**shard) for shard in content["shards"]), content["meta"])
+    wanted = VERSIONS.get(kind) if isinstance(kind, str) else None
+    if wanted is None or version == wanted:
+        return ""
+    return (
+        f"version is {str(version)[:20]}, of {kind} this program reads version {wanted}; delete this folder and make it"
+        " again with the command that made it, and finish runs that began on it with the program that began them"
+    )
+
+
+def _parse_index(content: dict[str, Any]) -> Index:
+    return Index(content["kind"], tuple(ShardEntry(**shard) for shard in content["shards"]), content["meta"])

@@ -23,7 +23,7 @@ from data_pipeline.tar import Read, TarFault, TarMember, member_name, walk_tar
 
 SUFFIXES = ("cls", "json", "jpg", "jpeg", "png", "webp", "vq12", "vq16")  # all that is ever read; in the file by number
 MAX_MEMBER_BYTES = 64 * 2**20
-MAX_TABLE_BYTES = 32 * 2**20  # of one shard: a million members
+MAX_TABLE_BYTES = 32 * 2**20  # of one shard: a million members, or 200,000 of 16 views
 MAX_GAP_BYTES = 64 * 1024  # read along with the members of a sample, though nobody asked for it
 MEMBERS_SUFFIX = ".members"  # in place of .tar
 ROW = np.dtype(
@@ -41,6 +41,11 @@ ROW = np.dtype(
 def row_type(parts: int) -> np.dtype:
     """A row of the table of a shard whose records have so many equal parts, each with a checksum; 0: just ROW."""
     return np.dtype([*ROW.descr, ("parts", "<u8", (parts,))]) if parts else ROW
+
+
+def most_members(parts: int) -> int:
+    """How many members of so many parts a shard may have: those that its table has room for."""
+    return MAX_TABLE_BYTES // row_type(parts).itemsize
 
 
 class Sample(NamedTuple):

@@ -34,9 +34,12 @@ class Stream(IntEnum):
 
 
 def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
-    """64 well-mixed bits for each combination of non-negative keys, which broadcast. -> uint64, at least one axis."""
-    numbers = next((place for place, key in enumerate(keys) if isinstance(key, np.ndarray)), len(keys))
-    return _mixed(_hash_numbers(*keys[:numbers]), keys[numbers:])
+    """64 well-mixed bits for each combination of non-negative keys, which broadcast. -> uint64, at least one axis.
+
+    Of numbers alone it is the same read-only array every time.
+    """
+    leading = next((place for place, key in enumerate(keys) if isinstance(key, np.ndarray)), len(keys))
+    return _mixed(_hash_numbers(*keys[:leading]), keys[leading:])
 
 
 @lru_cache

@@ -1,4 +1,4 @@
-"""Reading samples from shards by number, with every byte checked against the index.
+"""Reading samples from shards by number, with every byte that is handed on checked against the index.
 
 Shards are read by position, with `pread`, so that the order of samples is free. The table of members says where each
 lies; nothing that a damaged tar claims is believed.
@@ -42,8 +42,8 @@ class ShardReader:
     """Random access to the samples of a packed folder, numbered from 0 through all shards.
 
     Shards are opened at their first use, in each process for itself, so a reader may be sent to worker processes by
-    fork or spawn. Not for several threads at once. Everything that does not match the index is an error that names
-    shard and member; nothing is skipped.
+    fork or spawn. Not for several threads at once. What is asked for and does not match the index is an error that
+    names shard and member; nothing is skipped. `read` looks at a sample as a whole, `read_records` at one part of each.
     """
 
     def __init__(self, folder: str | Path | Storage, index: Index, *, check: bool = True) -> None:
@@ -115,6 +115,7 @@ class ShardReader:
         return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), size)
 
     def _places_of(self, kind: RecordKind) -> RecordPlaces:
+        assert kind.parts == self.index.record_parts, f"{kind} of records that have {self.index.record_parts} parts"
         if self._places is None or self._places.kind != kind:
             self._places = RecordPlaces(kind, [shard.samples for shard in self.index.shards])
         return self._places
@@ -208,14 +209,14 @@ def load_members(storage: Storage, shard: ShardEntry, *, parts: int) -> tuple[np
 
     Raises FileNotFoundError if it is not there, DamagedData if it is not the one that the index seals.
     """
-    place, row = storage.place_of(shard.members_name), row_type(parts)
-    most = min(shard.samples * len(SUFFIXES) * row.itemsize, MAX_TABLE_BYTES)
+    place, row_dtype = storage.place_of(shard.members_name), row_type(parts)
+    most = min(shard.samples * len(SUFFIXES) * row_dtype.itemsize, MAX_TABLE_BYTES)
     content = storage.read_small(shard.members_name, max_bytes=most)
     if bytes_sha256(content) != shard.members_sha256:
         raise DamagedShard(f"{place}: damaged, its sha256 is not the one in the index; {AGAIN}")
-    if len(content) % row.itemsize or len(content) < shard.samples * row.itemsize:
+    if len(content) % row_dtype.itemsize or len(content) < shard.samples * row_dtype.itemsize:
         raise DamagedShard(f"{place}: {len(content)} bytes, which is no table of {shard.samples} samples; {AGAIN}")
-    table = np.frombuffer(content, dtype=row)
+    table = np.frombuffer(content, dtype=row_dtype)
     if fault := _table_fault(table, shard):
         raise DamagedShard(f"{place}: {fault}; {AGAIN}")
     return table, np.searchsorted(table["sample"], np.arange(shard.samples + 1)).tolist()

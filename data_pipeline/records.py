@@ -31,15 +31,24 @@ class RecordKind:
 
 
 class RecordPlaces:
-    """The places of all records of one kind in a packed folder, filled in shard by shard."""
+    """The places of all records of one kind in a packed folder, filled in shard by shard.
+
+    A record takes 8 bytes and 8 for each of its parts: 175 MB for 1.28 million of 16 parts.
+    """
 
     def __init__(self, kind: RecordKind, shard_sizes: Sequence[int]) -> None:
+        """Raises ValueError if memory cannot hold them."""
         self.kind = kind
         self._ends = np.cumsum(shard_sizes)
         self._is_known = np.zeros(len(shard_sizes), dtype=bool)
-        # In 64 bits each; of shards that were not yet read they take no memory.
-        self._starts = np.full(sum(shard_sizes), NOWHERE, dtype=np.int64)
-        self._checksums = np.empty((sum(shard_sizes), kind.parts), dtype=np.uint64)
+        number = sum(shard_sizes)
+        try:  # Rows of zeros, which is NOWHERE, take no memory before their shard is filled in.
+            self._starts = np.zeros(number, dtype=np.int64)
+            self._checksums = np.zeros((number, kind.parts), dtype=np.uint64)
+        except MemoryError:
+            size = number * 8 * (1 + kind.parts) / 1e9
+            reason = f"the places of {number} samples with {kind.parts} views take {size:,.0f} GB of memory"
+            raise ValueError(f"{reason}, more than there is; split the folder, or store fewer views") from None
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
         """The shard of each sample. ids: (B,) -> (B,)"""

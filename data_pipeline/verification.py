@@ -16,7 +16,7 @@ from data_pipeline.files import open_file_sha256
 from data_pipeline.images import image_of
 from data_pipeline.index import INDEX_NAME, Index, ShardEntry
 from data_pipeline.labels import JSON_KEY, label_of
-from data_pipeline.members import Sample, members_of, read_sample
+from data_pipeline.members import Sample, members_of, part_checksums, read_sample
 from data_pipeline.reader import load_members
 from data_pipeline.storage import Storage
 from data_pipeline.tar import TarFault
@@ -90,7 +90,8 @@ def _sample_faults(
         except TarFault as fault:
             yield str(fault)
             continue
-        if decode and (reason := _decoding_fault(sample, index)):
+        reason = _part_fault(sample, table[start:stop], index.record_parts)
+        if reason or decode and (reason := _decoding_fault(sample, index)):
             yield f"sample {sample.key}: {reason}"
 
 
@@ -99,6 +100,13 @@ def _read_all(descriptor: int, position: int, size: int) -> bytes:
     if len(content) != size:
         raise TarFault(f"a member at byte {position} is behind the end of the file")
     return content
+
+
+def _part_fault(sample: Sample, rows: np.ndarray, parts: int) -> str:
+    """What is wrong with the checksums of the parts of a sample that is as it was packed; empty: nothing."""
+    if parts and [part_checksums(content, parts) for content in sample.members.values()] != rows["parts"].tolist():
+        return "the table of members has other checksums of its views than they have; encode these images again"
+    return ""
 
 
 def _decoding_fault(sample: Sample, index: Index) -> str:

@@ -1,7 +1,7 @@
 """`benchmark.py data`: packed codes and images as a training run reads them, and what others make of the same files.
 
 Rows that say "one core" are held to one, with every thread that they start. The first row of a kind is what a run reads
-by default; "preads alone" reads the same bytes in an order as random and does nothing with them: a limit.
+by default; "preads alone" reads as many bytes, in a random order too, and does nothing with them: a limit.
 A sample's bytes are those that are read of it, of an image its members with their headers and of codes one view, and
 those of what is handed on: one copy, at the least. They are set against what all cores copy in memory.
 """
@@ -12,6 +12,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -181,10 +182,14 @@ def _decode_all(folder: str, index: Index) -> Callable[[], int]:
 def _preads(folder: str, index: Index, order: list[int]) -> Callable[[], int]:
     """What a run reads of each sample, by one system call, from shards that are open."""
     storage = Storage(folder)
-    shards = zip(map(storage.open, index.shards), _places(storage, index), strict=True)
-    places = [(descriptor, span, start) for descriptor, found in shards for start, span in found]
-    wanted = [places[number] for number in order]
-    return lambda: sum(1 for place in wanted if os.pread(*place))
+    descriptors = list(map(storage.open, index.shards))
+    turns: list[list[tuple[int, int, int]]] = []
+    for view in range(max(1, index.record_parts)):  # another in each call, as in each epoch
+        shards = zip(descriptors, _places(storage, index, view), strict=True)
+        places = [(descriptor, span, start) for descriptor, found in shards for start, span in found]
+        turns.append([places[number] for number in order])
+    endless = cycle(turns)
+    return lambda: sum(1 for place in next(endless) if os.pread(*place))
 
 
 def _mean_bytes(shards: Iterator[list[tuple[int, int]]]) -> float:
@@ -192,16 +197,20 @@ def _mean_bytes(shards: Iterator[list[tuple[int, int]]]) -> float:
     return sum(sizes) / len(sizes)
 
 
-def _places(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:
-    """For each shard, where in each of its samples is what a run reads, and its bytes: of codes one of the views."""
+def _places(storage: Storage, index: Index, view: int = 0) -> Iterator[list[tuple[int, int]]]:
+    """For each shard, where in each of its samples is what a run reads, and its bytes: of codes one of the views.
+
+    With each sample it is the next view, so that a pass reads them all alike.
+    """
     if index.kind == "images":
         yield from _spans(storage, index)
         return
-    views = index.meta["views"]
+    views = index.record_parts
     for shard in index.shards:
-        table, _ = load_members(storage, shard, parts=index.record_parts)
-        rows = enumerate(zip(table["content"].tolist(), table["size"].tolist()))
-        yield [(content + number % views * (size // views), size // views) for number, (content, size) in rows]
+        table, first = load_members(storage, shard, parts=views)
+        records = table[first[:-1]]
+        starts, sizes = records["content"].astype(int), records["size"].astype(int) // views
+        yield list(zip((starts + (view + np.arange(len(records))) % views * sizes).tolist(), sizes.tolist()))
 
 
 def _spans(storage: Storage, index: Index) -> Iterator[list[tuple[int, int]]]:

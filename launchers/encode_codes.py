@@ -39,6 +39,7 @@ def launch(command: Command[EncodeConfig]) -> None:
         images, out = f"{config.images}/{split}", Path(config.out) / split
         recipe = recipe_of(config, tokenizer, world.device, sha256=sha256, views=views)
         source = Index.read(images, kind="images")
+        recipe.check_views(source)
         if is_encoded(out, recipe.meta(source)):
             forget_finished_work(out)
             report(f"{out} holds these images in codes of this tokenizer already; nothing to do")

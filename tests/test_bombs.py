@@ -22,7 +22,8 @@ from peak_memory import BOUND, peak_memory
 from shard_mutations import make_images
 from test_tar import member, tar_of
 
-from data_pipeline.index import Index
+from data_pipeline.datasets import CodeDataset
+from data_pipeline.index import Index, shard_name
 from data_pipeline.indexing import index_shards
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CacheConfig, ShardCache
@@ -108,6 +109,23 @@ def claims_many_samples(folder: Path) -> Callable[[], object]:
     return lambda: ShardReader(folder, Index.read(folder)).read(0)
 
 
+def claims_many_codes(folder: Path) -> Callable[[], object]:
+    """Sparse shards with nearly as many samples as their tables may have, and a table that is short."""
+    (folder / "shard-000000.members").write_bytes(bytes(33))
+    each, number = 200_000, 500
+    size = each * 512
+    for shard in range(number):
+        (folder / shard_name(shard)).touch()
+        os.truncate(folder / shard_name(shard), size)
+    seals = {"sha256": "0" * 64, "members_sha256": hashlib.sha256(bytes(33)).hexdigest()}
+    shards = [{"name": shard_name(shard), "samples": each, "bytes": size, **seals} for shard in range(number)]
+    meta = {"classes": ["a"], "patch_nums": [1], "vocab_size": 2, "num_tokens": 1, "bits": 12, "views": 16}
+    meta |= {"tokenizer_sha256": "0" * 64}
+    (folder / "index.json").write_text(json.dumps({"version": 3, "kind": "codes", "shards": shards, "meta": meta}))
+    codes = {"patch_nums": [1], "vocab_size": 2, "tokenizer_sha256": "0" * 64}
+    return lambda: CodeDataset(folder, **codes).try_one()
+
+
 def film_between(folder: Path) -> Callable[[], object]:
     """A tar of somebody else: a picture, a film of 400 MiB that takes no room on disk, and the picture's class."""
     jpeg, size = make_images(1)[0].members["jpg"], 400 * 2**20
@@ -150,6 +168,7 @@ BOMBS: dict[str, Bomb] = {
     "an index nested a million times": index_of("[" * 10**6),
     "an index of a million shards": index_of(json.dumps({"version": 2, "kind": "images", "shards": [{}] * 10**6})),
     "a shard that claims 200 million samples": claims_many_samples,
+    "codes that claim 100 million samples": claims_many_codes,
     "an index of 10 million lists": index_of("[" + "[]," * (10 * 2**20) + "[]]"),
     "a film between picture and class": film_between,
     "letters for shards without end": lambda folder: lambda: index_shards(

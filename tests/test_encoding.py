@@ -23,7 +23,7 @@ from data_pipeline.codes import CodeFormat
 from data_pipeline.datasets import CodeDataset
 from data_pipeline.encoding import Encoding, Recipe, write_codes
 from data_pipeline.images import ImageTransform, image_of
-from data_pipeline.index import Index
+from data_pipeline.index import VERSIONS, Index
 from data_pipeline.indexing import index_shards
 from data_pipeline.labels import label_of
 from data_pipeline.plan import Stream, hash_uniform
@@ -93,6 +93,31 @@ def test_several_views_are_the_random_crops_of_seed_sample_and_view(tmp_path: Pa
         uniforms = hash_uniform(0, Stream.CROP, np.array([4]), np.array([view]), 3)[0]
         expected = encode_pixels(TRANSFORM.random_view(image, uniforms)[None])[0]
         np.testing.assert_array_equal(CodeFormat(14, 3, 12).unpack_view(record, view)[1], expected)
+
+
+def test_more_views_than_a_shard_has_room_for_are_refused_before_any_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pack_noise(tmp_path / "images")  # at most 3 a shard
+    monkeypatch.setattr("data_pipeline.members.MAX_TABLE_BYTES", 3 * (33 + 8 * 4))
+    with pytest.raises(ValueError, match="views is 5, of shards with up to 3 images each; at most 2 images a shard"):
+        encode(tmp_path / "images", tmp_path / "codes", views=5)
+    assert not (tmp_path / "codes").exists()
+    assert encode(tmp_path / "images", tmp_path / "codes", views=4).num_samples == 7
+
+
+def test_work_under_way_of_another_version_of_the_format_is_not_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(crops: Tensor) -> Tensor:
+        raise KeyboardInterrupt
+
+    pack_noise(tmp_path / "images")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setitem(VERSIONS, "codes", 2)
+        encode(tmp_path / "images", tmp_path / "codes", encode=interrupt)
+    with pytest.raises(ValueError, match="index_version 2, now it is 3"):
+        encode(tmp_path / "images", tmp_path / "codes")
 
 
 def test_more_views_than_fit_a_batch_are_encoded_in_parts(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.damage import DamagedData
 from data_pipeline.index import Index, ShardEntry, is_complete, refuse_complete
 from data_pipeline.shards import Sample, write_shards
 
@@ -77,7 +78,6 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change, reason",
     [
-        ({"version": 1}, "version is 1"),
         ({"kind": "movies"}, "kind is 'movies'"),
         ({"shards": [{"name": "x"}]}, "missing"),
         ({"shards": [entry(name="../shard-000000.tar")]}, "shard name"),
@@ -94,7 +94,7 @@ def test_an_index_of_another_kind_is_refused(tmp_path: Path) -> None:
         ({"shards": [entry(extra=1)]}, "extra"),
         ({"meta": {"classes": 10**9}}, "classes is not a list"),
         ({"kind": "codes", "version": 3}, "lacks patch_nums"),
-        ({"kind": "codes"}, "version is 2, of codes this program reads version 3, made by launchers/encode_codes.py"),
+        ({"shards": [entry(samples=2_000_000, bytes=2**40)]}, "2000000 samples, at most 1016800 fit its table"),
         ({"shards": 3}, "int"),
         ({"meta": {}}, "lacks classes"),
     ],
@@ -106,6 +106,27 @@ def test_a_malformed_index_is_one_clear_error(tmp_path: Path, change: dict, reas
     with pytest.raises(ValueError, match=f"index.json: malformed index, .*{reason}.*index_shards.py") as caught:
         Index.read(tmp_path)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [{"version": 1}, {"kind": "codes"}, {"version": 99}])
+def test_an_index_of_another_version_says_what_to_do(tmp_path: Path, change: dict) -> None:
+    pack(tmp_path)
+    path = tmp_path / "index.json"
+    values = {**json.loads(path.read_text()), **change}
+    path.write_text(json.dumps(values))
+    wanted = 3 if values["kind"] == "codes" else 2
+    reason = f"index.json: version is {values['version']}, of {values['kind']} this program reads version {wanted}; d"
+    with pytest.raises(DamagedData, match=reason):
+        Index.read(tmp_path)
+
+
+def test_a_table_has_room_for_fewer_samples_where_each_has_more_parts() -> None:
+    meta = {"classes": ["a"], "patch_nums": [1], "vocab_size": 2, "num_tokens": 1, "bits": 12, "tokenizer_sha256": ""}
+    shard = ShardEntry("shard-000000.tar", 300_000, 2**40, "0" * 64, "0" * 64)
+    assert Index("codes", (shard,), {**meta, "views": 8}).record_parts == 8
+    with pytest.raises(ValueError, match="300000 samples, at most 208412 fit its table of members"):
+        Index("codes", (shard,), {**meta, "views": 16})
+    assert Index("images", (shard,), meta).record_parts == 0
 
 
 def test_random_bytes_in_place_of_the_index_are_a_clear_error(tmp_path: Path) -> None:

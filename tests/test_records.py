@@ -140,20 +140,30 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error_and_no_end_of_the_proc
 
 def test_twins_read_at_the_same_time(tmp_path: Path) -> None:
     reader = pack(tmp_path, plain_samples())
+    reader.read_records(np.array([0]), np.array([0]), KIND, otherwise=refuse)  # they share what is known of one shard
+    together = threading.Barrier(4)
     ids, parts = np.arange(11).repeat(50), np.full(550, 2)
     found: list[bytes] = []
 
     def read(own: ShardReader) -> None:
+        together.wait()
         found.append(own.read_records(ids, parts, KIND, otherwise=refuse).tobytes())
         own.close()
 
-    readers = [threading.Thread(target=read, args=(reader.twin(),)) for _ in range(4)]
+    twins = [reader.twin() for _ in range(4)]
+    assert all(twin._places is reader._places is not None for twin in twins)
+    readers = [threading.Thread(target=read, args=(twin,)) for twin in twins]
     for thread in readers:
         thread.start()
     for thread in readers:
         thread.join()
     assert found == 4 * [b"".join(expected(ids, parts))]
     assert reader.read_records(ids, parts, KIND, otherwise=refuse).tobytes() == found[0]
+
+
+def test_more_samples_than_memory_can_hold_are_one_line() -> None:
+    with pytest.raises(ValueError, match="35184372088832 samples with 4 views take 1,407,375 GB of memory, more than"):
+        RecordPlaces(KIND, [2**45])
 
 
 def test_shards_are_looked_up_once_and_empty_ones_do_not_matter() -> None:

@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from remote_files import FILE, hasty_cache, remote_file, s3_server
 from shard_mutations import make_images
 from shard_server import ShardServer, faulty_relay, shard_server
+from tiny import VIEWS, open_codes, pack_codes
 from workers import ended_well, fork, kill, wait_for
 
 from data_pipeline import downloads
@@ -240,6 +242,25 @@ def test_batches_from_s3_are_those_of_the_local_folder(
         data = dataset("s3://bucket/data", hasty_settings(tmp_path, packed))
         assert_same(batches(data, workers), expected)
         assert relay.broken and relay.connections > 7
+
+
+def test_a_copy_of_codes_that_went_bad_is_fetched_anew_by_who_meets_it(tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in pack_codes(tmp_path / "codes", 3).iterdir()}
+    ids, epochs = np.arange(3), np.zeros(3, dtype=np.int64)
+    expected = open_codes(tmp_path / "codes").read(ids, epochs)[0]
+    with shard_server(**files) as running:
+        dataset = open_codes(Storage(running.url(""), CacheConfig(folder=str(tmp_path / "cache"))))
+        copy = tmp_path / "cache" / dataset.index.shards[0].sha256
+        for view in (int(expected[1, 1]), (int(expected[1, 1]) + 1) % VIEWS):  # of sample 1: the one shown, and another
+            assert torch.equal(dataset.read(ids, epochs)[0], expected)
+            content = bytearray(files["shard-000000.tar"])
+            content[1536 + 10 * view + 4] ^= 1
+            copy.chmod(0o600)
+            with copy.open("r+b") as file:  # under the reader that has it open
+                file.write(content)
+            assert torch.equal(dataset.read(ids, epochs)[0], expected)
+            is_shown = view == expected[1, 1]
+            assert copy.read_bytes() == (files["shard-000000.tar"] if is_shown else content)
 
 
 def test_a_copy_that_went_bad_in_the_cache_is_fetched_anew(packed: Path, tmp_path: Path) -> None:

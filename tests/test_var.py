@@ -283,7 +283,7 @@ def twenty_losses(config: VARConfig, prepare: Callable[[VAR], None]) -> list[flo
 def test_twenty_steps_take_the_losses_of_the_plain_path(config: VARConfig, name: str, value: str) -> None:
     plain = twenty_losses(config, lambda var: setattr(var, "attention", MASKED))
     faster = twenty_losses(config, lambda var: setattr(var, name, value))
-    assert faster == pytest.approx(plain, rel=1e-5) and faster[-1] < faster[0]
+    assert faster == pytest.approx(plain, rel=1e-5, abs=1e-6) and faster[-1] < faster[0]  # one passes near zero
 
 
 @pytest.mark.slow
@@ -291,5 +291,5 @@ def test_twenty_steps_take_the_losses_of_the_plain_path(config: VARConfig, name:
 def test_twenty_steps_of_compiled_blocks_take_the_losses_of_the_plain_path(kind: str) -> None:
     plain = twenty_losses(KINDS[kind], lambda var: None)
     counters.clear()
-    assert twenty_losses(KINDS[kind], VAR.compile_blocks) == pytest.approx(plain, rel=1e-5)
+    assert twenty_losses(KINDS[kind], VAR.compile_blocks) == pytest.approx(plain, rel=1e-5, abs=1e-6)
     assert counters["stats"]["unique_graphs"] == 1      # both blocks share it

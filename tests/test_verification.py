@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from shard_mutations import make_images
-from tiny import pack_codes
+from tiny import open_codes, pack_codes
 
 from data_pipeline.codes import CodeFormat
+from data_pipeline.files import bytes_sha256
 from data_pipeline.index import Index
-from data_pipeline.members import Sample
+from data_pipeline.members import Sample, row_type
 from data_pipeline.shards import write_shards
 from data_pipeline.storage import Storage
 from data_pipeline.verification import folders_of, verify_shards
@@ -99,6 +100,20 @@ def test_decoding_finds_a_record_whose_views_disagree_about_the_class(tmp_path: 
     assert [fault.split(": ", 1)[1] for fault in faults(tmp_path / "mixed", decode=True)] == [
         "sample a: its views have several classes, [1, 2]"
     ]
+
+
+def test_decoding_finds_a_table_whose_checksums_of_views_are_not_theirs(tmp_path: Path) -> None:
+    """Reading would be right and slow: each view would be given up, and the whole sample read."""
+    index = Index.read(pack_codes(tmp_path, 3))
+    path = tmp_path / index.shards[0].members_name
+    table = np.frombuffer(path.read_bytes(), dtype=row_type(index.record_parts)).copy()
+    table["parts"][1, 2] ^= 1
+    path.write_bytes(table.tobytes())
+    replace(index, shards=(replace(index.shards[0], members_sha256=bytes_sha256(table.tobytes())),)).write(tmp_path)
+    found = faults(tmp_path, decode=True)
+    assert len(found) == 1 and "sample 000000001: the table of members has other checksums of its views" in found[0]
+    dataset, plain = open_codes(tmp_path), np.array([0, 1, 2])
+    assert dataset.read(plain, np.zeros(3, np.int64))[0][:, 0].tolist() == [0, 1, 2]
 
 
 def test_many_faults_are_cut_short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.codes import CodeFormat
 from data_pipeline.datasets import CodeDataset
 from data_pipeline.shards import Sample, write_shards
+from data_pipeline.storage import Storage
 from launchers import encode_codes, pack_images
 from launchers.assembly import open_codes_or_images, validation_source
 from launchers.command_line import Command
@@ -152,7 +153,7 @@ def pack_codes(folder: Path, num_samples: int = 21, *, label: Callable[[int], in
     return folder
 
 
-def open_codes(folder: Path) -> CodeDataset:
+def open_codes(folder: Path | Storage) -> CodeDataset:
     return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64)
 
 
