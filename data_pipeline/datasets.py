@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from copy import copy
+from math import gcd
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +23,7 @@ from data_pipeline.damage import BadSample, DamagedData, DamagedShard
 from data_pipeline.images import ImageTransform, image_of
 from data_pipeline.index import Index
 from data_pipeline.labels import JSON_KEY, label_of
-from data_pipeline.plan import Stream, hash_uniform
+from data_pipeline.plan import Stream, hash_keys, hash_uniform
 from data_pipeline.reader import ShardReader
 from data_pipeline.storage import Storage
 from data_pipeline.tensors import stack_pixels, widen
@@ -30,6 +31,7 @@ from data_pipeline.tensors import stack_pixels, widen
 STRICT = "strict"
 QUARANTINE = re.compile(r"quarantine:([1-9][0-9]{0,8})")
 REMEDY = "pack this data again, or let data.bad_samples be quarantine:MAX"
+LOW_BITS = np.uint64(2**32 - 1)
 MAX_TRIES = 100  # substitutes tried for one bad sample; where as many neighbours are bad, the shard is
 
 
@@ -43,6 +45,8 @@ def bad_sample_limit(policy: str) -> int:
 
 class PackedDataset:
     """What images and codes share: an index, its shards, labels that must be classes, and what to do with a bad one."""
+
+    read_together = 1  # samples from which on it makes no difference how many are read by one call
 
     def __init__(self, storage: Storage, index: Index, max_bad: int) -> None:
         """max_bad: 0 if a bad sample is an error, else the number of bad samples that the caller will bear.
@@ -194,6 +198,8 @@ class ImageDataset(PackedDataset):
 class CodeDataset(PackedDataset):
     """Codes of a packed folder. Of K stored views, K epochs show each sample each view once, in an order of its own."""
 
+    read_together = 256
+
     def __init__(
         self,
         folder: str | Path | Storage,
@@ -219,6 +225,8 @@ class CodeDataset(PackedDataset):
                 )
         self.vocab_size = vocab_size
         self.format = CodeFormat(self.index.meta["num_tokens"], self.index.meta["views"], self.index.meta["bits"])
+        views = self.format.views
+        self._strides = np.array([stride for stride in range(1, views + 1) if gcd(stride, views) == 1])
 
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
         """ids, epochs: (B,) -> codes (B, L) int16, or int32 if they have 16 bits, and labels (B,) int64."""
@@ -261,9 +269,15 @@ class CodeDataset(PackedDataset):
                 raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample_id}: {error}") from error
 
     def _views(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The view each sample shows in its epoch: a permutation of the K views for each sample and K epochs."""
-        if self.format.views == 1:
+        """The view each sample shows in its epoch: K epochs show each of the K views once.
+
+        Of a sample's K epochs each goes on from the view before by one stride, which has no divisor in common with K.
+        First view and stride are drawn anew for each sample and every K epochs.
+        """
+        views, strides = self.format.views, self._strides
+        if views == 1:
             return np.zeros(len(ids), dtype=np.int64)
-        cycles, turns = np.divmod(epochs, self.format.views)
-        order = np.argsort(hash_uniform(0, Stream.VIEW, ids, cycles, self.format.views), axis=1)  # (B, K)
-        return order[np.arange(len(ids)), turns]
+        cycles, turns = np.divmod(epochs, views)
+        bits = hash_keys(0, Stream.VIEW, ids, cycles)  # (B,)
+        first, chosen = (bits >> np.uint64(32)) % np.uint64(views), (bits & LOW_BITS) % np.uint64(len(strides))
+        return (first.astype(np.int64) + turns * strides[chosen]) % views

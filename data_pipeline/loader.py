@@ -3,105 +3,24 @@
 Micro-step i of a run covers the next batch_size * world_size positions of the training stream, of which each rank takes
 one contiguous slice. So every rank has the same number of full batches, and neither the number of ranks nor of workers
 changes which samples come in which order. A batch may straddle two epochs; no sample is dropped or repeated.
-Legend: B batch, L codes of one image, S image size in pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count
-from typing import Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from data_pipeline.damage import BadSample
-from data_pipeline.index import Index
+from data_pipeline.batches import Batch, Dataset, Request, read_batch, read_batches
 from data_pipeline.plan import WINDOW_SAMPLES, Plan
 from data_pipeline.prefetch import Prefetcher, bytes_at_once
 from data_pipeline.read_ahead import ReadAhead
 from data_pipeline.read_thread import ThreadAhead
-from data_pipeline.reader import ShardReader
-from data_pipeline.storage import Storage
-from data_pipeline.tensors import widen
 
-AHEAD = 2  # batches that wait, ready, for the step
-
-
-@dataclass(frozen=True)
-class Batch:
-    """data: images (B, 3, S, S) or codes (B, L); the others (B,), int64, weights float32.
-
-    As it comes from a loader, data is narrow: uint8, or int16 (int32 for codes of 16 bits), which is a quarter to move.
-    `to` makes what models take, on the device: float32 in [-1, 1], or int64.
-    positions are those of the training stream, or of the data set in validation. Rows of weight 0 are padding.
-    """
-
-    data: Tensor
-    labels: Tensor
-    positions: Tensor
-    weights: Tensor
-    bad: tuple[BadSample, ...] = ()  # of the samples of this batch, those that others stand in for
-
-    def to(self, device: torch.device | str) -> Batch:
-        """The batch on a device, with wide data. The copy is asynchronous if the batch is pinned."""
-        moved = self._with_each(lambda part: part.to(device, non_blocking=True))
-        return replace(moved, data=widen(moved.data))
-
-    def pinned(self) -> Batch:
-        """The batch in memory that a GPU copies from by itself. Needs CUDA."""
-        return self._with_each(Tensor.pin_memory)
-
-    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Batch:
-        names = ("data", "labels", "positions", "weights")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
-
-
-class Dataset(Protocol):
-    """What the loader needs: sizes, and samples by number and epoch."""
-
-    folder: str
-    storage: Storage
-    index: Index
-    num_classes: int
-    reader: ShardReader
-    max_bad: int
-
-    def __len__(self) -> int: ...
-
-    @property
-    def shard_sizes(self) -> tuple[int, ...]: ...
-
-    def read_or_substitute(
-        self, ids: np.ndarray, epochs: np.ndarray
-    ) -> tuple[Tensor, Tensor, tuple[BadSample, ...]]: ...
-
-    def label(self, sample_id: int) -> int: ...
-
-    def note_bad(self, bad: tuple[BadSample, ...]) -> None: ...
-
-    def twin(self) -> Dataset: ...
-
-
-@dataclass(frozen=True)
-class _Request:
-    """The rows of one batch before they are read: stream positions, what stands there, and its weight. Each (B,)."""
-
-    positions: np.ndarray
-    ids: np.ndarray
-    epochs: np.ndarray
-    weights: np.ndarray
-
-    def __str__(self) -> str:
-        return f"samples {self.positions[0]} to {self.positions[-1]} of the stream"
-
-
-def _read_batch(dataset: Dataset, request: _Request) -> Batch:
-    data, labels, bad = dataset.read_or_substitute(request.ids, request.epochs)
-    return Batch(data, labels, torch.from_numpy(request.positions), torch.from_numpy(request.weights), bad)
+AHEAD = 2  # batches that wait, ready, for the step; more where more are read together
 
 
 class _Noted(Iterator[Batch]):
@@ -138,7 +57,7 @@ class _Ahead(Iterator[Batch]):
         self._prefetcher = Prefetcher(self._fetch, own_plan.shards_from(samples_seen), ahead=ahead)
         self._batches: Iterator[Batch] = iter(())
 
-    def told_of(self, requests: Iterator[_Request], *, reach: int) -> Iterator[_Request]:
+    def told_of(self, requests: Iterator[Request], *, reach: int) -> Iterator[Request]:
         """The requests as they are made; all ranks together are then `reach` positions beyond the first of each."""
         for request in requests:
             self._prefetcher.reached(int(request.positions[0]) + reach)
@@ -209,24 +128,28 @@ def train_batches(
     if ahead:
         requests = ahead.told_of(requests, reach=batch_size * (world_size - rank))
     batches: Iterator[Batch]
+    together = 1 if workers else max(1, dataset.read_together // batch_size)
     if workers:
-        batches = ReadAhead(partial(_read_batch, dataset), requests, workers=workers)
+        batches = ReadAhead(partial(read_batch, dataset), requests, workers=workers)
     else:
-        batches = map(partial(_read_batch, dataset.twin()), requests)
+        batches = read_batches(dataset.twin(), requests, together=together)
     # Threads start after the workers, so that none is in its middle when they are forked.
-    batches = _in_thread(batches, torch.device(device), workers=workers)
+    batches = _in_thread(batches, torch.device(device), workers=workers, ahead=max(AHEAD, together))
     if ahead:
         batches = ahead.start(batches)
     return _Noted(batches, dataset) if dataset.max_bad else batches
 
 
-def _in_thread(batches: Iterator[Batch], device: torch.device, *, workers: int) -> Iterator[Batch]:
-    """Batches that a thread takes ahead: to read them here, or to pin them; those of workers are ahead as they are."""
+def _in_thread(batches: Iterator[Batch], device: torch.device, *, workers: int, ahead: int) -> Iterator[Batch]:
+    """Batches that a thread takes ahead: to read them here, or to pin them; those of workers are ahead as they are.
+
+    ahead: at least those that are read together, which last while the next are read.
+    """
     close = batches.close if isinstance(batches, ReadAhead) else None
     if device.type == "cuda":
         prepare = partial(_use_device, device)
-        return ThreadAhead(map(Batch.pinned, batches), ahead=AHEAD, prepare=prepare, close=close)
-    return batches if workers else ThreadAhead(batches, ahead=AHEAD)
+        return ThreadAhead(map(Batch.pinned, batches), ahead=ahead, prepare=prepare, close=close)
+    return batches if workers else ThreadAhead(batches, ahead=ahead)
 
 
 def _use_device(device: torch.device) -> None:
@@ -263,7 +186,7 @@ def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_si
     if len(dataset) < 1:
         raise ValueError("the validation data is empty, expected at least one sample; pack the data again")
     requests = _validation_requests(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    batches = map(partial(_read_batch, dataset), requests)
+    batches = map(partial(read_batch, dataset), requests)
     return _Noted(batches, dataset) if dataset.max_bad else batches
 
 
@@ -274,16 +197,16 @@ def _check_share(batch_size: int, rank: int, world_size: int) -> None:
         raise ValueError(f"rank is {rank}, expected 0 .. {world_size - 1}")
 
 
-def _train_requests(plan: Plan, *, first: int, batch_size: int, stride: int) -> Iterator[_Request]:
+def _train_requests(plan: Plan, *, first: int, batch_size: int, stride: int) -> Iterator[Request]:
     weights = np.ones(batch_size, dtype=np.float32)
     for start in count(first, stride):
         ids, epochs = plan.samples(start, start + batch_size)
-        yield _Request(np.arange(start, start + batch_size), ids, epochs, weights)
+        yield Request(np.arange(start, start + batch_size), ids, epochs, weights)
 
 
-def _validation_requests(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[_Request]:
+def _validation_requests(num_samples: int, *, batch_size: int, rank: int, world_size: int) -> Iterator[Request]:
     for start in range(0, num_samples, batch_size * world_size):
         positions = start + rank * batch_size + np.arange(batch_size)
         weights = (positions < num_samples).astype(np.float32)
         ids = np.minimum(positions, num_samples - 1)
-        yield _Request(positions, ids, np.zeros_like(ids), weights)
+        yield Request(positions, ids, np.zeros_like(ids), weights)

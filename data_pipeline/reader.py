@@ -7,6 +7,7 @@ lies; nothing that a damaged tar claims is believed.
 from __future__ import annotations
 
 import os
+import resource
 from bisect import bisect_right
 from collections.abc import Callable
 from copy import copy
@@ -34,7 +35,7 @@ from data_pipeline.records import NOWHERE, RecordKind, RecordPlaces
 from data_pipeline.storage import Storage
 from data_pipeline.tar import BLOCK_BYTES, TarFault
 
-MAX_OPEN_SHARDS = 256  # well under the usual limit of 1,024 open files per process
+FEWEST_OPEN_SHARDS = 64
 AGAIN = "copy or pack it again"
 
 
@@ -56,6 +57,7 @@ class ShardReader:
         self.check = check
         self._first_ids = [0, *accumulate(shard.samples for shard in index.shards)]
         self._descriptors: dict[int, int] = {}  # shard number -> open file
+        self._most_open = most_open_shards()
         self._tables: dict[int, tuple[np.ndarray, list[int]]] = {}  # shard number -> rows, first row of each sample
         self._places: RecordPlaces | None = None
         self.storage.check_sizes(index.shards)
@@ -191,10 +193,12 @@ class ShardReader:
 
     def _descriptor(self, number: int) -> int:
         if number not in self._descriptors:
-            self._close_removed()
-            if len(self._descriptors) >= MAX_OPEN_SHARDS:
+            shard = self.index.shards[number]
+            if self.storage.is_remote_shard(shard):
+                self._close_removed()
+            if len(self._descriptors) >= self._most_open:
                 os.close(self._descriptors.pop(next(iter(self._descriptors))))
-            self._descriptors[number] = self.storage.open(self.index.shards[number])
+            self._descriptors[number] = self.storage.open(shard)
         return self._descriptors[number]
 
     def _close_removed(self) -> None:
@@ -202,6 +206,15 @@ class ShardReader:
         removed = [number for number, open_file in self._descriptors.items() if not os.fstat(open_file).st_nlink]
         for number in removed:
             os.close(self._descriptors.pop(number))
+
+
+def most_open_shards() -> int:
+    """A quarter of the files that this process may have open (`ulimit -n`): a run has several readers, and more files.
+
+    Where there are more shards, each sample from one that is not open costs the opening of a file.
+    """
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(FEWEST_OPEN_SHARDS, (2**20 if allowed == resource.RLIM_INFINITY else allowed) // 4)
 
 
 def load_members(storage: Storage, shard: ShardEntry, *, parts: int) -> tuple[np.ndarray, list[int]]:

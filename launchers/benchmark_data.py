@@ -18,15 +18,24 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.batches import Batch
 from data_pipeline.datasets import CodeDataset, ImageDataset
 from data_pipeline.images import image_of
 from data_pipeline.index import Index
-from data_pipeline.loader import Batch, train_batches
+from data_pipeline.loader import train_batches
 from data_pipeline.reader import ShardReader, load_members
 from data_pipeline.storage import Storage
 from data_pipeline.tensors import widen
 from launchers.benchmark_config import BenchmarkConfig
-from launchers.benchmark_folders import CODE_SAMPLES, VIEWED_SAMPLES, VIEWS, files_of, made_codes, made_images
+from launchers.benchmark_folders import (
+    CODE_SAMPLES,
+    CODE_SHARDS,
+    VIEWED_SAMPLES,
+    VIEWS,
+    files_of,
+    made_codes,
+    made_images,
+)
 from launchers.benchmark_loaders import (
     BATCH,
     TRANSFORM,
@@ -40,7 +49,7 @@ from launchers.benchmark_loaders import (
 from launchers.benchmark_models import var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 
-LARGE_BATCH = 256
+SMALL_BATCH, LARGE_BATCH = 16, 256
 PASSES = {"codes": 5, "images": 2}  # over the data in a turn, so that the start of what reads ahead is little of it
 WORKERS = 2
 
@@ -64,8 +73,8 @@ def benchmark_data(config: BenchmarkConfig) -> list[Row]:
 
 
 def _made_folders(made: Path, config: BenchmarkConfig) -> list[str]:
-    made_codes(made / "codes", var_config(config), views=1, samples=CODE_SAMPLES)
-    made_codes(made / "viewed", var_config(config), views=VIEWS, samples=VIEWED_SAMPLES)
+    for name, views, samples in (("codes", 1, CODE_SAMPLES), ("viewed", VIEWS, VIEWED_SAMPLES)):
+        made_codes(made / name, var_config(config), views=views, samples=samples, shards=CODE_SHARDS)
     made_images(made / "images")
     return [str(made / name) for name in ("codes", "viewed", "images")]
 
@@ -78,6 +87,7 @@ def code_calls(folder: str) -> Calls:
     large = partial(_batches, size=LARGE_BATCH)
     calls = {
         f"{views} {BATCH}, one core": on_one_core(_batches(_codes(folder), BATCH)),
+        f"{views} {SMALL_BATCH}, one core": on_one_core(_batches(_codes(folder), SMALL_BATCH)),
         f"{views} {LARGE_BATCH}, one core": on_one_core(large(_codes(folder))),
         f"{views} {LARGE_BATCH}, one core, not checked": on_one_core(large(_unchecked(_codes(folder)))),
         f"{views} {LARGE_BATCH}, {WORKERS} processes": large(_codes(folder), workers=WORKERS),

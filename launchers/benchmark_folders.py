@@ -19,13 +19,14 @@ from data_pipeline.shards import write_shards
 from models.var import VARConfig
 
 CODE_SAMPLES, VIEWED_SAMPLES, IMAGE_SAMPLES = 20_000, 4_000, 1_536
+CODE_SHARDS = 128  # as many as pack_images and encode_codes make of ImageNet
 VIEWS = 16  # as launchers/encode_codes.py stores of a training image
 IMAGE_SIDE = 288
 IMAGE_CLASSES = 1000
 
 
-def made_codes(folder: Path, model: VARConfig, *, views: int, samples: int) -> Index:
-    """Two code shards for a model, of random codes, packed as `encode_codes` does it."""
+def made_codes(folder: Path, model: VARConfig, *, views: int, samples: int, shards: int = 2) -> Index:
+    """Code shards for a model, of random codes, packed as `encode_codes` does it."""
     num_tokens, vocab_size, classes = model.scales.num_tokens, model.vocab_size, model.num_classes
     generator = np.random.default_rng(0)
     layout = CodeFormat.for_vocab(num_tokens, vocab_size, views)
@@ -34,7 +35,7 @@ def made_codes(folder: Path, model: VARConfig, *, views: int, samples: int) -> I
     meta = {"patch_nums": list(model.patch_nums), "vocab_size": vocab_size, "num_tokens": num_tokens}
     meta |= {"bits": layout.bits, "views": views, "tokenizer_sha256": "0" * 64} | class_names(classes)
     stored = (Sample(f"{number:09d}", {layout.suffix: record}) for number, record in enumerate(records))
-    return write_shards(stored, folder, kind="codes", meta=meta, samples_per_shard=samples // 2)
+    return write_shards(stored, folder, kind="codes", meta=meta, samples_per_shard=-(-samples // shards))
 
 
 def class_names(number: int) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from launchers.benchmark_timing import Row
 from training.mlflow_client import code_version
 
 Report = dict[str, Any]
+USED_BY_PUBLIC = ("flash-attn", "xformers")  # by the public code where they are installed
 MUST_AGREE = ("machine", "versions", "settings")  # of figures that may stand in one table
 
 
@@ -73,6 +74,7 @@ def versions() -> dict[str, Any]:
         "driver": get_nvidia_driver_version(run) if on_cuda else None,
         "deepspeed": _installed("deepspeed"),
         "nextscale": _installed("nextscale"),
+        **{package: _installed(package) for package in USED_BY_PUBLIC},
         "commit": code_version(),
     }
 
@@ -101,4 +103,9 @@ def unfinished_rows(report: Report, out: str) -> list[Row]:
     if not isinstance(found, dict) or found.get("finished") is not False:
         return []
     wanted = json.loads(json.dumps(report))  # a tuple becomes a list
-    return found["rows"] if all(found.get(name) == wanted[name] for name in MUST_AGREE) else []
+    return found["rows"] if all(_fixed(found.get(name)) == _fixed(wanted[name]) for name in MUST_AGREE) else []
+
+
+def _fixed(part: Any) -> Any:
+    """Without the driver, which one card may have in two versions on two days."""
+    return {name: value for name, value in part.items() if name != "driver"} if isinstance(part, dict) else part

@@ -1,8 +1,7 @@
 """`benchmark.py sample`: images drawn from labels, tokens and pictures, ours and the public code's, by batch size.
 
-Settings are the defaults of `Sampling`, which are those of the released models' FID. Weights are initial ones: what is
-computed does not depend on them. Rows whose transformer and decoder work in different precisions have no MFU: on a GPU
-that is fp32 as a whole too, whose convolutions cuDNN computes in TF32.
+Settings are the defaults of `Sampling`, which are those of the released models' FID. Rows whose transformer and decoder
+work in different precisions have no MFU: on a GPU that is fp32 as a whole too, since cuDNN computes in TF32.
 """
 
 from __future__ import annotations
@@ -14,9 +13,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from launchers.benchmark_config import BenchmarkConfig
-from launchers.benchmark_models import make_tokenizer, public_code, var_config
-from launchers.benchmark_timing import MIXED, Contestant, Row, time_in_turns
-from launchers.machine_limits import convolution_precision, device_type, synchronize
+from launchers.benchmark_models import make_tokenizer, make_var, public_code
+from launchers.benchmark_timing import Contestant, Row, time_in_turns
+from launchers.machine_limits import common_precision, device_type, synchronize
 from launchers.public_code import PublicCode
 from launchers.sample_plan import SamplePlan
 from launchers.sampler import Sampler, compile_both, decoder_precision, speed_up
@@ -56,17 +55,26 @@ class Drawing:
 
 def benchmark_sample(config: BenchmarkConfig) -> list[Row]:
     """For each batch size images a second; its first row is the public code, where it is there."""
-    var, tokenizer = VAR(var_config(config)).eval().requires_grad_(False), make_tokenizer(config)
+    var, tokenizer = make_var(config).eval().requires_grad_(False), make_tokenizer(config)
     with public_code(config, var, tokenizer) as public:
-        var, tokenizer = var.to(device_type()), tokenizer.to(device_type())
-        plain = Drawing(var, deepcopy(tokenizer), config.batch)
+        tokenizer = tokenizer.to(device_type())
+        unfolded = deepcopy(tokenizer)
         speed_up(var, tokenizer, config.precision, compiles=False)
-        fast = Drawing(var, tokenizer, config.batch)
-        rows = time_in_turns(contestants(config, public, fast) + switches(config, plain, fast), config.repeats)
+        eager = Drawing(var, tokenizer, config.batch)
+        fast = compiled(eager) if config.compile else eager
+        rows = contestants(config, public, fast) + switches(config, fast, eager, replace(fast, tokenizer=unfolded))
+        found = time_in_turns(rows, config.repeats)
         for batch in config.batches:
             more = contestants(replace(config, batch=batch), public, replace(fast, batch=batch))
-            rows += time_in_turns(more, config.repeats)
-    return rows
+            found += time_in_turns(more, config.repeats)
+    return found
+
+
+def compiled(drawing: Drawing) -> Drawing:
+    """A copy, compiled: the models are prepared already, and to fold again would round twice."""
+    fast = replace(drawing, var=deepcopy(drawing.var), tokenizer=deepcopy(drawing.tokenizer))
+    compile_both(fast.var, fast.tokenizer)
+    return fast
 
 
 def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawing) -> list[Contestant]:
@@ -83,30 +91,23 @@ def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawin
         call,
         flops_per_image(fast, is_folded=False),
         precision=common_precision(config.precision, config.precision),  # its autocast spans both
-        memory=call.memory,
+        elsewhere=call,
     )
     return [theirs, ours]
 
 
-def common_precision(transformer: str, decoder: str) -> str:
-    """The precision in which both compute, or MIXED."""
-    return transformer if convolution_precision(decoder) == transformer else MIXED
-
-
-def switches(config: BenchmarkConfig, plain: Drawing, fast: Drawing) -> list[Contestant]:
+def switches(config: BenchmarkConfig, fast: Drawing, eager: Drawing, unfolded: Drawing) -> list[Contestant]:
     """Ours with one thing changed."""
     guidance = SAMPLING.schedule(fast.var.scales.num_scales)
-    compiled = replace(fast, var=deepcopy(fast.var), tokenizer=deepcopy(fast.tokenizer))
-    folded, unfolded = (flops_per_image(fast, is_folded=is_folded) for is_folded in (True, False))
+    folded, plain = (flops_per_image(fast, is_folded=is_folded) for is_folded in (True, False))
     alone, whole = config.precision, common_precision(config.precision, decoder_precision(config.precision))
     calls: list[tuple[str, Callable[[], int], int, str]] = [
-        ("plain decoder in fp32", plain.images, unfolded, common_precision(alone, "fp32")),
+        ("plain decoder in fp32", unfolded.images, plain, common_precision(alone, "fp32")),
         ("codes alone, no pixels", fast.codes, generation_flops(fast.var.config, guidance), alone),
         ("as sample.py draws", as_the_launcher(fast), folded, whole),
     ]
     if config.compile:
-        compile_both(compiled.var, compiled.tokenizer)  # they are prepared: folding again would round twice
-        calls.append(("compiled", compiled.images, folded, whole))
+        calls.append(("not compiled", eager.images, folded, whole))
     return [
         Contestant(f"ours, {name}, batch {config.batch}", call, flops, precision=precision)
         for name, call, flops, precision in calls

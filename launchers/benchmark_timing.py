@@ -1,7 +1,8 @@
 """Contestants timed in turns within one process, so that a busy machine slows all of them; what they did with it.
 
-A ratio is the median of those of the turns, not the ratio of two medians: the turns see the same weather. FLOPs and
-bytes that a contestant names are set against what this machine was measured to reach (launchers/machine_limits.py).
+A ratio is the median of those of the turns, not the ratio of two medians: the turns see the same weather, and each has
+another order. FLOPs and bytes that a contestant names are set against what this machine was measured to reach
+(launchers/machine_limits.py).
 
 Of a GPU's memory a row tells two things. `working_bytes` is the most that was allocated during a call above what was
 there when it began: activations, gradients, temporaries. It is the call's own, whoever else lives in the process.
@@ -14,15 +15,23 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from launchers.machine_limits import copy_bytes_per_second, device_type, matmul_flops_per_second
+from launchers.machine_limits import MIXED, copy_bytes_per_second, device_type, matmul_flops_per_second
 
 Row = dict[str, Any]
 GIB = 2**30
-MIXED = ""  # the precision of work that has several: no one peak is its limit
+WARM_UPS = 2  # turns: ZeRO-3 follows the trace of its second step from the third on
+
+
+class Elsewhere(Protocol):
+    """Another process, in which a contestant works."""
+
+    def memory(self) -> Row: ...  # the columns of what the latest call took of a GPU
+
+    def release(self) -> None: ...  # gives back the memory of a GPU that it holds for calls to come
 
 
 @dataclass(frozen=True)
@@ -35,38 +44,63 @@ class Contestant:
     bytes_per_image: float = 0  # the least to be moved from and to memory; 0: not known
     bytes_on: str = field(default_factory=device_type)  # cpu or cuda: whose memory that is
     precision: str = "fp32"  # whose matmul peak the FLOPs are set against; MIXED: none, and no MFU
-    memory: Callable[[], Row] | None = None  # what the latest call took in another process; None: it works in this one
+    elsewhere: Elsewhere | None = None  # the process that works; None: this one
     extra: Callable[[], Row] = dict  # more columns, asked for once all turns are done
 
 
-def time_in_turns(contestants: Sequence[Contestant], repeats: int) -> list[Row]:
-    """Samples a second of each, and its speed over the first one's in the same turn; one turn more to warm up."""
+def time_in_turns(contestants: Sequence[Contestant], repeats: int, *, rival: str = "") -> list[Row]:
+    """Samples a second of each, and its speed over the first one's in the same turn; WARM_UPS turns more come first.
+
+    rival: the name of a contestant, if there is one, to whose speed each is compared too. Where several processes share
+    a GPU, each gives back what it does not keep at the end of its turn, and begins with a call that is not timed.
+    """
+    shares_gpu = torch.cuda.is_available() and any(contestant.elsewhere for contestant in contestants)
     rates: list[list[float]] = [[] for _ in contestants]
     memories: list[Row] = [{} for _ in contestants]
-    for turn in range(repeats + 1):
-        for number, contestant in enumerate(contestants):
-            resident = _forget_peak()
-            start = time.perf_counter()
-            count = contestant.call()
-            seconds = time.perf_counter() - start
-            if turn:
-                rates[number].append(count / seconds)
-                taken = contestant.memory() if contestant.memory else _memory_above(resident)
+    for turn in range(-WARM_UPS, repeats):
+        for place in range(len(contestants)):
+            number = (turn + place) % len(contestants)
+            rate, taken = _take_turn(contestants[number], shares_gpu=shares_gpu)
+            if turn >= 0:
+                rates[number].append(rate)
                 memories[number] = {name: max(memories[number].get(name, 0), value) for name, value in taken.items()}
-    return [
-        _row(contestant, found, rates[0]) | memory | contestant.extra()
+    rows = [
+        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | memory | contestant.extra()
         for contestant, found, memory in zip(contestants, rates, memories, strict=True)
     ]
+    for other in (found for contestant, found in zip(contestants, rates, strict=True) if contestant.name == rival):
+        for row, found in zip(rows, rates, strict=True):
+            row["rival_ratio"] = _ratio(found, other)
+    return rows
 
 
-def _row(contestant: Contestant, rates: list[float], reference: list[float]) -> Row:
+def _take_turn(contestant: Contestant, *, shares_gpu: bool) -> tuple[float, Row]:
+    """Samples a second of one call, and the columns of the memory that it took."""
+    elsewhere = contestant.elsewhere
+    if shares_gpu:
+        contestant.call()
+    resident = _forget_peak()
+    start = time.perf_counter()
+    count = contestant.call()
+    rate = count / (time.perf_counter() - start)
+    taken = elsewhere.memory() if elsewhere else _memory_above(resident)
+    if shares_gpu:
+        release = elsewhere.release if elsewhere else torch.cuda.empty_cache
+        release()
+    return rate, taken
+
+
+def _ratio(rates: list[float], reference: list[float]) -> float:
+    return statistics.median(one / other for one, other in zip(rates, reference, strict=True))
+
+
+def _row(contestant: Contestant, rates: list[float]) -> Row:
     median = statistics.median(rates)
     row: Row = {
         "name": contestant.name,
         "samples_per_second": median,
         "slowest": min(rates),
         "fastest": max(rates),
-        "ratio": statistics.median(one / other for one, other in zip(rates, reference, strict=True)),
     }
     if contestant.flops_per_image:
         row["tflops"] = median * contestant.flops_per_image / 1e12
@@ -97,6 +131,7 @@ def _memory_above(resident: int) -> Row:
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
+    "rival_ratio": lambda value: f"{value:.3f}",
     "tflops": lambda value: f"{value:.3g}",
     "mfu": lambda value: f"{value:.1%}",
     "gb_per_second": lambda value: f"{value:.3g}",
@@ -110,6 +145,7 @@ COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
     "data_wait_share": lambda value: f"{value:.2%}",
 }
 HEADINGS = {
+    "rival_ratio": "to bare",
     "tflops": "TFLOP/s",
     "mfu": "MFU",
     "gb_per_second": "GB/s",

@@ -9,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import repeat
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from launchers.benchmark_config import BenchmarkConfig
-from launchers.benchmark_models import code_batch, image_batch, make_tokenizer, public_code, var_config
+from launchers.benchmark_models import code_batch, image_batch, make_tokenizer, make_var, public_code, var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 from launchers.machine_limits import convolution_precision, device_type, synchronize
-from models.var import VAR
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
 from training.engine import Engine, EngineConfig
@@ -34,19 +34,19 @@ PIXELS_ALONE = ReconstructionLossConfig(lpips_weight=0.0, adversarial_weight=0.0
 def benchmark_tokenizer(config: BenchmarkConfig) -> list[Row]:
     """Images a second of encoding, of decoding and of training; training in fp32, as stage 1 is."""
     world, tokenizer = join_world(), make_tokenizer(config)
-    with public_code(config, VAR(var_config(config)), tokenizer) as public:
+    with public_code(config, make_var(config), tokenizer) as public:
         tokenizer.to(device_type())
         groups = [encoders(config, tokenizer), decoders(config, tokenizer), [trainer(config, tokenizer, world)]]
         if public is not None:
             for group, what in zip(groups, ("encode", "decode")):
                 call = public.timed(what, batch=config.batch)
                 flops = group[0].flops_per_image
-                group.insert(0, contestant(f"public, {what}", call, flops, memory=call.memory))
+                group.insert(0, contestant(f"public, {what}", call, flops, elsewhere=call))
         return [row for group in groups for row in time_in_turns(group, config.repeats)]
 
 
 def contestant(
-    name: str, call: Callable[[], int], flops: int, *, precision: str = "fp32", **columns: Callable[[], Row]
+    name: str, call: Callable[[], int], flops: int, *, precision: str = "fp32", **columns: Any
 ) -> Contestant:
     """Convolutions on numbers in `precision`."""
     return Contestant(name, call, flops, precision=convolution_precision(precision), **columns)

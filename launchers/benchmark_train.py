@@ -10,6 +10,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat
 from pathlib import Path
@@ -18,59 +19,63 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from data_pipeline.loader import Batch, train_batches
+from data_pipeline.batches import Batch
+from data_pipeline.loader import train_batches
 from launchers.benchmark_config import OURS, BenchmarkConfig
-from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, public_code, var_config
-from launchers.benchmark_timing import Contestant, Row, time_in_turns
-from launchers.machine_limits import device_type, synchronize
+from launchers.benchmark_models import code_batch, code_shards, make_tokenizer, make_var, public_code, var_config
+from launchers.benchmark_timing import Contestant, Elsewhere, Row, time_in_turns
+from launchers.loading import place_tokenizer
+from launchers.machine_limits import common_precision, device_type, synchronize
+from launchers.public_code import PublicCode
 from models.attention import FLEX, MASKED
-from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING
+from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
 from training.engine import Engine, EngineConfig
-from training.flops import training_flops
+from training.flops import encoding_flops, training_flops
 from training.optim import OptimizerConfig, build_optimizer
 from training.stage import StepContext
 from training.step_metrics import TimedIterator
-from training.var_loop import VARStage, build_var
+from training.var_loop import VARStage, set_up_var
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
 SHARD_SAMPLES = 1024
+BARE = "bare PyTorch loop, codes in memory"
 
 
 def benchmark_train(config: BenchmarkConfig) -> list[Row]:
     """Images a second; the first row is the public code's step on given codes, where it is there."""
-    world, tokenizer = join_world(), make_tokenizer(config)
-    engine = engine_config(config)
+    world, tokenizer, model = join_world(), make_tokenizer(config), make_var(config)
     codes = code_batch(var_config(config), config.batch)
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        public_code(config, build_var(var_config(config), engine, seed=0), tokenizer) as public,
-    ):
-        tokenizer.to(world.device)
-        batches = TimedIterator(read_batches(config, Path(folder)))
-        ours = OurStep(config, engine, tokenizer, batches, world)
-        contestants = [contestant(config, "ours, codes from shards", ours, extra=ours.data_wait)]
+    with tempfile.TemporaryDirectory() as folder, public_code(config, model, tokenizer) as public:
+        batches = TimedIterator(read_batches(config, Path(folder), world.device))
         # a GPU has no room for three trainers of d30
-        if config.contestants != OURS and (device_type() == "cpu" or public is None):
-            bare = bare_step(config, tokenizer, codes)
-            contestants.append(contestant(config, "bare PyTorch loop, codes in memory", bare))
-        if public is not None:
-            on_codes, on_images = (
-                public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True)
-            )
-            contestants = [
-                contestant(config, "public, codes in memory", on_codes, memory=on_codes.memory),
-                *contestants,
-                contestant(config, "public, images encoded anew", on_images, memory=on_images.memory),
-            ]
-        return time_in_turns(contestants, config.repeats)
+        has_bare = config.contestants != OURS and (device_type() == "cpu" or public is None)
+        bare = [contestant(config, BARE, bare_step(config, deepcopy(model), tokenizer, codes))] if has_bare else []
+        step = OurStep(config, engine_config(config), model, tokenizer, batches, world)
+        ours = [contestant(config, "ours, codes from shards", step, extra=step.data_wait), *bare]
+        on_codes, on_images = public_steps(config, public, encoding_flops(tokenizer.config)) if public else ([], [])
+        return time_in_turns([*on_codes, *ours, *on_images], config.repeats, rival=BARE)
+
+
+def public_steps(
+    config: BenchmarkConfig, public: PublicCode, flops_to_encode: float
+) -> tuple[list[Contestant], list[Contestant]]:
+    """The public code's step on given codes, and on images that it encodes in every step, outside of autocast."""
+    given, encoding = (public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True))
+    on_codes = contestant(config, "public, codes in memory", given, elsewhere=given)
+    on_images = replace(
+        contestant(config, "public, images encoded anew", encoding, elsewhere=encoding),
+        flops_per_image=on_codes.flops_per_image + flops_to_encode,
+        precision=common_precision(config.precision, "fp32"),
+    )
+    return [on_codes], [on_images]
 
 
 def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
     """Images a second of our step with each switch, beside the step without any."""
     world, plain = join_world(), engine_config(config)
-    tokenizer = make_tokenizer(config).to(world.device)
+    tokenizer, model = make_tokenizer(config), make_var(config)
     changes: dict[str, dict[str, Any]] = {
         "as it comes": {},
         "dense mask": {"attention": MASKED},
@@ -83,9 +88,10 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
         changes["FlexAttention"] = {"attention": FLEX}
         changes["compiled blocks, FlexAttention"] = {"attention": FLEX, "compile": True}
     batch = code_batch(var_config(config), config.batch)
+    batch = batch.pinned() if world.device.type == "cuda" else batch
     contestants = [
-        contestant(config, name, OurStep(config, replace(plain, **change), tokenizer, repeat(batch), world))
-        for name, change in changes.items()
+        contestant(config, name, OurStep(config, engine, deepcopy(model), tokenizer, repeat(batch), world))
+        for name, engine in ((name, replace(plain, **change)) for name, change in changes.items())
     ]
     return time_in_turns(contestants, config.repeats)
 
@@ -102,31 +108,45 @@ def engine_config(config: BenchmarkConfig) -> EngineConfig:
 
 
 def contestant(
-    config: BenchmarkConfig, name: str, call: Callable[[], int], **columns: Callable[[], Row]
+    config: BenchmarkConfig,
+    name: str,
+    call: Callable[[], int],
+    *,
+    elsewhere: Elsewhere | None = None,
+    extra: Callable[[], Row] = dict,
 ) -> Contestant:
     flops = training_flops(var_config(config))
-    return Contestant(name, call, flops_per_image=flops, precision=config.precision, **columns)
+    return Contestant(
+        name, call, flops_per_image=flops, precision=config.precision, elsewhere=elsewhere, extra=extra
+    )
 
 
-def read_batches(config: BenchmarkConfig, folder: Path) -> Iterator[Batch]:
-    """What a run reads: random codes from shards, in a random order."""
+def read_batches(config: BenchmarkConfig, folder: Path, device: torch.device) -> Iterator[Batch]:
+    """What a run reads: random codes from shards, in a random order, pinned for a GPU."""
     dataset = code_shards(var_config(config), folder, SHARD_SAMPLES)
-    return train_batches(dataset, batch_size=config.batch, rank=0, world_size=1, samples_seen=0, seed=0)
+    share = {"batch_size": config.batch, "rank": 0, "world_size": 1, "samples_seen": 0, "seed": 0}
+    return train_batches(dataset, device=device, **share)
 
 
 class OurStep:
     """A step as training takes it, DeepSpeed and all."""
 
     def __init__(
-        self, config: BenchmarkConfig, engine: EngineConfig, tokenizer: VQVAE, batches: Iterator[Batch], world: World
+        self,
+        config: BenchmarkConfig,
+        engine: EngineConfig,
+        model: VAR,
+        tokenizer: VQVAE,
+        batches: Iterator[Batch],
+        world: World,
     ) -> None:
-        model_config = var_config(config)
-        model = build_var(model_config, engine, seed=0).to(world.device)
+        """The model becomes this step's own, and the tokenizer's quantiser moves to its device."""
+        set_up_var(model, engine)
         optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
         self.stage = VARStage(
             Engine(model, optimizer, engine, global_batch=config.batch, world=world),
-            model_config,
-            tokenizer,
+            model.config,
+            place_tokenizer(tokenizer, world.device, kinds={"codes"}),
             label_drop=0.1,
             global_batch=config.batch,
             seed=0,
@@ -156,12 +176,13 @@ class OurStep:
         return {"data_wait_ms": 1000 * waited / len(self.waits[1:]), "data_wait_share": waited / taken}
 
 
-def bare_step(config: BenchmarkConfig, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
+def bare_step(config: BenchmarkConfig, model: VAR, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
     """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours.
 
     Its blocks are compiled, and its attention computed, as those of ours are.
     """
-    model = build_var(var_config(config), engine_config(config), seed=0).to(device_type())
+    set_up_var(model, engine_config(config))
+    place_tokenizer(tokenizer, torch.device(device_type()), kinds={"codes"})
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )

@@ -56,6 +56,16 @@ def load_tokenizer(path: str) -> tuple[VQVAE, str]:
     return found.fill(model), found.sha256()
 
 
+def place_tokenizer(tokenizer: VQVAE, device: torch.device, *, kinds: set[str]) -> VQVAE:
+    """The tokenizer, ready to serve data of these kinds: the whole of it on the device where images are to be encoded.
+
+    Codes need the quantiser alone, one part in 600 of the released tokenizer; the rest then stays on the host.
+    """
+    part = tokenizer if "images" in kinds else tokenizer.quantizer
+    part.to(device)
+    return tokenizer
+
+
 def load_var(path: str) -> VAR:
     """A trained transformer, from a run folder or an exported model."""
     found = find_whole(path, "VAR")

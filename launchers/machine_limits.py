@@ -19,6 +19,7 @@ from training.engine import PRECISIONS
 MATMUL_SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # the best of these squares counts
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}  # more than any cache holds
 SECONDS = 0.5  # for each thing measured
+MIXED = ""  # the precision of work that has several: no one peak is its limit
 TF32 = "tf32"  # float32 numbers whose products a GPU takes with 10 bits of their fractions: what cuDNN does
 
 
@@ -35,6 +36,11 @@ def synchronize() -> None:
 def convolution_precision(precision: str) -> str:
     """In what convolutions are computed whose numbers are in `precision`: on a GPU fp32 ones in TF32, if torch may."""
     return TF32 if (precision, device_type()) == ("fp32", "cuda") and torch.backends.cudnn.allow_tf32 else precision
+
+
+def common_precision(products: str, convolutions: str) -> str:
+    """The precision in which both are computed, or MIXED."""
+    return products if convolution_precision(convolutions) == products else MIXED
 
 
 @lru_cache(maxsize=None)

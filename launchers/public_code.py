@@ -85,7 +85,8 @@ class PublicCode:
 
     def timed(self, what: str, *, batch: int, **settings: Any) -> PublicCall:
         """Doing `what` (train_step, sample, encode or decode) with `batch` images, as something to time."""
-        return PublicCall(lambda: self._ask({"what": what, "batch": batch, **settings}), batch)
+        work = {"what": what, "batch": batch, **settings}
+        return PublicCall(lambda: self._ask(work), batch, release=lambda: self._ask({"what": "release"}))
 
     def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
         try:
@@ -110,9 +111,12 @@ class PublicCode:
 class PublicCall:
     """One kind of work of the public code. A call does it to the end, and returns how many images it was."""
 
-    def __init__(self, work: Callable[[], dict[str, int]], batch: int) -> None:
-        """work: does it, and tells the memory that it took."""
+    def __init__(
+        self, work: Callable[[], dict[str, int]], batch: int, *, release: Callable[[], object] = lambda: None
+    ) -> None:
+        """work: does it, and tells the memory that it took. release: gives back what is kept for the next call."""
         self._work = work
+        self._release = release
         self._batch = batch
         self._memory: dict[str, int] = {}
 
@@ -123,6 +127,10 @@ class PublicCall:
     def memory(self) -> dict[str, int]:
         """`peak_bytes` and `working_bytes` of the latest call on a GPU, as benchmark_timing.py has them; else empty."""
         return self._memory
+
+    def release(self) -> None:
+        """Let other processes have the GPU memory that this one does not use between two calls."""
+        self._release()
 
 
 def check_checkout(checkout: str) -> None:

@@ -87,6 +87,9 @@ class PublicModels:
         with self.torch.inference_mode():
             self.tokenizer.idxBl_to_img(self.token_maps(batch), same_shape=True, last_one=True)
 
+    def release(self) -> None:
+        self.torch.cuda.empty_cache()
+
     def autocast(self) -> Any:
         torch = self.torch
         dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
@@ -128,6 +131,9 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
     sys.path[0] = settings["checkout"]
     models = PublicModels(settings)
     torch = models.torch
+    if models.device == "cuda":  # as the public trainer sets them (its tf32, and seed_everything without a seed)
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
     answer({"ready": True})
     for line in sys.stdin:
         request = json.loads(line)

@@ -18,7 +18,7 @@ from launchers.assembly import (  # noqa: E402
 )
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
 from launchers.config import TrainConfig  # noqa: E402
-from launchers.loading import initialize, load_tokenizer  # noqa: E402
+from launchers.loading import initialize, load_tokenizer, place_tokenizer  # noqa: E402
 from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
 from models.generation import check_configs_agree  # noqa: E402
 from models.var import CHECKPOINTINGS  # noqa: E402
@@ -55,7 +55,7 @@ def train(config: TrainConfig, supervision: Supervision) -> None:
     stage = VARStage(
         Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world),
         config.model,
-        tokenizer.to(world.device),
+        place_tokenizer(tokenizer, world.device, kinds={dataset.index.kind, validation.index.kind}),
         label_drop=config.label_drop,
         global_batch=config.loop.global_batch,
         seed=config.seed,
@@ -80,6 +80,8 @@ def dry_run(config: TrainConfig, world_size: int) -> None:
         check_configs_agree(config.model, tokenizer.config)
         dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
         say(f"data                {describe_one_batch(dataset, config.engine.micro_batch)}")
+        if dataset.index.kind == "images":
+            say("not modelled        encoding of these images in every step: encode_codes.py does it once and for all")
     except FileNotFoundError as missing:
         say(f"data                not there yet: {missing}")
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 MAX_NUMBERS = 2**25         # logits looked at together; more images are taken in turns
 MAX_NUMBERS_ON_CPU = 2**20  # what fits its caches
+TIES = 64                   # codes beyond the k likeliest that are looked at, for those that tie with the last one
 UNIFORM_BITS = 23           # the most for which the midpoints of [0, 1) stay inside (0, 1) in float32
 
 
@@ -93,48 +94,46 @@ def find_candidates(logits: Tensor, top_k: int, top_p: float) -> Candidates:
     if 0 < top_k < vocab_size:
         found = _likeliest(logits, top_k)
     elif is_cut_by_p:
-        ascending, codes = logits.sort(dim=-1, stable=True)
-        found = Candidates(ascending.flip(-1), codes.flip(-1))
+        found = Candidates(*logits.sort(dim=-1, descending=True))
     else:
         return Candidates(logits, torch.arange(vocab_size, device=logits.device).expand(logits.shape))
-    return _cut_by_probability(found, top_p, vocab_size) if is_cut_by_p else found
+    return _without_empty_columns(_cut_by_probability(logits, found, top_p) if is_cut_by_p else found)
 
 
 def _likeliest(logits: Tensor, top_k: int) -> Candidates:
-    """The k likeliest codes and those that tie with the last of them, likeliest first."""
-    values, codes = logits.topk(top_k, dim=-1)
-    smallest = values[..., -1:]
-    most = int((logits >= smallest).sum(dim=-1).max())
-    if most > top_k:
-        values, codes = logits.topk(most, dim=-1)
-        values = values.masked_fill(values < smallest, -torch.inf)
-    return Candidates(values, codes)
+    """The k likeliest codes and those that tie with the last of them, likeliest first; logits of others are -inf."""
+    vocab_size = logits.shape[-1]
+    width = min(top_k + TIES, vocab_size)
+    values, codes = logits.topk(width, dim=-1)
+    smallest = values[..., top_k - 1:top_k]
+    if width < vocab_size and bool((values[..., -1:] == smallest).any()):   # here a GPU is waited for
+        values, codes = logits.topk(int((logits >= smallest).sum(dim=-1).max()), dim=-1)
+    return Candidates(values.masked_fill(values < smallest, -torch.inf), codes)
 
 
-def _cut_by_probability(found: Candidates, top_p: float, vocab_size: int) -> Candidates:
-    """Top-p of candidates in falling order, and no wider than the row with most of them needs.
-
-    Probabilities are added up from the least, over a row as long as the vocabulary, with its zeros: sums of another
-    length are rounded in another way, and the last code that stays could be another.
-    """
-    width = found.logits.shape[-1]
-    ascending = found.logits.new_full((*found.logits.shape[:-1], vocab_size), -torch.inf)
+def _cut_by_probability(logits: Tensor, found: Candidates, top_p: float) -> Candidates:
+    """Of candidates, likeliest first, the fewest whose probability reaches top_p; of logits (..., V) they are."""
+    # In ascending order and over all codes, so that sums are rounded as the public code's are.
+    vocab_size, width = logits.shape[-1], found.logits.shape[-1]
+    ascending = logits.new_full(logits.shape, -torch.inf)
     ascending[..., vocab_size - width:] = found.logits.flip(-1)
     is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    is_cut = is_cut[..., vocab_size - width:].flip(-1)
-    is_cut[..., 0] = False
-    tied = found.logits[..., 1:] == found.logits[..., :-1]
-    if bool((tied & (is_cut[..., 1:] != is_cut[..., :-1])).any()):
-        found = _last_codes_first(found)
-    kept = int((~is_cut).sum(dim=-1).max())
-    return Candidates(found.logits.masked_fill(is_cut, -torch.inf)[..., :kept], found.codes[..., :kept])
+    num_kept = 1 + (~is_cut[..., vocab_size - width:-1]).sum(dim=-1, keepdim=True)      # the likeliest in any case
+    last = found.logits.gather(-1, num_kept - 1)                                        # the smallest logit that stays
+    num_last = num_kept - (found.logits > last).sum(dim=-1, keepdim=True)               # codes with it that stay
+    is_last = logits == last                                                            # (..., V)
+    place_from_behind = is_last.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)     # of each among those
+    stays = (logits > last) | (is_last & (place_from_behind <= num_last))
+    return Candidates(found.logits.masked_fill(~stays.gather(-1, found.codes), -torch.inf), found.codes)
 
 
-def _last_codes_first(found: Candidates) -> Candidates:
-    """The same candidates, those that tie by falling code: topk leaves their order open."""
-    codes, order = found.codes.sort(dim=-1, descending=True)
-    logits, by_logit = found.logits.gather(-1, order).sort(dim=-1, descending=True, stable=True)
-    return Candidates(logits, codes.gather(-1, by_logit))
+def _without_empty_columns(found: Candidates) -> Candidates:
+    """Without what no row needs; all of it on a GPU, which the host would have to wait for to know."""
+    if found.logits.device.type != "cpu":
+        return found
+    is_needed = (found.logits != -torch.inf).reshape(-1, found.logits.shape[-1]).any(dim=0)     # (m,)
+    width = max(1, int((is_needed * torch.arange(1, len(is_needed) + 1)).max()))
+    return Candidates(found.logits[..., :width], found.codes[..., :width])
 
 
 def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice, *, top_k: int = 0, top_p: float = 0) -> Tensor:

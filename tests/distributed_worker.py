@@ -55,6 +55,7 @@ class InMemory:
     index = SimpleNamespace(shards=())
     storage = Storage("nowhere")
     max_bad = 0
+    read_together = 1
 
     def __init__(self, *, images: bool) -> None:
         self.images = images

@@ -90,7 +90,8 @@ def train(arguments: list[str], attempt: int, samples: str) -> None:
         return read(dataset, ids, epochs)
 
     CodeDataset.read_narrow = noting_read
-    loader._in_thread = lambda batches, device, workers: batches  # what is read ahead is not what a step takes
+    loader._in_thread = lambda batches, device, workers, ahead: batches  # what is read ahead is not what a step takes
+    CodeDataset.read_together = 1  # nor what is read with it
     CodeDataset.try_one = lambda dataset: None  # reads a sample that no step sees
     sys.argv = ["train.py", *arguments]
     train_launcher.main()

@@ -34,7 +34,11 @@ SWITCHES: dict[str, dict[str, Any]] = {
         "zero_stage": 3, "compile": True, "activation_checkpointing": "full"
     },
 }
-ON_GPUS = {"FlexAttention": {"attention": FLEX}, "FlexAttention, compiled": {"attention": FLEX, "compile": True}}
+ON_GPUS = {
+    "FlexAttention": {"attention": FLEX},
+    "FlexAttention, selective checkpointing": {"attention": FLEX, "activation_checkpointing": "selective"},
+    "FlexAttention, compiled": {"attention": FLEX, "compile": True},
+}
 
 
 def twenty_losses(world: World, **engine_settings: Any) -> list[float]:

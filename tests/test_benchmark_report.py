@@ -23,7 +23,7 @@ def test_a_report_says_what_its_figures_depend_on() -> None:
     assert abs((datetime.now(UTC) - datetime.fromisoformat(report["date"])).total_seconds()) < 60
     assert report["command"] == "python launchers/benchmark.py data 'out=my figures.json'"
     assert set(report["machine"]) == {"card", "card_bytes", "cpu", "cores", "threads"}
-    names = {"python", "torch", "cuda", "cudnn", "driver", "deepspeed", "nextscale", "commit"}
+    names = {"python", "torch", "cuda", "cudnn", "driver", "deepspeed", "nextscale", "commit", "flash-attn", "xformers"}
     assert set(report["versions"]) == names and report["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"] == torch.get_num_threads()
 
@@ -44,6 +44,13 @@ def test_a_report_goes_on_only_if_it_was_cut_short_and_nothing_has_changed(
     out, rows = str(tmp_path / "made" / "b.json"), [{"name": "a"}]
     write_report(begin_report(CONFIG, []) | {"rows": rows} | change, out)
     assert unfinished_rows(begin_report(CONFIG, ["data"]), out) == (rows if goes_on else [])
+
+
+def test_a_card_may_have_another_driver_when_a_report_goes_on(tmp_path: Path) -> None:
+    out, rows = str(tmp_path / "b.json"), [{"name": "a"}]
+    report = begin_report(CONFIG, [])
+    write_report(report | {"rows": rows, "versions": report["versions"] | {"driver": "580.1"}}, out)
+    assert unfinished_rows(report | {"versions": report["versions"] | {"driver": "580.2"}}, out) == rows
 
 
 @pytest.mark.parametrize("content", [None, "no json", "[]", "{}"])

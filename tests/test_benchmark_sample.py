@@ -11,8 +11,8 @@ from public_stand_in import PublicStandIn, stand_in
 from launchers import benchmark_sample
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import make_tokenizer, var_config
-from launchers.benchmark_sample import SAMPLING, Drawing, as_the_launcher, common_precision
-from launchers.benchmark_timing import MIXED
+from launchers.benchmark_sample import SAMPLING, Drawing, as_the_launcher
+from launchers.machine_limits import MIXED, common_precision
 from models.sampling import Sampling
 from models.var import VAR
 
@@ -57,9 +57,10 @@ def test_a_mean_of_two_precisions_has_no_peak(monkeypatch: pytest.MonkeyPatch) -
     assert [common_precision(*each) for each in precisions] == [MIXED, MIXED, "bf16"]
 
 
-def test_compiled_steps_are_one_more_row(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_steps_have_those_that_are_not_compiled_beside_them(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[VAR] = []
     monkeypatch.setattr(VAR, "compile_generation", lambda self: compiled.append(self))  # takes a quarter of a minute
     rows = benchmark_sample.benchmark_sample(replace(CONFIG, compile=True))
-    assert rows[-1]["name"] == "ours, compiled, batch 2" and len(compiled) == 1
+    assert rows[0]["name"] == "ours, batch 2" and rows[-1]["name"] == "ours, not compiled, batch 2"
+    assert len(compiled) == 1
     assert all(isinstance(parameter, torch.Tensor) for parameter in compiled[0].parameters())

@@ -2,21 +2,45 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from launchers import benchmark_timing
-from launchers.benchmark_timing import MIXED, Contestant, table, time_in_turns
+from launchers.benchmark_timing import Contestant, table, time_in_turns
+from launchers.machine_limits import MIXED
 
 
-def test_calls_are_timed_in_turns_after_one_to_warm_up() -> None:
+def test_calls_are_timed_in_turns_of_another_order_after_two_to_warm_up() -> None:
     order: list[str] = []
     contestants = [Contestant(name, lambda name=name: order.append(name) or 1) for name in "ab"]
     rows = time_in_turns(contestants, repeats=3)
-    assert "".join(order) == "abababab" and [row["name"] for row in rows] == ["a", "b"]
+    assert "".join(order) == "abbaabbaab" and [row["name"] for row in rows] == ["a", "b"]
     for row in rows:
         assert 0 < row["slowest"] <= row["samples_per_second"] <= row["fastest"]
     assert rows[0]["ratio"] == 1.0
+
+
+def test_each_is_compared_to_a_rival_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of three turns the second is ten times slower for both: the ratio of each turn stays what it is."""
+    clock, weather = [0.0], iter([1.0] * 6 + [10.0] * 2 + [1.0] * 2)
+
+    def contestant(name: str, seconds: float) -> Contestant:
+        def call() -> int:
+            clock[0] += seconds * next(weather)
+            return 1
+
+        return Contestant(name, call)
+
+    monkeypatch.setattr(benchmark_timing.time, "perf_counter", lambda: clock[0])
+    slow, fast = time_in_turns([contestant("a", 2.0), contestant("b", 1.0)], repeats=3, rival="b")
+    assert (slow["ratio"], fast["ratio"]) == pytest.approx((1.0, 2.0))
+    assert (slow["rival_ratio"], fast["rival_ratio"]) == pytest.approx((0.5, 1.0))
+
+
+def test_a_rival_that_is_not_there_is_compared_to_nobody() -> None:
+    assert "rival_ratio" not in time_in_turns([Contestant("a", lambda: 1)], repeats=1, rival="c")[0]
 
 
 def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,9 +63,23 @@ def test_work_of_several_precisions_has_no_mfu() -> None:
 
 def test_memory_is_that_of_the_worst_call_after_warming_up() -> None:
     taken: list[int] = []
-    sizes = {1: 900, 2: 5, 3: 7, 4: 6}
-    contestant = Contestant("a", lambda: taken.append(1) or 1, memory=lambda: {"working_bytes": sizes[len(taken)]})
+    sizes = {1: 900, 2: 800, 3: 5, 4: 7, 5: 6}
+    elsewhere = SimpleNamespace(memory=lambda: {"working_bytes": sizes[len(taken)]})
+    contestant = Contestant("a", lambda: taken.append(1) or 1, elsewhere=elsewhere)
     assert time_in_turns([contestant], repeats=3)[0]["working_bytes"] == 7
+
+
+def test_processes_that_share_a_gpu_give_back_what_they_do_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And what is timed is a call that finds its memory again."""
+    done: list[str] = []
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 0), ("max_memory_allocated", 0)):
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("ours released"))
+    elsewhere = SimpleNamespace(memory=dict, release=lambda: done.append("theirs released"))
+    theirs = Contestant("a", lambda: done.append("theirs") or 1, elsewhere=elsewhere)
+    time_in_turns([theirs, Contestant("b", lambda: done.append("ours") or 1)], repeats=1)
+    assert done[-6:] == ["theirs", "theirs", "theirs released", "ours", "ours", "ours released"]
 
 
 def test_what_a_call_takes_of_a_gpu_is_apart_from_what_lay_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,12 +12,12 @@ from tiny import PlainEngine
 
 from launchers import benchmark_train
 from launchers.benchmark_config import OURS, BenchmarkConfig
-from launchers.benchmark_models import code_batch, make_tokenizer, var_config
+from launchers.benchmark_models import code_batch, make_tokenizer, make_var, var_config
 from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
 from models.attention import MASKED
 from models.var import NO_CHECKPOINTING, VAR
 from training.distributed import World
-from training.flops import training_flops
+from training.flops import encoding_flops, training_flops
 from training.step_metrics import TimedIterator
 
 CONFIG = BenchmarkConfig(what="train", depth=1, patch_nums=(1, 2), tokenizer_width=32, batch=2, repeats=1)
@@ -43,6 +43,7 @@ def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
     assert 0 < ours["data_wait_share"] < 1
     flops = training_flops(var_config(CONFIG))
     assert bare["tflops"] == pytest.approx(bare["samples_per_second"] * flops / 1e12)
+    assert bare["rival_ratio"] == 1.0 and ours["rival_ratio"] == pytest.approx(1 / bare["ratio"])
 
 
 def test_ours_can_be_alone_on_its_device() -> None:
@@ -55,19 +56,22 @@ def test_the_public_steps_have_each_its_own_memory(monkeypatch: pytest.MonkeyPat
     rows = benchmark_train.benchmark_train(CONFIG)
     found = {row["name"]: row["working_bytes"] for row in rows if "working_bytes" in row}
     assert found == {"public, codes in memory": 2, "public, images encoded anew": 9} and "public" in rows[0]["name"]
+    rates = {row["name"]: row["tflops"] / row["samples_per_second"] * 1e12 for row in rows}
+    encoding = encoding_flops(make_tokenizer(CONFIG).config)
+    assert rates["public, images encoded anew"] - rates["public, codes in memory"] == pytest.approx(encoding)
 
 
 def test_the_bare_loop_runs_the_model_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[tuple[str, str]] = []
     monkeypatch.setattr(VAR, "compile_blocks", lambda self: compiled.append((self.attention, self.checkpointing)))
     config = replace(CONFIG, compile=True, attention=MASKED)
-    bare_step(config, make_tokenizer(config), code_batch(var_config(config), 2))
+    bare_step(config, make_var(config), make_tokenizer(config), code_batch(var_config(config), 2))
     assert compiled == [(MASKED, NO_CHECKPOINTING)]
 
 
 def test_data_wait_is_a_share_of_the_steps_after_the_first(tmp_path: Path) -> None:
-    batches = TimedIterator(read_batches(CONFIG, tmp_path))
-    step = OurStep(CONFIG, engine_config(CONFIG), make_tokenizer(CONFIG), batches, World())
+    batches = TimedIterator(read_batches(CONFIG, tmp_path, World().device))
+    step = OurStep(CONFIG, engine_config(CONFIG), make_var(CONFIG), make_tokenizer(CONFIG), batches, World())
     step()
     (waited, taken), step.waits = step.waits[0], [(9.0, 9.0), (1.0, 3.0), (1.0, 5.0)]
     assert 0 < waited < taken
@@ -86,10 +90,10 @@ def test_every_switch_is_timed_beside_none(
 
 def test_each_call_is_a_step_of_training(without_deepspeed: list[Any], tmp_path: Path) -> None:
     tokenizer = make_tokenizer(CONFIG)
-    batches = TimedIterator(read_batches(CONFIG, tmp_path))
-    step = OurStep(CONFIG, engine_config(CONFIG), tokenizer, batches, World())
+    batches = TimedIterator(read_batches(CONFIG, tmp_path, World().device))
+    step = OurStep(CONFIG, engine_config(CONFIG), make_var(CONFIG), tokenizer, batches, World())
     model = without_deepspeed[0][1]
     before = model.head.weight.detach().clone()
     assert step() == 2 and step() == 2 and step.samples_seen == 4
     assert not model.head.weight.equal(before)
-    assert bare_step(CONFIG, tokenizer, code_batch(var_config(CONFIG), 2))() == 2
+    assert bare_step(CONFIG, make_var(CONFIG), tokenizer, code_batch(var_config(CONFIG), 2))() == 2

@@ -50,7 +50,7 @@ def test_a_ring_sends_a_payload_once_or_twice() -> None:
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_all_weights_are_gathered_and_all_gradients_reduced(stage: int) -> None:
     model = VARConfig(depth=8)
-    sent = transfers(model, EngineConfig(zero_stage=stage, persistence_threshold=0), 1)
+    sent = transfers(model, EngineConfig(zero_stage=stage, persistence_threshold=0), accumulation=1)
     by_kind = {kind: sum(each.payload for each in sent if each.kind == kind) for kind in (ALL_GATHER, ALL_REDUCE)}
     reduced = by_kind[ALL_REDUCE] + sum(each.payload for each in sent if each.kind == REDUCE_SCATTER)
     assert reduced >= 2 * model.num_parameters and by_kind[ALL_GATHER] >= 2 * model.num_parameters
@@ -60,7 +60,7 @@ def test_all_weights_are_gathered_and_all_gradients_reduced(stage: int) -> None:
 def test_two_ranks_send_what_is_said(fork_server: ForkServer) -> None:
     for (model, engine, live), counted in zip(CASES, count_sent(fork_server), strict=True):
         if live == LIVE_ELEMENTS:
-            said = transfers(model, engine, 1)
+            said = transfers(model, engine, accumulation=1)
             for kind, name in NAMES.items():
                 found = sum(sent.get(name, NOTHING)["bytes"] for sent in counted.values())
                 payload = sum(each.payload for each in said if each.kind == kind)

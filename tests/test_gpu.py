@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
+from itertools import repeat
 from pathlib import Path
 
 import pytest
 import torch
 from distributed_worker import TOKENIZER, TRANSFORMER
+from tiny import PlainEngine
+from workers import importing
 
 from launchers.benchmark_models import code_batch
 from launchers.sampler import speed_up
@@ -19,10 +21,10 @@ from models.generation import generate, generate_scales, known_part
 from models.sampling import Sampling, filter_logits, gumbel_noise
 from models.scales import PATCH_NUMS_256, Scales
 from models.var import VAR
-from training.distributed import to_device
-from training.losses import token_scores
+from training.distributed import World
+from training.stage import StepContext
 from training.tokenizer_loop import build_tokenizer
-from training.var_loop import drop_labels, step_draws, stochastic_depth
+from training.var_loop import VARStage
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,24 +57,29 @@ def test_attention_on_a_gpu_is_that_of_the_dense_mask(way: str, patch_nums: tupl
         assert (ours - plain).norm() < 1e-2 * plain.norm()  # products may be in TF32
 
 
-def test_no_forward_or_backward_pass_waits_for_the_gpu() -> None:
-    """Nor do the copies that bring a step its batch and its draws. Waiting would be an error in this mode of torch."""
+def test_a_step_waits_for_the_gpu_nowhere_but_in_the_update() -> None:
+    """Nor do the copies that bring it batch and draws. Waiting is an error in this mode of torch.
+
+    Two parts of a batch: the engine is asked for the update after the first, too, and has none to make.
+    """
     device = torch.device("cuda")
     var, tokenizer = VAR(TRANSFORMER, seed=0).to(device), build_tokenizer(TOKENIZER, seed=0).to(device)
+    stage = VARStage(
+        PlainEngine(var, accumulation=2),
+        TRANSFORMER,
+        tokenizer,
+        label_drop=0.1,
+        global_batch=8,
+        seed=0,
+        world=World(device=device),
+        validation=lambda: (),
+    )
     batch = code_batch(TRANSFORMER, 4).pinned()
-
-    def step() -> None:
-        moved = batch.to(device)
-        rows = to_device(step_draws(0, 0, 4, 1 + 2 * TRANSFORMER.depth), device)
-        labels = drop_labels(moved.labels, rows[:, 0], 0.1, TRANSFORMER.null_class)
-        residual_scale = stochastic_depth(rows[:, 1:], TRANSFORMER.drop_path_rate)
-        logits = var(tokenizer.teacher_forcing_inputs(moved.data), labels, residual_scale=residual_scale)
-        token_scores(logits, moved.data, TRANSFORMER.scales).loss.mean().backward()
-
-    step()  # the first one may build what it needs
+    context = StepContext(samples_seen=0, progress=0.5, learning_rate=1e-3, weight_decay=0.05)
+    stage.train_step(repeat(batch), context)  # the first one may build what it needs
     torch.cuda.set_sync_debug_mode("error")
     try:
-        step()
+        stage.train_step(repeat(batch), context)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -123,9 +130,8 @@ def test_editing_on_a_gpu_keeps_what_is_known_in_every_precision(dtype: torch.dt
 
 
 def test_every_stage_and_precision_of_the_two_rank_test_trains_on_one_gpu(tmp_path: Path) -> None:
-    environment = os.environ | {"PYTHONPATH": str(WORKER.parent.parent)}
     command = [sys.executable, str(WORKER), str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=importing(WORKER.parent.parent), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "rank0.json").read_text())
     for name in ("stage0", "stage1", "stage2", "stage3", "bf16_stage1", "bf16_stage3"):

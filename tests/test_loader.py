@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from read_batches import assert_same, flip_a_sample, joined
 from tiny import VIEWS, open_codes, pack_codes
 
+from data_pipeline.batches import Batch
 from data_pipeline.datasets import CodeDataset, ImageDataset
 from data_pipeline.images import ImageTransform
-from data_pipeline.loader import Batch, first_of_classes, train_batches, validation_batches
+from data_pipeline.loader import first_of_classes, train_batches, validation_batches
 from data_pipeline.shards import Sample, write_shards
 
 GLOBAL_BATCH = 8
@@ -30,17 +31,6 @@ def pack_grey_images(folder: Path, num_samples: int = 5) -> Path:
         samples.append(Sample(f"{i:09d}", {"cls": str(i % 3).encode(), "png": buffer.getvalue()}))
     write_shards(samples, folder, kind="images", meta={"classes": list("abc")}, samples_per_shard=2)
     return folder
-
-
-def joined(batches: Iterable[Batch]) -> Batch:
-    batches = list(batches)
-    names = ("data", "labels", "positions", "weights")
-    return Batch(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
-
-
-def assert_same(first: Batch, second: Batch) -> None:
-    for name in ("data", "labels", "positions", "weights"):
-        torch.testing.assert_close(getattr(first, name), getattr(second, name), rtol=0, atol=0)
 
 
 def global_stream(
@@ -160,10 +150,7 @@ def test_a_truncated_shard_is_found_before_the_first_batch(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_found_while_reading_is_one_line_also_from_a_worker(tmp_path: Path, workers: int) -> None:
-    shard = pack_codes(tmp_path / "codes", num_samples=4) / "shard-000000.tar"
-    content = bytearray(shard.read_bytes())
-    content[1536:1566] = bytes(byte ^ 1 for byte in content[1536:1566])  # all views of the second sample
-    shard.write_bytes(content)
+    flip_a_sample(pack_codes(tmp_path / "codes", num_samples=4) / "shard-000000.tar")
     with pytest.raises(ValueError, match="shard-000000.tar: damaged shard") as caught:
         global_stream(open_codes(tmp_path / "codes"), num_steps=1, workers=workers)
     assert "\n" not in str(caught.value)
@@ -224,12 +211,6 @@ def test_reading_ahead_in_a_thread_leaves_the_data_set_to_others(codes: CodeData
     codes.reader.close()
     assert codes.read(np.arange(3), np.zeros(3, np.int64))[0][:, 0].tolist() == [0, 1, 2]
     assert next(batches).positions.tolist() == [4, 5, 6, 7]
-
-
-def test_batches_move_to_a_device(codes: CodeDataset) -> None:
-    batch = next(train_batches(codes, batch_size=2, rank=0, world_size=1, samples_seen=0, seed=0))
-    moved = batch.to("meta")
-    assert all(getattr(moved, name).is_meta for name in ("data", "labels", "positions", "weights"))
 
 
 @pytest.mark.parametrize("kind", ["codes", "images"])

@@ -16,6 +16,7 @@ from launchers.loading import (
     initialize,
     load_tokenizer,
     load_var,
+    place_tokenizer,
     public_tokenizer,
     public_var,
     refuse_several_ranks,
@@ -170,3 +171,12 @@ def test_a_launcher_that_writes_one_folder_runs_once(monkeypatch: pytest.MonkeyP
         monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match="import_weights.py runs on one process"):
         refuse_several_ranks("import_weights.py")
+
+
+@pytest.mark.parametrize("kinds", [{"codes"}, {"images"}, {"codes", "images"}])
+def test_codes_need_no_more_of_a_tokenizer_on_the_device_than_its_quantiser(study: Study, kinds: set[str]) -> None:
+    tokenizer, _ = load_tokenizer(str(study.folder / "tokenizer"))
+    placed = place_tokenizer(tokenizer, torch.device("meta"), kinds=kinds)
+    moved = {name.split(".")[0] for name, parameter in placed.named_parameters() if parameter.is_meta}
+    everything = {name.split(".")[0] for name, _ in placed.named_parameters()}
+    assert moved == (everything if "images" in kinds else {"quantizer"})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import resource
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from data_pipeline.damage import DamagedData
 from data_pipeline.files import bytes_sha256
 from data_pipeline.index import Index
 from data_pipeline.members import ROW, Sample
-from data_pipeline.reader import ShardReader
+from data_pipeline.reader import ShardReader, most_open_shards
 from data_pipeline.shards import write_shards
 
 META = {"classes": ["cat", "dog"]}
@@ -44,9 +45,28 @@ def test_a_reader_survives_the_way_to_another_process(tmp_path: Path) -> None:
 
 
 def test_more_shards_than_open_files_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.reader.MAX_OPEN_SHARDS", 2)
+    monkeypatch.setattr("data_pipeline.reader.most_open_shards", lambda: 2)
     reader = ShardReader(tmp_path, pack(tmp_path, samples_per_shard=1))
+    opened_before = len(os.listdir("/proc/self/fd"))
     assert [reader.read(i) for i in (0, 1, 2, 3, 0)] == [make_samples()[i] for i in (0, 1, 2, 3, 0)]
+    assert len(os.listdir("/proc/self/fd")) == opened_before + 2
+
+
+def test_a_local_shard_is_opened_without_a_look_at_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only what a cache holds can vanish meanwhile; with hundreds open, to look at all would take most of the time."""
+    monkeypatch.setattr("data_pipeline.reader.most_open_shards", lambda: 2)
+    reader = ShardReader(tmp_path, pack(tmp_path, samples_per_shard=1))
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fstat", lambda descriptor: pytest.fail("looked at an open shard"))
+        assert [reader.read(i).key for i in (0, 1, 2, 3)] == [sample.key for sample in make_samples()[:4]]
+
+
+@pytest.mark.parametrize(
+    "allowed, expected", [(1024, 256), (20_000, 5_000), (100, 64), (resource.RLIM_INFINITY, 2**18)]
+)
+def test_readers_leave_room_for_other_files(allowed: int, expected: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (allowed, allowed))
+    assert most_open_shards() == expected
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

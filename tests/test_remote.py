@@ -19,11 +19,12 @@ from tiny import VIEWS, open_codes, pack_codes
 from workers import ended_well, fork, kill, wait_for
 
 from data_pipeline import downloads
+from data_pipeline.batches import Batch
 from data_pipeline.damage import DamagedData
 from data_pipeline.datasets import ImageDataset
 from data_pipeline.images import ImageTransform
 from data_pipeline.index import Index
-from data_pipeline.loader import Batch, train_batches
+from data_pipeline.loader import train_batches
 from data_pipeline.reader import ShardReader
 from data_pipeline.remote import CacheConfig, RemoteError, ShardCache
 from data_pipeline.shards import write_shards

@@ -94,6 +94,19 @@ def test_with_top_k_no_row_is_sorted_and_no_noise_is_drawn_for_codes_that_are_cu
     assert find_candidates(logits, 40, 0.5).codes.shape[-1] < 40
 
 
+@pytest.mark.parametrize("kind", ["any", "bfloat16"])
+def test_a_host_looks_at_no_result_but_whether_more_codes_tie_than_were_looked_at(
+        kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each look waits for a GPU."""
+    looks = []
+    monkeypatch.setattr(sampling, "_without_empty_columns", lambda found: found)    # which is for CPUs alone
+    for name in ("__bool__", "__int__", "item"):
+        monkeypatch.setattr(Tensor, name, lambda self, name=name: looks.append(name) or False)
+    logits = LOGITS[kind](3 * torch.randn(2, 6, 4096, generator=torch.Generator().manual_seed(0)))
+    choose_tokens(logits, torch.arange(2), slice(9, 15), top_k=900, top_p=0.96)
+    assert looks == ["__bool__"]
+
+
 @pytest.mark.parametrize("top_k", [0, 3])
 def test_logits_that_are_not_numbers_still_give_codes_of_the_vocabulary(top_k: int) -> None:
     """They are refused once the image is done, in one place."""

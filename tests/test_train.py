@@ -31,3 +31,11 @@ def test_a_dry_run_needs_neither_tokenizer_nor_data(study: Study, capsys: pytest
 def test_a_dry_run_refuses_a_batch_that_cannot_be_split(study: Study) -> None:
     with pytest.raises(ValueError, match="global_batch 4 is not divisible by the world size 3"):
         train.launch(command(study.train_config(), dry_run=True, world_size=3))
+
+
+@pytest.mark.parametrize("kind", ["codes", "images"])
+def test_a_dry_run_says_that_it_leaves_out_the_encoding_of_images(
+    study: Study, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train.launch(command(study.train_config(kind=kind), dry_run=True))
+    assert ("not modelled" in capsys.readouterr().out) == (kind == "images")

@@ -119,7 +119,7 @@ class PlainEngine:
     def step(self, *, learning_rate: float, weight_decay: float) -> Tensor:
         self._micro_steps += 1
         if self._micro_steps % self.accumulation:
-            return torch.tensor(0.0)
+            return torch.zeros((), device=next(self.model.parameters()).device)
         self.updates += 1
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
@@ -153,8 +153,8 @@ def pack_codes(folder: Path, num_samples: int = 21, *, label: Callable[[int], in
     return folder
 
 
-def open_codes(folder: Path | Storage) -> CodeDataset:
-    return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64)
+def open_codes(folder: Path | Storage, **options: int) -> CodeDataset:
+    return CodeDataset(folder, patch_nums=PATCH_NUMS, vocab_size=64, tokenizer_sha256="a" * 64, **options)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,12 @@ def fork(function: Callable[[], object]) -> int:
         os._exit(1)
 
 
+def importing(*folders: Path) -> dict[str, str]:
+    """The environment for a process that imports from these folders too."""
+    paths = [*map(str, folders), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def ended_well(child: int) -> bool:
     return os.waitpid(child, 0)[1] == 0
 

@@ -44,7 +44,7 @@ class Transfer:
         return PASSES[self.kind] * self.payload * (ranks - 1) / ranks
 
 
-def transfers(model: VARConfig, engine: EngineConfig, accumulation: int) -> list[Transfer]:
+def transfers(model: VARConfig, engine: EngineConfig, *, accumulation: int) -> list[Transfer]:
     """All that one optimiser step of `accumulation` micro-batches sends, at any number of ranks above one.
 
     Stages 0 and 1 reduce once a step; stages 2 and 3 with every micro-batch. Only stage 3 overlaps.
@@ -52,8 +52,7 @@ def transfers(model: VARConfig, engine: EngineConfig, accumulation: int) -> list
     whole = number_bytes(engine) * model.num_parameters
     if engine.zero_stage == 3:
         return _sharded(model, engine, accumulation)
-    plain = engine.zero_stage == 0 or (engine.zero_stage, engine.precision) == (1, "bf16")
-    bucket = PLAIN_BUCKET if plain else engine.reduce_bucket_size
+    bucket = PLAIN_BUCKET if engine.is_reduced_by_the_engine else engine.reduce_bucket_size
     times = accumulation if engine.zero_stage == 2 else 1
     sent = [Transfer(ALL_REDUCE, AFTER, times * whole, times * ceil(model.num_parameters / bucket))]
     return sent + ([Transfer(ALL_GATHER, AFTER, whole, DECAY_GROUPS)] if engine.zero_stage else [])

@@ -78,6 +78,14 @@ class EngineConfig:
         return PRECISIONS[self.precision]
 
     @property
+    def is_reduced_by_the_engine(self) -> bool:
+        """Whether DeepSpeed's engine adds up the ranks' gradients, as it does where no ZeRO optimiser of its own does.
+
+        One rank can then leave it out: all gradients would be copied twice, and rounded to bf16, to add up one.
+        """
+        return self.is_plain or (self.zero_stage, self.precision) == (1, "bf16")
+
+    @property
     def is_plain(self) -> bool:
         """Without ZeRO and low precision DeepSpeed reports no norm and passes no step over: Engine does, and clips."""
         return self.zero_stage == 0 and self.precision == "fp32"
@@ -233,7 +241,7 @@ class Engine:
         )[0]
         if world.device.type == "cpu":
             _unlink_shared_memory(world)
-        if config.is_plain and world.world_size == 1:  # it would copy all gradients twice to add up one rank's
+        if config.is_reduced_by_the_engine and world.world_size == 1:
             self._engine.enable_backward_allreduce = False
         self.state = WholeState(model, self._engine.optimizer, world)
         # DeepSpeed makes its float32 master copy from the rounded weights; fp16 would lose d30's smallest ones
@@ -261,8 +269,9 @@ class Engine:
             self._pass_over_step()
         else:
             self._engine.step()
-        if norm is None:
-            norm = self._engine.get_global_grad_norm() if at_boundary else 0.0
+        if not at_boundary:
+            return torch.zeros((), device=self.world.device)  # made there: a number brought there would be waited for
+        norm = self._engine.get_global_grad_norm() if norm is None else norm
         return torch.as_tensor(norm, dtype=torch.float32, device=self.world.device)
 
     def _pass_over_step(self) -> None:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.scales import Scales
 from training.cross_entropy import token_cross_entropy
+from training.distributed import to_device
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # of torchvision's vgg16-397923af.pth
 
@@ -39,8 +40,8 @@ def _mean_per_scale(values: Tensor, scales: Scales) -> Tensor:
 
 def average_over_tokens(per_scale: Tensor, scales: Scales) -> Tensor:
     """From means per scale (..., K) to the mean over all L tokens (...): each scale counts with its share of tokens."""
-    sizes = per_scale.new_tensor(scales.scale_sizes)
-    return per_scale @ (sizes / scales.num_tokens)
+    shares = torch.tensor(scales.scale_sizes, dtype=per_scale.dtype) / scales.num_tokens
+    return per_scale @ to_device(shares, per_scale.device)
 
 
 @dataclass(frozen=True)

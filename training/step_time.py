@@ -117,16 +117,23 @@ def step_time(
     rate = cluster.matmul_flops(engine.precision) * cluster.attainable_share
     compute = training_flops(model) * images / rate
     again = images * recomputation_seconds(model, engine, cluster)
-    sent = transfers(model, engine, accumulation) if ranks > 1 else []
+    sent = transfers(model, engine, accumulation=accumulation) if ranks > 1 else []
     hidden = hidden_seconds(sent, compute, cluster, ranks)
     communication = sum(seconds_of(transfer, cluster, ranks) for transfer in sent)
-    optimizer = optimizer_bytes(model, engine, ranks, accumulation, averages) / (1e12 * cluster.memory_tb_per_second)
+    moved = optimizer_bytes(model, engine, ranks, accumulation=accumulation, averages=averages)
+    optimizer = moved / (1e12 * cluster.memory_tb_per_second)
     busy = compute + again + communication - hidden + optimizer
     loading = images / (cluster.loaded_per_second * workers)
-    peak = ranks * cluster.matmul_flops(engine.precision)
-    exposed, waiting = communication - hidden, max(0.0, loading - busy)
     return StepTime(
-        compute, again, communication, exposed, optimizer, waiting, images * ranks, training_flops(model), peak
+        compute=compute,
+        recomputation=again,
+        communication=communication,
+        exposed=communication - hidden,
+        optimizer=optimizer,
+        data_wait=max(0.0, loading - busy),
+        images=images * ranks,
+        flops_per_image=training_flops(model),
+        peak_flops=ranks * cluster.matmul_flops(engine.precision),
     )
 
 
@@ -166,17 +173,18 @@ def hidden_seconds(sent: list[Transfer], compute: float, cluster: ClusterConfig,
 
 
 def optimizer_bytes(
-    model: VARConfig, engine: EngineConfig, ranks: int, accumulation: int = 1, averages: bool = False
+    model: VARConfig, engine: EngineConfig, ranks: int, *, accumulation: int, averages: bool
 ) -> float:
     """Memory traffic of AdamW, of clipping and of casting weights back, on this rank's share.
 
-    Under stage 1 in bf16 every rank also clips, accumulates and casts the gradients of all parameters, see
-    training/zero_memory.py.
+    Under stage 1 in bf16 every rank also clips and accumulates the gradients of all parameters, and casts them if there
+    are several to add up, see training/zero_memory.py.
     """
     number = model.num_parameters
     share = ceil(number / ranks) if engine.zero_stage else number
     casts = FLOAT32 + number_bytes(engine) if engine.zero_stage else 0
     own = share * (ADAMW_BYTES + casts + (AVERAGE_BYTES if averages else 0))
-    if (engine.zero_stage, engine.precision) == (1, "bf16"):
-        return own + number * (CLIP_BYTES + REDUCE_BYTES + ACCUMULATE_BYTES * accumulation)
+    if engine.zero_stage and engine.is_reduced_by_the_engine:
+        reduced = REDUCE_BYTES if ranks > 1 else 0
+        return own + number * (CLIP_BYTES + reduced + ACCUMULATE_BYTES * accumulation)
     return own + CLIP_BYTES * share

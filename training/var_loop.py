@@ -119,7 +119,11 @@ class VARStage:
 
 def build_var(config: VARConfig, engine: EngineConfig, *, seed: int) -> VAR:
     """The transformer with its initial weights, a function of the seed alone, to run as `engine` says."""
-    model = VAR(config, seed=seed)
+    return set_up_var(VAR(config, seed=seed), engine)
+
+
+def set_up_var(model: VAR, engine: EngineConfig) -> VAR:
+    """The same transformer, to run as `engine` says."""
     model.attention = engine.attention
     model.checkpointing = engine.activation_checkpointing
     if engine.compile:

@@ -97,7 +97,7 @@ def zero_memory(model: VARConfig, engine: EngineConfig, ranks: int, *, averages:
         return Replicated(shares)
     if engine.zero_stage == 3:
         return Sharded(shares)
-    return AllGradients(shares) if (engine.zero_stage, engine.precision) == (1, "bf16") else Partitions(shares)
+    return AllGradients(shares) if engine.is_reduced_by_the_engine else Partitions(shares)
 
 
 @dataclass(frozen=True)
@@ -148,6 +148,8 @@ class AllGradients:
     def reduction(self) -> Held:
         """The decayed group alone is a bucket if it exceeds PLAIN_BUCKET; else both groups are flattened first."""
         s = self.shares
+        if s.ranks == 1:
+            return self.update()
         copies = s.e if s.n > PLAIN_BUCKET else FLOAT32 + s.e
         return Held(s.e * s.n, (FLOAT32 + s.e) * s.n, s.optimizer, copies * s.n)
 
