@@ -50,7 +50,7 @@ from launchers.benchmark_models import var_config
 from launchers.benchmark_timing import Contestant, Row, time_in_turns
 
 SMALL_BATCH, LARGE_BATCH = 16, 256
-PASSES = {"codes": 5, "images": 2}  # over the data in a turn, so that the start of what reads ahead is little of it
+PASSES = {"codes": 10, "images": 2}  # over the data in a turn, so that the start of what reads ahead is little of it
 WORKERS = 2
 
 Calls = dict[str, tuple[Callable[[], int], float]]  # by name: passes over the data, and the bytes of a sample or 0

@@ -18,7 +18,7 @@ from data_pipeline.reader import ShardReader
 from data_pipeline.shards import write_shards
 from models.var import VARConfig
 
-CODE_SAMPLES, VIEWED_SAMPLES, IMAGE_SAMPLES = 20_000, 4_000, 1_536
+CODE_SAMPLES, VIEWED_SAMPLES, IMAGE_SAMPLES = 20_000, 10_000, 1_536
 CODE_SHARDS = 128  # as many as pack_images and encode_codes make of ImageNet
 VIEWS = 16  # as launchers/encode_codes.py stores of a training image
 IMAGE_SIDE = 288

@@ -23,7 +23,9 @@ from models.generation import generate_scales
 from models.sampling import Sampling
 from models.var import VAR
 from models.vqvae import VQVAE
+from training.engine import PRECISIONS
 from training.flops import decoding_flops, generation_flops
+from training.traffic import generation_bytes
 
 SAMPLING = Sampling()
 
@@ -98,20 +100,30 @@ def contestants(config: BenchmarkConfig, public: PublicCode | None, fast: Drawin
 
 def switches(config: BenchmarkConfig, fast: Drawing, eager: Drawing, unfolded: Drawing) -> list[Contestant]:
     """Ours with one thing changed."""
-    guidance = SAMPLING.schedule(fast.var.scales.num_scales)
     folded, plain = (flops_per_image(fast, is_folded=is_folded) for is_folded in (True, False))
     alone, whole = config.precision, common_precision(config.precision, decoder_precision(config.precision))
-    calls: list[tuple[str, Callable[[], int], int, str]] = [
-        ("plain decoder in fp32", unfolded.images, plain, common_precision(alone, "fp32")),
-        ("codes alone, no pixels", fast.codes, generation_flops(fast.var.config, guidance), alone),
-        ("as sample.py draws", as_the_launcher(fast), folded, whole),
+    found = [
+        Contestant("plain decoder in fp32", unfolded.images, plain, precision=common_precision(alone, "fp32")),
+        codes_alone(config, fast),
+        Contestant("as sample.py draws", as_the_launcher(fast), folded, precision=whole, has_threads=True),
     ]
     if config.compile:
-        calls.append(("not compiled", eager.images, folded, whole))
-    return [
-        Contestant(f"ours, {name}, batch {config.batch}", call, flops, precision=precision)
-        for name, call, flops, precision in calls
-    ]
+        found.append(Contestant("not compiled", eager.images, folded, precision=whole))
+    return [replace(each, name=f"ours, {each.name}, batch {config.batch}") for each in found]
+
+
+def codes_alone(config: BenchmarkConfig, fast: Drawing) -> Contestant:
+    """The transformer's part: with few images at once, reading its weights at every scale is most of it."""
+    model, guidance = fast.var.config, SAMPLING.schedule(fast.var.scales.num_scales)
+    number_bytes = PRECISIONS[config.precision].itemsize
+    moved = generation_bytes(model, guidance, batch=config.batch, number_bytes=number_bytes)
+    return Contestant(
+        "codes alone, no pixels",
+        fast.codes,
+        flops_per_image=generation_flops(model, guidance),
+        bytes_per_image=moved / config.batch,
+        precision=config.precision,
+    )
 
 
 def as_the_launcher(drawing: Drawing) -> Callable[[], int]:

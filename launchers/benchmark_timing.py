@@ -4,9 +4,10 @@ A ratio is the median of those of the turns, not the ratio of two medians: the t
 another order. FLOPs and bytes that a contestant names are set against what this machine was measured to reach
 (launchers/machine_limits.py).
 
-Of a GPU's memory a row tells two things. `working_bytes` is the most that was allocated during a call above what was
-there when it began: activations, gradients, temporaries. It is the call's own, whoever else lives in the process.
-`peak_bytes` is the most that the process had at all, weights and states of all the contestants in it included.
+`working_bytes` is the most memory that was allocated during a call above what was there when it began: activations,
+gradients, temporaries. It is the call's own, whoever else lives in the process. On a GPU `peak_bytes` beside it is the
+most that the process had at all, weights and states of all the contestants in it included. On a CPU, where to count is
+slow, models have one more call for it, which is not timed.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from typing import Any, Protocol
 
 import torch
 
+from launchers.allocations import AllocationRecorder
 from launchers.machine_limits import MIXED, copy_bytes_per_second, device_type, matmul_flops_per_second
 
 Row = dict[str, Any]
@@ -45,6 +47,7 @@ class Contestant:
     bytes_on: str = field(default_factory=device_type)  # cpu or cuda: whose memory that is
     precision: str = "fp32"  # whose matmul peak the FLOPs are set against; MIXED: none, and no MFU
     elsewhere: Elsewhere | None = None  # the process that works; None: this one
+    has_threads: bool = False  # of its own, whose memory on a CPU nobody counts
     extra: Callable[[], Row] = dict  # more columns, asked for once all turns are done
 
 
@@ -65,9 +68,11 @@ def time_in_turns(contestants: Sequence[Contestant], repeats: int, *, rival: str
                 rates[number].append(rate)
                 memories[number] = {name: max(memories[number].get(name, 0), value) for name, value in taken.items()}
     rows = [
-        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | memory | contestant.extra()
+        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | (memory or _memory_on_cpu(contestant))
         for contestant, found, memory in zip(contestants, rates, memories, strict=True)
     ]
+    for row, contestant in zip(rows, contestants, strict=True):
+        row |= contestant.extra()
     for other in (found for contestant, found in zip(contestants, rates, strict=True) if contestant.name == rival):
         for row, found in zip(rows, rates, strict=True):
             row["rival_ratio"] = _ratio(found, other)
@@ -128,6 +133,17 @@ def _memory_above(resident: int) -> Row:
         return {}
     peak = torch.cuda.max_memory_allocated()
     return {"peak_bytes": peak, "working_bytes": peak - resident}
+
+
+def _memory_on_cpu(contestant: Contestant) -> Row:
+    """`working_bytes` of one more call, if it is a model that works on the CPU, and in this thread."""
+    is_counted = not (torch.cuda.is_available() or contestant.elsewhere or contestant.has_threads)
+    if not is_counted or not contestant.flops_per_image:
+        return {}
+    with AllocationRecorder() as recorder:
+        contestant.call()
+        recorder.mark("done")
+    return {"working_bytes": recorder.phases[0].peak}
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has

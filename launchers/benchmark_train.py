@@ -36,6 +36,7 @@ from training.flops import encoding_flops, training_flops
 from training.optim import OptimizerConfig, build_optimizer
 from training.stage import StepContext
 from training.step_metrics import TimedIterator
+from training.traffic import training_bytes
 from training.var_loop import VARStage, set_up_var
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
@@ -67,6 +68,7 @@ def public_steps(
     on_images = replace(
         contestant(config, "public, images encoded anew", encoding, elsewhere=encoding),
         flops_per_image=on_codes.flops_per_image + flops_to_encode,
+        bytes_per_image=0,
         precision=common_precision(config.precision, "fp32"),
     )
     return [on_codes], [on_images]
@@ -90,7 +92,9 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
     batch = code_batch(var_config(config), config.batch)
     batch = batch.pinned() if world.device.type == "cuda" else batch
     contestants = [
-        contestant(config, name, OurStep(config, engine, deepcopy(model), tokenizer, repeat(batch), world))
+        contestant(
+            config, name, OurStep(config, engine, deepcopy(model), tokenizer, repeat(batch), world), engine=engine
+        )
         for name, engine in ((name, replace(plain, **change)) for name, change in changes.items())
     ]
     return time_in_turns(contestants, config.repeats)
@@ -112,12 +116,20 @@ def contestant(
     name: str,
     call: Callable[[], int],
     *,
+    engine: EngineConfig | None = None,
     elsewhere: Elsewhere | None = None,
     extra: Callable[[], Row] = dict,
 ) -> Contestant:
-    flops = training_flops(var_config(config))
+    """What all do: the same FLOPs, and at least the bytes of our own step, which has the engine's settings."""
+    model, engine = var_config(config), engine or engine_config(config)
     return Contestant(
-        name, call, flops_per_image=flops, precision=config.precision, elsewhere=elsewhere, extra=extra
+        name,
+        call,
+        flops_per_image=training_flops(model),
+        bytes_per_image=training_bytes(model, engine) / config.batch,
+        precision=config.precision,
+        elsewhere=elsewhere,
+        extra=extra,
     )
 
 

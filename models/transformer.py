@@ -22,6 +22,7 @@ NORM_EPS = 1e-6
 MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(4)
 NUM_MODULATIONS = 6
+MIN_LENGTH = 1e-12
 Attend = Callable[..., Tensor]    # q, k, v (B, H, n or m, D/H), softmax_scale= -> (B, H, n, D/H)
 
 
@@ -78,8 +79,24 @@ class UnitNorm(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None, None]    # (H, 1, 1)
-        unit_q, unit_k = F.normalize(q.float(), dim=-1), F.normalize(k.float(), dim=-1)
-        return (unit_q * scale).to(q.dtype), unit_k.to(k.dtype)
+        wide_q, wide_k = q.float(), k.float()
+        # one product with a small factor: a unit vector made first would be one more tensor of q's size to keep
+        return (wide_q * (scale * inverse_length(wide_q))).to(q.dtype), (wide_k * inverse_length(wide_k)).to(k.dtype)
+
+
+def inverse_length(x: Tensor) -> Tensor:
+    """1 over the length of each vector, which counts as 1e-12 at least, as in F.normalize: (..., D) -> (..., 1)."""
+    return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(MIN_LENGTH).reciprocal()
+
+
+class LinearWithGivenBias(nn.Linear):
+    """A linear layer whose bias is made elsewhere, and added within the product."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -88,7 +105,7 @@ class SelfAttention(nn.Module):
     def __init__(self, width: int, num_heads: int, *, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.qkv = LinearWithGivenBias(width, 3 * width)
         self.q_bias = nn.Parameter(torch.zeros(width))
         self.v_bias = nn.Parameter(torch.zeros(width))
         self.qk_norm = UnitNorm(num_heads) if qk_norm else None
@@ -98,8 +115,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
-        qkv = self.qkv(x)                                                           # (B, n, 3D)
-        qkv = qkv + torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]).to(qkv.dtype)
+        qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))     # (B, n, 3D)
         qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (3, B, H, n, D/H)
         q, k, v = qkv.unbind(0)                                                     # (B, H, n, D/H)
         if self.qk_norm is not None:
@@ -163,7 +179,7 @@ class SharedModulation(nn.Module):
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """Adaptive layer norm: normalise x (B, n, D) without weights of its own, then scale and shift by (B, 1, D)."""
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS) * (1 + scale) + shift
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=NORM_EPS), 1 + scale)
 
 
 def branch_factor(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tensor | float:
@@ -193,9 +209,9 @@ class AdaLNBlock(nn.Module):
         """
         m = condition if isinstance(condition, ModulationVectors) else self.vectors(condition)
         h = self.attention(modulate(x, m.attention_scale, m.attention_shift), attend=attend, cache=cache)
-        x = x + branch_factor(residual_scale, 0, x) * m.attention_gate * h
+        x = torch.addcmul(x, branch_factor(residual_scale, 0, x) * m.attention_gate, h)
         h = self.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
-        return x + branch_factor(residual_scale, 1, x) * m.feed_forward_gate * h
+        return torch.addcmul(x, branch_factor(residual_scale, 1, x) * m.feed_forward_gate, h)
 
 
 class LayerNormBlock(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -80,6 +82,21 @@ def test_processes_that_share_a_gpu_give_back_what_they_do_not_keep(monkeypatch:
     theirs = Contestant("a", lambda: done.append("theirs") or 1, elsewhere=elsewhere)
     time_in_turns([theirs, Contestant("b", lambda: done.append("ours") or 1)], repeats=1)
     assert done[-6:] == ["theirs", "theirs", "theirs released", "ours", "ours", "ours released"]
+
+
+@pytest.mark.parametrize(
+    "change, is_counted", [({}, True), ({"has_threads": True}, False), ({"flops_per_image": 0}, False)]
+)
+def test_on_a_cpu_one_more_call_of_a_model_counts_what_it_takes(change: dict[str, Any], is_counted: bool) -> None:
+    calls: list[torch.Tensor] = []
+
+    def call() -> int:
+        calls.append(torch.ones(1000).exp())  # 4,000 bytes and, for a moment, as many again
+        return 1
+
+    contestant = replace(Contestant("a", call, flops_per_image=1.0), **change)
+    row = time_in_turns([contestant], repeats=1)[0]
+    assert row.get("working_bytes") == (8000 if is_counted else None) and len(calls) == 3 + is_counted
 
 
 def test_what_a_call_takes_of_a_gpu_is_apart_from_what_lay_there(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,8 +44,9 @@ def test_each_kind_of_work_has_rows_of_its_own_and_most_codes_do_not_change() ->
 def test_the_public_code_is_first_with_the_memory_of_each_kind_of_work(monkeypatch: pytest.MonkeyPatch) -> None:
     stand_in(monkeypatch, benchmark_tokenizer, lambda what, *, batch: {"encode": 9, "decode": 2}[what])
     rows = benchmark_tokenizer.benchmark_tokenizer(CONFIG)
-    found = {row["name"]: row["working_bytes"] for row in rows if "working_bytes" in row}
-    assert found == {"public, encode": 9, "public, decode": 2}
+    found = {row["name"]: row["working_bytes"] for row in rows}
+    assert (found["public, encode"], found["public, decode"]) == (9, 2)
+    assert min(size for name, size in found.items() if "ours" in name) > 1000
     assert all(row["ratio"] == 1.0 for row in rows if row["name"] in found)
 
 

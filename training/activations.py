@@ -38,7 +38,7 @@ def saved_by_block(model: VARConfig, engine: EngineConfig) -> dict[str, int]:
 
 
 def saved_by_attention(model: VARConfig, engine: EngineConfig) -> dict[str, int]:
-    """From the output of qkv to the input of proj: unit vectors in float32, joined keys and values, results.
+    """From the output of qkv to the input of proj: vectors and lengths in float32, joined keys and values, results.
 
     One call a scale takes keys and values that are joined anew for it: sum over scales of the tokens so far. The other
     ways take keys as they are and values as a view, which keeps all of qkv, and give heads that lie side by side.
@@ -49,7 +49,7 @@ def saved_by_attention(model: VARConfig, engine: EngineConfig) -> dict[str, int]
     saved = {"heads": stream, "log-sum-exp": per_head}
     low = engine.precision != "fp32"
     if model.qk_norm:
-        saved |= {"unit queries": single, "scaled queries": stream, "lengths of queries and keys": 4 * per_head}
+        saved |= {"scaled queries": stream, "lengths of queries and keys": 4 * per_head}
         saved |= {"queries and keys in float32": 2 * single} if low else {}
     if engine.attention == PER_SCALE:
         saved |= {"joined keys and values": joined_bytes(model, engine), "heads side by side": stream}

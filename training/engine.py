@@ -286,7 +286,7 @@ class Engine:
         """Scale the gradients down to the norm they may have; returns the one they had."""
         parameters = [parameter for parameter in self.model.parameters() if parameter.grad is not None]
         norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in parameters])
-        if self.config.gradient_clipping:
+        if 0 < self.config.gradient_clipping < norm:  # else all gradients would be multiplied by one
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clipping, norm)
         return norm
 

@@ -1,0 +1,44 @@
+"""Bytes that must pass between memory and processor for a piece of work, from the architecture alone.
+
+Lower bounds, to be set against a machine's bandwidth: each tensor counts once where it is written and once where it is
+read, as if everything between were fused. What a real program moves is more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
+from training.activations import kept_by_block, logit_bytes, number_bytes, saved_by_ends
+from training.engine import EngineConfig
+from training.step_time import optimizer_bytes
+
+
+def training_bytes(model: VARConfig, engine: EngineConfig) -> float:
+    """Of one step of `engine.micro_batch` images on one rank.
+
+    Weights are read in the forward and in the backward pass, and their gradients written; what is kept for the backward
+    pass, logits included, is written and read; then comes the optimiser.
+    """
+    weights = 3 * number_bytes(engine) * model.num_parameters
+    kept = model.depth * kept_by_block(model, engine) + saved_by_ends(model, engine) + logit_bytes(model, engine)
+    optimizer = optimizer_bytes(model, engine, 1, accumulation=1, averages=False)
+    return weights + 2 * engine.micro_batch * kept + optimizer
+
+
+def generation_bytes(config: VARConfig, guidance: Sequence[float], *, batch: int, number_bytes: int) -> int:
+    """Of drawing the codes of `batch` images together, with guidance of these strengths at the K scales.
+
+    The weights that act on tokens are read at every scale, those of AdaLN once. Keys and values are written once, and
+    read at every scale from then on; twice as many while the unconditional half runs, see models/generation.py.
+    """
+    scales, width, depth = config.scales, config.width, config.depth
+    blocks = depth * (4 * width**2 + 2 * width * config.hidden_width)
+    maps = {ADALN: 6 * depth + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
+    weights = scales.num_scales * (blocks + width * config.vocab_size) + maps * width**2
+    num_doubled = max((k + 1 for k, t in enumerate(guidance) if t), default=0)
+    halves = [2 if k < num_doubled else 1 for k in range(scales.num_scales)]
+    written = sum(half * size for half, size in zip(halves, scales.scale_sizes, strict=True))
+    read = sum(half * part.stop for half, part in zip(halves, scales.slices, strict=True))
+    cache = 2 * depth * width * (written + read)  # keys and values
+    return number_bytes * (weights + batch * cache)
