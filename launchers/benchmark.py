@@ -1,7 +1,8 @@
 """Speed and memory, measured side by side: `python launchers/benchmark.py train`, and so on for all BENCHMARKS.
 
 What is compared is timed in turns within one process tree, so that a busy machine slows both; a ratio is the median of
-those of the turns. `--against PATH` sets the public VAR code, from a checkout at PATH, beside ours.
+those of the turns. `--against PATH` sets the public VAR code, from a checkout at PATH, beside ours. On several GPUs
+`deepspeed launchers/benchmark.py switches` says which ZeRO stage they are best used with; rates are then those of each.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from launchers.benchmark_attention import benchmark_attention  # noqa: E402
-from launchers.benchmark_config import BenchmarkConfig  # noqa: E402
+from launchers.benchmark_config import OURS, BenchmarkConfig  # noqa: E402
 from launchers.benchmark_data import benchmark_data  # noqa: E402
 from launchers.benchmark_memory import benchmark_memory  # noqa: E402
 from launchers.benchmark_report import begin_report, write_report  # noqa: E402
@@ -23,6 +24,7 @@ from launchers.benchmark_timing import Row, table  # noqa: E402
 from launchers.benchmark_tokenizer import benchmark_tokenizer  # noqa: E402
 from launchers.benchmark_train import benchmark_switches, benchmark_train  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from training.distributed import World, leave_world  # noqa: E402
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "train": benchmark_train,
@@ -42,15 +44,29 @@ def launch(command: Command[BenchmarkConfig]) -> None:
         for settings in plan_suite(config) if config.what == "suite" else ():
             say(title_of(settings))
         return
+    world = World.from_environment()
+    check_ranks(config, world.world_size)
     report = begin_report(config, sys.argv[1:])
     if config.what == "suite":
         rows = benchmark_suite(config, report)
     else:
         rows = BENCHMARKED[config.what](config)
-    write_report(report | {"finished": True, "rows": rows}, config.out)
-    say(table(rows))
-    if config.out:
-        say(f"written to {config.out}")
+    if world.is_rank_zero:
+        write_report(report | {"finished": True, "rows": rows}, config.out)
+        say(table(rows))
+        if config.out:
+            say(f"written to {config.out}")
+    if world.world_size > 1:
+        leave_world()
+
+
+def check_ranks(config: BenchmarkConfig, world_size: int) -> None:
+    """Raise ValueError where several ranks were started for what is measured on one."""
+    if world_size > 1 and config.what != "switches" and config.contestants != OURS:
+        raise ValueError(
+            f"{world_size} ranks were started, but {config.what} is measured on one: start it with python; "
+            "several ranks take switches, or train with contestants=ours"
+        )
 
 
 def main() -> None:

@@ -22,6 +22,7 @@ from torch.utils.collect_env import get_nvidia_driver_version, run
 from data_pipeline.files import atomic_file
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_timing import Row
+from training.distributed import World
 from training.mlflow_client import code_version
 
 Report = dict[str, Any]
@@ -50,6 +51,7 @@ def describe_machine() -> dict[str, Any]:
         "cpu": cpu_model(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "ranks": World.from_environment().world_size,
     }
 
 

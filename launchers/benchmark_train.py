@@ -49,7 +49,7 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
     world, tokenizer, model = join_world(), make_tokenizer(config), make_var(config)
     codes = code_batch(var_config(config), config.batch)
     with tempfile.TemporaryDirectory() as folder, public_code(config, model, tokenizer) as public:
-        batches = TimedIterator(read_batches(config, Path(folder), world.device))
+        batches = TimedIterator(read_batches(config, Path(folder), world))
         # a GPU has no room for three trainers of d30
         has_bare = config.contestants != OURS and (device_type() == "cpu" or public is None)
         bare = [contestant(config, BARE, bare_step(config, deepcopy(model), tokenizer, codes))] if has_bare else []
@@ -133,15 +133,15 @@ def contestant(
     )
 
 
-def read_batches(config: BenchmarkConfig, folder: Path, device: torch.device) -> Iterator[Batch]:
-    """What a run reads: random codes from shards, in a random order, pinned for a GPU."""
+def read_batches(config: BenchmarkConfig, folder: Path, world: World) -> Iterator[Batch]:
+    """What this rank of a run reads: random codes from shards, in a random order, pinned for a GPU."""
     dataset = code_shards(var_config(config), folder, SHARD_SAMPLES)
-    share = {"batch_size": config.batch, "rank": 0, "world_size": 1, "samples_seen": 0, "seed": 0}
-    return train_batches(dataset, device=device, **share)
+    share = {"batch_size": config.batch, "rank": world.rank, "world_size": world.world_size}
+    return train_batches(dataset, device=world.device, samples_seen=0, seed=0, **share)
 
 
 class OurStep:
-    """A step as training takes it, DeepSpeed and all."""
+    """A step as training takes it, DeepSpeed and all. On several ranks a collective, and the images are this rank's."""
 
     def __init__(
         self,
@@ -154,18 +154,19 @@ class OurStep:
     ) -> None:
         """The model becomes this step's own, and the tokenizer's quantiser moves to its device."""
         set_up_var(model, engine)
+        global_batch = config.batch * world.world_size
         optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
         self.stage = VARStage(
-            Engine(model, optimizer, engine, global_batch=config.batch, world=world),
+            Engine(model, optimizer, engine, global_batch=global_batch, world=world),
             model.config,
             place_tokenizer(tokenizer, world.device, kinds={"codes"}),
             label_drop=0.1,
-            global_batch=config.batch,
+            global_batch=global_batch,
             seed=0,
             world=world,
             validation=lambda: (),
         )
-        self.batch = config.batch
+        self.batch, self.global_batch = config.batch, global_batch
         self.batches = batches
         self.samples_seen = 0
         self.waits: list[tuple[float, float]] = []  # of each step, the seconds waited for data and those that it took
@@ -175,7 +176,7 @@ class OurStep:
         self.stage.train_step(self.batches, StepContext(self.samples_seen, 0.5, LEARNING_RATE, WEIGHT_DECAY))
         synchronize()
         if isinstance(self.batches, TimedIterator):
-            self.samples_seen += self.batch
+            self.samples_seen += self.global_batch
             self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
         return self.batch
 

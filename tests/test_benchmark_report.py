@@ -22,7 +22,7 @@ def test_a_report_says_what_its_figures_depend_on() -> None:
     assert set(report) == {"date", "command", "machine", "versions", "settings", "finished", "rows"}
     assert abs((datetime.now(UTC) - datetime.fromisoformat(report["date"])).total_seconds()) < 60
     assert report["command"] == "python launchers/benchmark.py data 'out=my figures.json'"
-    assert set(report["machine"]) == {"card", "card_bytes", "cpu", "cores", "threads"}
+    assert set(report["machine"]) == {"card", "card_bytes", "cpu", "cores", "threads", "ranks"}
     names = {"python", "torch", "cuda", "cudnn", "driver", "deepspeed", "nextscale", "commit", "flash-attn", "xformers"}
     assert set(report["versions"]) == names and report["versions"]["torch"] == torch.__version__
     assert report["machine"]["threads"] == torch.get_num_threads()

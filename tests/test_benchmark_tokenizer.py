@@ -47,7 +47,7 @@ def test_the_public_code_is_first_with_the_memory_of_each_kind_of_work(monkeypat
     found = {row["name"]: row["working_bytes"] for row in rows}
     assert (found["public, encode"], found["public, decode"]) == (9, 2)
     assert min(size for name, size in found.items() if "ours" in name) > 1000
-    assert all(row["ratio"] == 1.0 for row in rows if row["name"] in found)
+    assert [row["name"] for row in rows if row["ratio"] == 1.0][:2] == ["public, encode", "public, decode"]
 
 
 def test_on_a_gpu_float32_is_set_against_the_peak_of_tf32(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -71,7 +71,7 @@ def test_the_bare_loop_runs_the_model_as_ours_does(monkeypatch: pytest.MonkeyPat
 
 
 def test_data_wait_is_a_share_of_the_steps_after_the_first(tmp_path: Path) -> None:
-    batches = TimedIterator(read_batches(CONFIG, tmp_path, World().device))
+    batches = TimedIterator(read_batches(CONFIG, tmp_path, World()))
     step = OurStep(CONFIG, engine_config(CONFIG), make_var(CONFIG), make_tokenizer(CONFIG), batches, World())
     step()
     (waited, taken), step.waits = step.waits[0], [(9.0, 9.0), (1.0, 3.0), (1.0, 5.0)]
@@ -91,7 +91,7 @@ def test_every_switch_is_timed_beside_none(
 
 def test_each_call_is_a_step_of_training(without_deepspeed: list[Any], tmp_path: Path) -> None:
     tokenizer = make_tokenizer(CONFIG)
-    batches = TimedIterator(read_batches(CONFIG, tmp_path, World().device))
+    batches = TimedIterator(read_batches(CONFIG, tmp_path, World()))
     step = OurStep(CONFIG, engine_config(CONFIG), make_var(CONFIG), tokenizer, batches, World())
     model = without_deepspeed[0][1]
     before = model.head.weight.detach().clone()
