@@ -104,15 +104,18 @@ def read_batches(dataset: Dataset, requests: Iterator[Request], *, together: int
 
 
 def _read_group(dataset: Dataset, group: list[Request]) -> Iterator[Batch]:
-    """One by one where something is wrong, so that each batch has its own errors and bad samples, and no other's."""
+    """Where something is wrong, batches are read one by one: each has its own errors and bad samples."""
     whole = _read_whole(dataset, group) if len(group) > 1 else None
-    if whole is None or whole.bad:
+    if whole is None:
         yield from map(partial(read_batch, dataset), group)
         return
-    start = 0
+    bad, start = [sample.sample for sample in whole.bad], 0
     for request in group:
         rows = slice(start, start + len(request.ids))
-        yield Batch(whole.data[rows], whole.labels[rows], whole.positions[rows], whole.weights[rows])
+        if np.isin(bad, request.ids).any():
+            yield read_batch(dataset, request)
+        else:
+            yield Batch(whole.data[rows], whole.labels[rows], whole.positions[rows], whole.weights[rows])
         start = rows.stop
 
 

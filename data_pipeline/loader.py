@@ -128,7 +128,8 @@ def train_batches(
     if ahead:
         requests = ahead.told_of(requests, reach=batch_size * (world_size - rank))
     batches: Iterator[Batch]
-    together = 1 if workers else max(1, dataset.read_together // batch_size)
+    # what is read together is asked for together, and remote shards are fetched one after the other as they are needed
+    together = 1 if workers or ahead else max(1, dataset.read_together // batch_size)
     if workers:
         batches = ReadAhead(partial(read_batch, dataset), requests, workers=workers)
     else:

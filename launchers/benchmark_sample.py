@@ -115,8 +115,8 @@ def switches(config: BenchmarkConfig, fast: Drawing, eager: Drawing, unfolded: D
 def codes_alone(config: BenchmarkConfig, fast: Drawing) -> Contestant:
     """The transformer's part: with few images at once, reading its weights at every scale is most of it."""
     model, guidance = fast.var.config, SAMPLING.schedule(fast.var.scales.num_scales)
-    number_bytes = PRECISIONS[config.precision].itemsize
-    moved = generation_bytes(model, guidance, batch=config.batch, number_bytes=number_bytes)
+    size = PRECISIONS[config.precision].itemsize
+    moved = generation_bytes(model, guidance, batch=config.batch, bytes_per_number=size)
     return Contestant(
         "codes alone, no pixels",
         fast.codes,

@@ -8,10 +8,13 @@ goes on by the same command. On a GPU: d16 to d30 in bf16, batches chosen by the
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +123,9 @@ def batch_alone(depth: int, total_bytes: int) -> int:
 
 
 def batch_beside(depth: int, total_bytes: int) -> int:
-    """The most that fit beside the state of the public trainer, which keeps as much of an image as ours not compiled.
+    """The most images that fit beside the state of the public trainer; what a step takes, the two have in turns.
 
-    Or less. What they take for a step, the two have in turns.
+    The public code keeps no more of an image than ours does where it is not compiled.
     """
     state = PUBLIC_STATE * VARConfig(depth=depth).num_parameters
     return even_batch(depth, USABLE_SHARE * total_bytes - state, compiles=False)
@@ -186,14 +189,26 @@ def run_apart(settings: Settings) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         given = [f"{name}={value}" for name, value in settings.items()]
-        command = [sys.executable, str(LAUNCHER), *given, f"out={out}"]
+        code, errors = run_group([sys.executable, str(LAUNCHER), *given, f"out={out}"])
+        if code == 0:
+            return json.loads(out.read_text())["rows"]
+    raise ChildFailed(reason_of(errors) or f"exit code {code}")
+
+
+def run_group(command: list[str]) -> tuple[int, str]:
+    """A command's exit code and what it said of errors. With it end all processes that it has started.
+
+    Raises ChildFailed after MOST_SECONDS.
+    """
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True) as child:
         try:
-            ended = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=False, timeout=MOST_SECONDS)
+            _, errors = child.communicate(timeout=MOST_SECONDS)
         except subprocess.TimeoutExpired:
             raise ChildFailed(f"was not done after {MOST_SECONDS} s") from None
-        if ended.returncode == 0:
-            return json.loads(out.read_text())["rows"]
-    raise ChildFailed(reason_of(ended.stderr) or f"exit code {ended.returncode}")
+        finally:  # on Ctrl-C, too, which a session of its own does not get
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+    return child.returncode, errors
 
 
 def reason_of(errors: str) -> str:

@@ -43,7 +43,7 @@ class Contestant:
     name: str
     call: Callable[[], int]
     flops_per_image: float = 0  # exact FLOPs; 0: not known
-    bytes_per_image: float = 0  # the least to be moved from and to memory; 0: not known
+    bytes_per_image: float = 0  # to be moved from and to memory; 0: not known
     bytes_on: str = field(default_factory=device_type)  # cpu or cuda: whose memory that is
     precision: str = "fp32"  # whose matmul peak the FLOPs are set against; MIXED: none, and no MFU
     elsewhere: Elsewhere | None = None  # the process that works; None: this one
@@ -57,6 +57,20 @@ def time_in_turns(contestants: Sequence[Contestant], repeats: int, *, rival: str
     rival: the name of a contestant, if there is one, to whose speed each is compared too. Where several processes share
     a GPU, each gives back what it does not keep at the end of its turn, and begins with a call that is not timed.
     """
+    rates, memories = _take_turns(contestants, repeats)
+    rows = [
+        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | memory | contestant.extra()
+        for contestant, found, memory in zip(contestants, rates, memories, strict=True)
+    ]
+    names = [contestant.name for contestant in contestants]
+    for row, contestant, found in zip(rows, contestants, rates, strict=True):
+        row |= {"rival_ratio": _ratio(found, rates[names.index(rival)])} if rival in names else {}
+        row |= _memory_on_cpu(contestant)
+    return rows
+
+
+def _take_turns(contestants: Sequence[Contestant], repeats: int) -> tuple[list[list[float]], list[Row]]:
+    """Of each contestant its samples a second in every turn, and the most memory that it took on a GPU."""
     shares_gpu = torch.cuda.is_available() and any(contestant.elsewhere for contestant in contestants)
     rates: list[list[float]] = [[] for _ in contestants]
     memories: list[Row] = [{} for _ in contestants]
@@ -67,16 +81,7 @@ def time_in_turns(contestants: Sequence[Contestant], repeats: int, *, rival: str
             if turn >= 0:
                 rates[number].append(rate)
                 memories[number] = {name: max(memories[number].get(name, 0), value) for name, value in taken.items()}
-    rows = [
-        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | (memory or _memory_on_cpu(contestant))
-        for contestant, found, memory in zip(contestants, rates, memories, strict=True)
-    ]
-    for row, contestant in zip(rows, contestants, strict=True):
-        row |= contestant.extra()
-    for other in (found for contestant, found in zip(contestants, rates, strict=True) if contestant.name == rival):
-        for row, found in zip(rows, rates, strict=True):
-            row["rival_ratio"] = _ratio(found, other)
-    return rows
+    return rates, memories
 
 
 def _take_turn(contestant: Contestant, *, shares_gpu: bool) -> tuple[float, Row]:

@@ -9,14 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from copy import deepcopy
 from itertools import repeat
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from launchers.benchmark_config import BenchmarkConfig
 from launchers.benchmark_models import code_batch, image_batch, make_tokenizer, make_var, public_code, var_config
-from launchers.benchmark_timing import Contestant, Row, time_in_turns
+from launchers.benchmark_timing import Contestant, Elsewhere, Row, time_in_turns
 from launchers.machine_limits import convolution_precision, device_type, synchronize
 from models.vqvae import VQVAE
 from training.distributed import World, join_world
@@ -46,10 +45,16 @@ def benchmark_tokenizer(config: BenchmarkConfig) -> list[Row]:
 
 
 def contestant(
-    name: str, call: Callable[[], int], flops: int, *, precision: str = "fp32", **columns: Any
+    name: str,
+    call: Callable[[], int],
+    flops: int,
+    *,
+    precision: str = "fp32",
+    elsewhere: Elsewhere | None = None,
+    extra: Callable[[], Row] = dict,
 ) -> Contestant:
     """Convolutions on numbers in `precision`."""
-    return Contestant(name, call, flops, precision=convolution_precision(precision), **columns)
+    return Contestant(name, call, flops, precision=convolution_precision(precision), elsewhere=elsewhere, extra=extra)
 
 
 def encoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:

@@ -54,24 +54,25 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
         has_bare = config.contestants != OURS and (device_type() == "cpu" or public is None)
         bare = [contestant(config, BARE, bare_step(config, deepcopy(model), tokenizer, codes))] if has_bare else []
         step = OurStep(config, engine_config(config), model, tokenizer, batches, world)
-        ours = [contestant(config, "ours, codes from shards", step, extra=step.data_wait), *bare]
-        on_codes, on_images = public_steps(config, public, encoding_flops(tokenizer.config)) if public else ([], [])
-        return time_in_turns([*on_codes, *ours, *on_images], config.repeats, rival=BARE)
+        contestants = [contestant(config, "ours, codes from shards", step, extra=step.data_wait), *bare]
+        if public is not None:
+            on_codes, on_images = public_steps(config, public, encoding_flops(tokenizer.config))
+            contestants = [on_codes, *contestants, on_images]
+        return time_in_turns(contestants, config.repeats, rival=BARE)
 
 
 def public_steps(
     config: BenchmarkConfig, public: PublicCode, flops_to_encode: float
-) -> tuple[list[Contestant], list[Contestant]]:
+) -> tuple[Contestant, Contestant]:
     """The public code's step on given codes, and on images that it encodes in every step, outside of autocast."""
     given, encoding = (public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True))
     on_codes = contestant(config, "public, codes in memory", given, elsewhere=given)
     on_images = replace(
         contestant(config, "public, images encoded anew", encoding, elsewhere=encoding),
         flops_per_image=on_codes.flops_per_image + flops_to_encode,
-        bytes_per_image=0,
         precision=common_precision(config.precision, "fp32"),
     )
-    return [on_codes], [on_images]
+    return on_codes, on_images
 
 
 def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
@@ -120,13 +121,13 @@ def contestant(
     elsewhere: Elsewhere | None = None,
     extra: Callable[[], Row] = dict,
 ) -> Contestant:
-    """What all do: the same FLOPs, and at least the bytes of our own step, which has the engine's settings."""
+    """All do the same FLOPs. Ours and the bare loop, which keep the same tensors, move what training_bytes says."""
     model, engine = var_config(config), engine or engine_config(config)
     return Contestant(
         name,
         call,
         flops_per_image=training_flops(model),
-        bytes_per_image=training_bytes(model, engine) / config.batch,
+        bytes_per_image=0 if elsewhere else training_bytes(model, engine) / config.batch,
         precision=config.precision,
         elsewhere=elsewhere,
         extra=extra,

@@ -71,10 +71,9 @@ def decoder_precision(precision: str) -> str:
 
 
 def compile_both(var: VAR, tokenizer: VQVAE) -> None:
-    """The last part of `speed_up`, for models that have had the others. On a GPU cuDNN tries what is fastest, too."""
+    """The last part of `speed_up`, for models that have had the others."""
     var.compile_generation()
     if var.position_embedding.device.type != "cpu":
-        torch.backends.cudnn.benchmark = True
         tokenizer.decoder.compile()
 
 

@@ -67,9 +67,9 @@ def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
 
 @dataclass(frozen=True)
 class Candidates:
-    """The codes that may be drawn for each token, as few as hold all of them."""
+    """Codes of each token, among them all that may be drawn."""
 
-    logits: Tensor  # (..., m), -inf where a row has fewer
+    logits: Tensor  # (..., m), -inf for those that may not be drawn
     codes: Tensor   # (..., m) int64, each once
 
     def spread(self, vocab_size: int) -> Tensor:
@@ -88,7 +88,7 @@ def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
 
 
 def find_candidates(logits: Tensor, top_k: int, top_p: float) -> Candidates:
-    """The codes that `filter_logits` keeps of (..., V). With top-k only the k likeliest are sorted, never all V."""
+    """The codes that `filter_logits` keeps of (..., V). With top-k no more than k + TIES are sorted, if no more tie."""
     vocab_size = logits.shape[-1]
     is_cut_by_p = 0 < top_p < 1
     if 0 < top_k < vocab_size:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from launchers import benchmark_timing
-from launchers.benchmark_timing import Contestant, table, time_in_turns
+from launchers.benchmark_timing import WARM_UPS, Contestant, table, time_in_turns
 from launchers.machine_limits import MIXED
 
 
@@ -25,20 +25,24 @@ def test_calls_are_timed_in_turns_of_another_order_after_two_to_warm_up() -> Non
 
 
 def test_each_is_compared_to_a_rival_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of three turns the second is ten times slower for both: the ratio of each turn stays what it is."""
-    clock, weather = [0.0], iter([1.0] * 6 + [10.0] * 2 + [1.0] * 2)
+    """b is 1, 2 and 4 times as fast as a in the three turns, so 2; by the medians of both it would be 4."""
+    clock = [0.0]
 
-    def contestant(name: str, seconds: float) -> Contestant:
+    def contestant(name: str, seconds: list[float]) -> Contestant:
+        left = iter([1.0] * WARM_UPS + seconds)
+
         def call() -> int:
-            clock[0] += seconds * next(weather)
+            clock[0] += next(left)
             return 1
 
         return Contestant(name, call)
 
     monkeypatch.setattr(benchmark_timing.time, "perf_counter", lambda: clock[0])
-    slow, fast = time_in_turns([contestant("a", 2.0), contestant("b", 1.0)], repeats=3, rival="b")
+    a, b = contestant("a", [1.0, 8.0, 4.0]), contestant("b", [1.0, 4.0, 1.0])
+    slow, fast = time_in_turns([a, b], repeats=3, rival="b")
     assert (slow["ratio"], fast["ratio"]) == pytest.approx((1.0, 2.0))
     assert (slow["rival_ratio"], fast["rival_ratio"]) == pytest.approx((0.5, 1.0))
+    assert fast["samples_per_second"] / slow["samples_per_second"] == pytest.approx(4.0)
 
 
 def test_a_rival_that_is_not_there_is_compared_to_nobody() -> None:

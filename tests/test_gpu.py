@@ -57,10 +57,10 @@ def test_attention_on_a_gpu_is_that_of_the_dense_mask(way: str, patch_nums: tupl
         assert (ours - plain).norm() < 1e-2 * plain.norm()  # products may be in TF32
 
 
-def test_a_step_waits_for_the_gpu_nowhere_but_in_the_update() -> None:
+def test_no_forward_or_backward_pass_of_a_step_waits_for_the_gpu() -> None:
     """Nor do the copies that bring it batch and draws. Waiting is an error in this mode of torch.
 
-    Two parts of a batch: the engine is asked for the update after the first, too, and has none to make.
+    The engine is a plain one: DeepSpeed's waits in its update.
     """
     device = torch.device("cuda")
     var, tokenizer = VAR(TRANSFORMER, seed=0).to(device), build_tokenizer(TOKENIZER, seed=0).to(device)

@@ -35,7 +35,7 @@ def test_keys_and_values_are_those_that_the_caches_of_all_layers_store_and_hand_
     generate_scales(VAR(VAR_CONFIG).eval(), make_tokenizer().eval(), torch.arange(IMAGES) % 2, sampling)
     guidance = sampling.schedule(VAR_CONFIG.scales.num_scales)
     with_images, without = (
-        generation_bytes(VAR_CONFIG, guidance, batch=images, number_bytes=4) for images in (IMAGES, 0)
+        generation_bytes(VAR_CONFIG, guidance, batch=images, bytes_per_number=4) for images in (IMAGES, 0)
     )
     assert with_images - without == sum(moved)
 
@@ -49,7 +49,7 @@ def test_matrices_that_act_on_tokens_are_read_at_every_scale_and_those_of_adaln_
         maps -= sum(size for name, size in sizes.items() if name.endswith("offset"))  # tables, not maps
     on_tokens = [name for name in sizes if name.startswith(("blocks", "head")) and "modulation" not in name]
     tokens = sum(sizes[name] for name in on_tokens)
-    assert generation_bytes(config, (0, 0, 0), batch=0, number_bytes=2) == 2 * (3 * tokens + maps)
+    assert generation_bytes(config, (0, 0, 0), batch=0, bytes_per_number=2) == 2 * (3 * tokens + maps)
 
 
 def test_a_step_moves_weights_and_optimizer_once_and_what_it_keeps_of_each_image_twice() -> None:

@@ -40,6 +40,7 @@ def _mean_per_scale(values: Tensor, scales: Scales) -> Tensor:
 
 def average_over_tokens(per_scale: Tensor, scales: Scales) -> Tensor:
     """From means per scale (..., K) to the mean over all L tokens (...): each scale counts with its share of tokens."""
+    # to_device, since what is made on a GPU from numbers of the host is waited for
     shares = torch.tensor(scales.scale_sizes, dtype=per_scale.dtype) / scales.num_tokens
     return per_scale @ to_device(shares, per_scale.device)
 

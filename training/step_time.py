@@ -21,7 +21,8 @@ ADAMW_BYTES = 28  # a parameter: weight, gradient and moments read, all but the 
 AVERAGE_BYTES = 12  # a parameter: the average read and written, the weight read
 CLIP_BYTES = 12  # a gradient: read for the norm, read and written to be clipped
 ACCUMULATE_BYTES = 10  # stage 1 in bf16, a gradient and micro-batch: bf16 and float32 read, float32 written
-REDUCE_BYTES = 16  # the same once a step: to bf16 for the reduction, back, and set to zero
+REDUCE_BYTES = 12  # the same once a step, where ranks add theirs up: to bf16 for the reduction, and back
+CLEAR_BYTES = 4  # the same once a step: set to zero
 
 
 @dataclass(frozen=True)
@@ -186,5 +187,5 @@ def optimizer_bytes(
     own = share * (ADAMW_BYTES + casts + (AVERAGE_BYTES if averages else 0))
     if engine.zero_stage and engine.is_reduced_by_the_engine:
         reduced = REDUCE_BYTES if ranks > 1 else 0
-        return own + number * (CLIP_BYTES + reduced + ACCUMULATE_BYTES * accumulation)
+        return own + number * (CLIP_BYTES + reduced + CLEAR_BYTES + ACCUMULATE_BYTES * accumulation)
     return own + CLIP_BYTES * share

@@ -1,7 +1,7 @@
-"""Bytes that must pass between memory and processor for a piece of work, from the architecture alone.
+"""Bytes that our own code moves between memory and processor, as arithmetic, to be set against a bandwidth.
 
-Lower bounds, to be set against a machine's bandwidth: each tensor counts once where it is written and once where it is
-read, as if everything between were fused. What a real program moves is more.
+Each tensor that is kept counts once where it is written and once where it is read, as if all between were fused; what is
+moved in truth is more. Other code keeps other tensors: these are no limits for it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def training_bytes(model: VARConfig, engine: EngineConfig) -> float:
     return weights + 2 * engine.micro_batch * kept + optimizer
 
 
-def generation_bytes(config: VARConfig, guidance: Sequence[float], *, batch: int, number_bytes: int) -> int:
+def generation_bytes(config: VARConfig, guidance: Sequence[float], *, batch: int, bytes_per_number: int) -> int:
     """Of drawing the codes of `batch` images together, with guidance of these strengths at the K scales.
 
     The weights that act on tokens are read at every scale, those of AdaLN once. Keys and values are written once, and
@@ -41,4 +41,4 @@ def generation_bytes(config: VARConfig, guidance: Sequence[float], *, batch: int
     written = sum(half * size for half, size in zip(halves, scales.scale_sizes, strict=True))
     read = sum(half * part.stop for half, part in zip(halves, scales.slices, strict=True))
     cache = 2 * depth * width * (written + read)  # keys and values
-    return number_bytes * (weights + batch * cache)
+    return bytes_per_number * (weights + batch * cache)
