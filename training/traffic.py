@@ -1,7 +1,7 @@
 """Bytes that our own code moves between memory and processor, as arithmetic, to be set against a bandwidth.
 
-Each tensor that is kept counts once where it is written and once where it is read, as if all between were fused: more is
-moved in truth. Other code keeps other tensors: these are no limits for it.
+Each tensor that is kept counts once where it is written and once where it is read, as if all between were fused: more
+is moved in truth. Other code keeps other tensors: these are no limits for it.
 """
 
 from __future__ import annotations
