@@ -167,6 +167,17 @@ def test_reports_are_few_in_a_large_world_and_gone_in_the_end(tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("is_used", [False, True])
+def test_a_run_that_came_to_nothing_leaves_no_folder_behind(tmp_path: Path, is_used: bool) -> None:
+    run = tmp_path / "runs" / "first"
+    reports = Reports(run / "heartbeats", World(), timeout_seconds=600)
+    reports.write(Beat("starting", time.monotonic(), time.monotonic() + 9))
+    if is_used:
+        (run / "config.yaml").touch()
+    reports.remove()
+    assert list(tmp_path.rglob("*")) == ([tmp_path / "runs", run, run / "config.yaml"] if is_used else [])
+
+
 def test_a_disk_that_takes_no_report_stops_nobody(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     reports_of(tmp_path / "file", 0).write(Beat("x", time.monotonic(), 0))

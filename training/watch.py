@@ -180,6 +180,7 @@ class Reports:
     def __init__(self, folder: Path, world: World, *, timeout_seconds: float) -> None:
         self.folder = folder
         self.world = world
+        self.made = [each for each in (folder, *folder.parents) if not each.exists()]  # the deepest first
         self.every_seconds = max(min(REPORT_SECONDS, timeout_seconds / 4), world.world_size / REPORTS_PER_SECOND)
 
     def _path(self, rank: int) -> Path:
@@ -214,9 +215,10 @@ class Reports:
         return found
 
     def remove(self) -> None:
-        """Forget this rank, and the folder once it is empty."""
+        """Forget this rank, and its folder once that is empty; so, too, those above it that were made for it alone."""
         try:
             self._path(self.world.rank).unlink(missing_ok=True)
-            self.folder.rmdir()
+            for each in self.made or [self.folder]:
+                each.rmdir()
         except OSError:
-            pass  # others are still there
+            pass  # others are still there, or the run is
