@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -24,6 +24,7 @@ from launchers.allocations import AllocationRecorder
 from launchers.machine_limits import MIXED, copy_bytes_per_second, device_type, matmul_flops_per_second
 
 Row = dict[str, Any]
+NO_RIVALS: Mapping[str, str] = {}
 GIB = 2**30
 WARM_UPS = 2  # turns: ZeRO-3 follows the trace of its second step from the third on
 
@@ -51,20 +52,24 @@ class Contestant:
     extra: Callable[[], Row] = dict  # more columns, asked for once all turns are done
 
 
-def time_in_turns(contestants: Sequence[Contestant], repeats: int, *, rival: str = "") -> list[Row]:
+def time_in_turns(
+    contestants: Sequence[Contestant], repeats: int, *, rivals: Mapping[str, str] = NO_RIVALS
+) -> list[Row]:
     """Samples a second of each, and its speed over the first one's in the same turn; WARM_UPS turns more come first.
 
-    rival: the name of a contestant, if there is one, to whose speed each is compared too. Where several processes share
-    a GPU, each gives back what it does not keep at the end of its turn, and begins with a call that is not timed.
+    rivals: by column, the names of further contestants to whose speed each is compared, if they are there. Where
+    several processes share a GPU, each gives back what it does not keep at the end of its turn, and begins with a call
+    that is not timed.
     """
     rates, memories = _take_turns(contestants, repeats)
     rows = [
         _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | memory | contestant.extra()
         for contestant, found, memory in zip(contestants, rates, memories, strict=True)
     ]
-    names = [contestant.name for contestant in contestants]
+    rates_of = {contestant.name: found for contestant, found in zip(contestants, rates, strict=True)}
+    there = {column: rates_of[name] for column, name in rivals.items() if name in rates_of}
     for row, contestant, found in zip(rows, contestants, rates, strict=True):
-        row |= {"rival_ratio": _ratio(found, rates[names.index(rival)])} if rival in names else {}
+        row |= {column: _ratio(found, others) for column, others in there.items()}
         row |= _memory_on_cpu(contestant)
     return rows
 
@@ -152,7 +157,8 @@ def _memory_on_cpu(contestant: Contestant) -> Row:
 
 
 COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
-    "rival_ratio": lambda value: f"{value:.3f}",
+    "ratio_to_bare": lambda value: f"{value:.3f}",
+    "ratio_to_encoding": lambda value: f"{value:.3f}",
     "tflops": lambda value: f"{value:.3g}",
     "mfu": lambda value: f"{value:.1%}",
     "gb_per_second": lambda value: f"{value:.3g}",
@@ -166,7 +172,8 @@ COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
     "data_wait_share": lambda value: f"{value:.2%}",
 }
 HEADINGS = {
-    "rival_ratio": "to bare",
+    "ratio_to_bare": "to bare",
+    "ratio_to_encoding": "to encoding",
     "tflops": "TFLOP/s",
     "mfu": "MFU",
     "gb_per_second": "GB/s",
@@ -189,12 +196,12 @@ def table(rows: list[Row]) -> str:
     width = max(len(row["name"]) for row in rows)
     lines = [
         f"{'':{width}s} {'samples/s':>12s} {'slowest':>12s} {'fastest':>12s} {'ratio':>7s}"
-        + "".join(f" {HEADINGS[name]:>10s}" for name in shown)
+        + "".join(f" {HEADINGS[name]:>11s}" for name in shown)
     ]
     for row in rows:
         speeds = "".join(f" {row[name]:12,.3f}" if name in row else 13 * " " for name in SPEEDS)
         ratio = f" {row['ratio']:7.3f}" if "ratio" in row else 8 * " "
-        cells = "".join(f" {COLUMNS[name](row[name]) if name in row else '':>10s}" for name in shown)
+        cells = "".join(f" {COLUMNS[name](row[name]) if name in row else '':>11s}" for name in shown)
         lines.append(f"{row['name']:{width}s}{speeds}{ratio}{cells}")
     return "\n".join(lines)
 

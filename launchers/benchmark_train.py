@@ -41,7 +41,8 @@ from training.var_loop import VARStage, set_up_var
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
 SHARD_SAMPLES = 1024
-BARE = "bare PyTorch loop, codes in memory"
+BARE, ENCODING = "bare PyTorch loop, codes in memory", "public, images encoded anew"
+RIVALS = {"ratio_to_bare": BARE, "ratio_to_encoding": ENCODING}
 
 
 def benchmark_train(config: BenchmarkConfig) -> list[Row]:
@@ -58,7 +59,7 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
         if public is not None:
             on_codes, on_images = public_steps(config, public, encoding_flops(tokenizer.config))
             contestants = [on_codes, *contestants, on_images]
-        return time_in_turns(contestants, config.repeats, rival=BARE)
+        return time_in_turns(contestants, config.repeats, rivals=RIVALS)
 
 
 def public_steps(
@@ -68,7 +69,7 @@ def public_steps(
     given, encoding = (public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True))
     on_codes = contestant(config, "public, codes in memory", given, elsewhere=given)
     on_images = replace(
-        contestant(config, "public, images encoded anew", encoding, elsewhere=encoding),
+        contestant(config, ENCODING, encoding, elsewhere=encoding),
         flops_per_image=on_codes.flops_per_image + flops_to_encode,
         precision=common_precision(config.precision, "fp32"),
     )

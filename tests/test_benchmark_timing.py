@@ -39,14 +39,15 @@ def test_each_is_compared_to_a_rival_turn_by_turn(monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(benchmark_timing.time, "perf_counter", lambda: clock[0])
     a, b = contestant("a", [1.0, 8.0, 4.0]), contestant("b", [1.0, 4.0, 1.0])
-    slow, fast = time_in_turns([a, b], repeats=3, rival="b")
+    slow, fast = time_in_turns([a, b], repeats=3, rivals={"ratio_to_bare": "b"})
     assert (slow["ratio"], fast["ratio"]) == pytest.approx((1.0, 2.0))
-    assert (slow["rival_ratio"], fast["rival_ratio"]) == pytest.approx((0.5, 1.0))
+    assert (slow["ratio_to_bare"], fast["ratio_to_bare"]) == pytest.approx((0.5, 1.0))
     assert fast["samples_per_second"] / slow["samples_per_second"] == pytest.approx(4.0)
 
 
 def test_a_rival_that_is_not_there_is_compared_to_nobody() -> None:
-    assert "rival_ratio" not in time_in_turns([Contestant("a", lambda: 1)], repeats=1, rival="c")[0]
+    row = time_in_turns([Contestant("a", lambda: 1)], repeats=1, rivals={"ratio_to_bare": "c"})[0]
+    assert "ratio_to_bare" not in row
 
 
 def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def test_ours_reads_shards_and_stands_beside_a_bare_loop() -> None:
     assert 0 < ours["data_wait_share"] < 1
     flops = training_flops(var_config(CONFIG))
     assert bare["tflops"] == pytest.approx(bare["samples_per_second"] * flops / 1e12)
-    assert bare["rival_ratio"] == 1.0 and ours["rival_ratio"] == pytest.approx(1 / bare["ratio"])
+    assert bare["ratio_to_bare"] == 1.0 and ours["ratio_to_bare"] == pytest.approx(1 / bare["ratio"])
 
 
 def test_ours_can_be_alone_on_its_device() -> None:
@@ -57,6 +57,7 @@ def test_the_public_steps_have_each_its_own_memory(monkeypatch: pytest.MonkeyPat
     found = {row["name"]: row["working_bytes"] for row in rows}
     assert (found["public, codes in memory"], found["public, images encoded anew"]) == (2, 9)
     assert found["ours, codes from shards"] > 1000 and "public" in rows[0]["name"]
+    assert rows[-1]["ratio_to_encoding"] == 1.0 and rows[1]["ratio_to_encoding"] > 0
     rates = {row["name"]: row["tflops"] / row["samples_per_second"] * 1e12 for row in rows}
     encoding = encoding_flops(make_tokenizer(CONFIG).config)
     assert rates["public, images encoded anew"] - rates["public, codes in memory"] == pytest.approx(encoding)
