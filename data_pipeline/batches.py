@@ -109,10 +109,10 @@ def _read_group(dataset: Dataset, group: list[Request]) -> Iterator[Batch]:
     if whole is None:
         yield from map(partial(read_batch, dataset), group)
         return
-    bad, start = [sample.sample for sample in whole.bad], 0
+    bad, start = {sample.sample for sample in whole.bad}, 0
     for request in group:
         rows = slice(start, start + len(request.ids))
-        if np.isin(bad, request.ids).any():
+        if bad and not bad.isdisjoint(request.ids.tolist()):
             yield read_batch(dataset, request)
         else:
             yield Batch(whole.data[rows], whole.labels[rows], whole.positions[rows], whole.weights[rows])
