@@ -45,7 +45,7 @@ class ClusterConfig:
     node_gb_per_second: float = 350.0  # of a node as a whole, all ports together
     latency_microseconds: float = 15.0  # of a collective, for each doubling of the ranks. An assumption
     overlap_share: float = 0.8  # of the computation, that ZeRO-3's communication can hide behind. An assumption
-    loaded_per_second: float = 100_000.0  # code samples, a worker. An assumption; a thread here: 221,000 and more
+    loaded_per_second: float = 100_000.0  # code samples, a worker. An assumption; a thread here: 224,000 and more
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
