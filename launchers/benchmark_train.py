@@ -93,11 +93,12 @@ def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
         changes["compiled blocks, FlexAttention"] = {"attention": FLEX, "compile": True}
     batch = code_batch(var_config(config), config.batch)
     batch = batch.pinned() if world.device.type == "cuda" else batch
+    engines = {name: replace(plain, **change) for name, change in changes.items()}
     contestants = [
         contestant(
             config, name, OurStep(config, engine, deepcopy(model), tokenizer, repeat(batch), world), engine=engine
         )
-        for name, engine in ((name, replace(plain, **change)) for name, change in changes.items())
+        for name, engine in engines.items()
     ]
     return time_in_turns(contestants, config.repeats)
 

@@ -111,9 +111,7 @@ class PublicCode:
 class PublicCall:
     """One kind of work of the public code. A call does it to the end, and returns how many images it was."""
 
-    def __init__(
-        self, work: Callable[[], dict[str, int]], batch: int, *, release: Callable[[], object] = lambda: None
-    ) -> None:
+    def __init__(self, work: Callable[[], dict[str, int]], batch: int, *, release: Callable[[], object]) -> None:
         """work: does it, and tells the memory that it took. release: gives back what is kept for the next call."""
         self._work = work
         self._release = release

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from models.editing import keep_tokens
-from models.sampling import Sampling, choose_tokens, filter_logits, guide, image_seeds, smooth_code_vectors
+from models.sampling import (
+    Sampling,
+    choose_tokens,
+    filter_logits,
+    guide,
+    image_seeds,
+    num_doubled_scales,
+    smooth_code_vectors,
+)
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 
@@ -121,7 +129,7 @@ class GuidedModel:
         self.var = var
         self.schedule = schedule
         self.batch = labels.shape[0]
-        self.num_doubled = max((k + 1 for k, t in enumerate(schedule) if t), default=0)     # scales with both halves
+        self.num_doubled = num_doubled_scales(schedule)         # scales with both halves
         if self.num_doubled:
             labels = torch.cat([labels, torch.full_like(labels, var.config.null_class)])    # (2B,)
         self.classes = var.class_vectors(labels)

@@ -60,6 +60,11 @@ def guidance_schedule(cfg: float, num_scales: int) -> tuple[float, ...]:
     return tuple(cfg * k / max(num_scales - 1, 1) for k in range(num_scales))
 
 
+def num_doubled_scales(guidance: Sequence[float]) -> int:
+    """How many scales need the unconditional half: each guided one, and all before it, which it attends to."""
+    return max((k + 1 for k, t in enumerate(guidance) if t), default=0)
+
+
 def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
     """Classifier-free guidance of strength t: away from what would be predicted without the class."""
     return (1 + t) * conditional - t * unconditional

@@ -83,7 +83,7 @@ def test_it_does_what_it_is_told(checkout: Path) -> None:
 
 def test_each_kind_of_work_knows_the_memory_of_its_latest_call() -> None:
     sizes = iter([5, 9, 7])
-    small, large = (PublicCall(lambda: {"peak_bytes": next(sizes)}, batch) for batch in (1, 2))
+    small, large = (PublicCall(lambda: {"peak_bytes": next(sizes)}, batch, release=list) for batch in (1, 2))
     assert (small(), large(), small()) == (1, 2, 1)
     assert (small.memory(), large.memory()) == ({"peak_bytes": 7}, {"peak_bytes": 9})
 

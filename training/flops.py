@@ -15,6 +15,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.autoencoder import Decoder, Encoder
+from models.sampling import num_doubled_scales
 from models.scales import Scales
 from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
 from models.vqvae import VQVAEConfig
@@ -36,7 +37,7 @@ def eq8_parameters(config: VARConfig) -> int:
     """
     depth, width = config.depth, config.width
     num_maps = {ADALN: 6 * depth, SHARED_ADALN: 6, LAYER_NORM: 0}[config.norm]
-    return _block_weights(config) + num_maps * width * width
+    return block_weights(config) + num_maps * width * width
 
 
 def forward_macs(config: VARConfig) -> int:
@@ -68,7 +69,7 @@ def flops_per_image(config: VARConfig) -> dict[str, int]:
     }
 
 
-def _block_weights(config: VARConfig) -> int:
+def block_weights(config: VARConfig) -> int:
     """Weights of the blocks that act on every token: qkv, projection, and two of the feed-forward."""
     return config.depth * (4 * config.width**2 + 2 * config.width * config.hidden_width)
 
@@ -76,14 +77,14 @@ def _block_weights(config: VARConfig) -> int:
 def _forward_macs(config: VARConfig, *, pairs: int) -> int:
     depth, width, tokens = config.depth, config.width, config.scales.num_tokens
     tokens_in = tokens - config.scales.first_tokens
-    linear = tokens * _block_weights(config)
+    linear = tokens * block_weights(config)
     attention = depth * 2 * pairs * width  # q k^T and the weighted sum of v
     ends = tokens_in * config.code_width * width + tokens * width * config.vocab_size
-    return linear + attention + _modulation_macs(config) + ends
+    return linear + attention + modulation_weights(config) + ends
 
 
-def _modulation_macs(config: VARConfig) -> int:
-    """What AdaLN makes of the class, once per image."""
+def modulation_weights(config: VARConfig) -> int:
+    """Weights of AdaLN's maps, that of the final norm included: they act on the class, once per image."""
     num_maps = {ADALN: config.depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
     return num_maps * config.width * config.width
 
@@ -95,13 +96,13 @@ def generation_flops(config: VARConfig, guidance: Sequence[float]) -> int:
     the whole feature map at every scale. What no product is in is not counted: noise, filters, resizing.
     """
     scales, width = config.scales, config.width
-    num_doubled = max((k + 1 for k, t in enumerate(guidance) if t), default=0)
+    num_doubled = num_doubled_scales(guidance)
     tokens = sum(scales.scale_sizes[:num_doubled])
     pairs = sum(size * part.stop for size, part in zip(scales.scale_sizes[:num_doubled], scales.slices))
     guided_tokens = sum(size for size, t in zip(scales.scale_sizes, guidance, strict=True) if t)
     macs = forward_macs(config) + scales.num_scales * 9 * config.code_width**2 * scales.side**2
     if num_doubled:
-        macs += tokens * _block_weights(config) + config.depth * 2 * pairs * width + _modulation_macs(config)
+        macs += tokens * block_weights(config) + config.depth * 2 * pairs * width + modulation_weights(config)
         macs += (tokens - scales.first_tokens) * config.code_width * width + guided_tokens * width * config.vocab_size
     return 2 * macs
 

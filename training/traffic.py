@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
+from models.sampling import num_doubled_scales
+from models.var import VARConfig
 from training.activations import kept_by_block, logit_bytes, number_bytes, saved_by_ends
 from training.engine import EngineConfig
+from training.flops import block_weights, modulation_weights
 from training.step_time import optimizer_bytes
 
 
@@ -33,11 +35,9 @@ def generation_bytes(config: VARConfig, guidance: Sequence[float], *, batch: int
     read at every scale from then on; twice as many while the unconditional half runs, see models/generation.py.
     """
     scales, width, depth = config.scales, config.width, config.depth
-    blocks = depth * (4 * width**2 + 2 * width * config.hidden_width)
-    maps = {ADALN: 6 * depth + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
-    weights = scales.num_scales * (blocks + width * config.vocab_size) + maps * width**2
-    num_doubled = max((k + 1 for k, t in enumerate(guidance) if t), default=0)
-    halves = [2 if k < num_doubled else 1 for k in range(scales.num_scales)]
+    on_tokens = block_weights(config) + width * config.vocab_size
+    weights = scales.num_scales * on_tokens + modulation_weights(config)
+    halves = [2 if k < num_doubled_scales(guidance) else 1 for k in range(scales.num_scales)]
     written = sum(half * size for half, size in zip(halves, scales.scale_sizes, strict=True))
     read = sum(half * part.stop for half, part in zip(halves, scales.slices, strict=True))
     cache = 2 * depth * width * (written + read)  # keys and values
