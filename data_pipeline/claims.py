@@ -74,7 +74,7 @@ class Claims:
         while not self.is_finished():
             for folder in (*self._parents, self._work):
                 folder.mkdir(parents=True, exist_ok=True)
-            with self._lock(PLAN) as is_held:
+            with self._unless_finished(), self._lock(PLAN) as is_held:
                 if is_held and not self.is_finished():
                     if self._plan_path.exists():
                         self._refuse_another_plan()
@@ -91,7 +91,9 @@ class Claims:
             name, descriptor = claim
             try:
                 self._remove_leftovers(name)
-                self._commit(name, make(name))
+                entry = make(name)
+                with self._unless_finished():
+                    write_sealed(self._entry_path(name), {PLAN: self._plan_sha256, ENTRY: entry})
             finally:
                 os.close(descriptor)  # and with it the lock
 
@@ -161,14 +163,8 @@ class Claims:
         start = secrets.randbelow(len(self.names))  # blind workers meet less often when they begin apart
         return (*self.names[start:], *self.names[:start])
 
-    def _commit(self, name: str, entry: Entry) -> None:
-        try:
-            write_sealed(self._entry_path(name), {PLAN: self._plan_sha256, ENTRY: entry})
-        except FileNotFoundError:
-            self._expect_finished()
-
     def _merge(self, merge: Callable[[], None]) -> None:
-        with self._lock(MERGE) as is_held:
+        with self._unless_finished(), self._lock(MERGE) as is_held:
             if not is_held or self.is_finished():
                 return
             if self._has_locks:  # then nobody writes any more
@@ -242,6 +238,14 @@ class Claims:
         finally:
             if descriptor is not None:
                 os.close(descriptor)
+
+    @contextmanager
+    def _unless_finished(self) -> Iterator[None]:
+        """What is done in `.work`, which others remove as soon as they have finished: then there is nothing to do."""
+        try:
+            yield
+        except FileNotFoundError:
+            self._expect_finished()
 
     def _expect_finished(self) -> None:
         """`.work` is gone: others have finished, though it may take a while until that is seen here."""

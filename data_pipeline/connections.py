@@ -66,19 +66,24 @@ class Body:
     async def _read(self, limit: int) -> bytes:
         pieces: list[bytes] = []
         size, ended = 0, False
+        content = self._response.content
         try:
             while size < limit and not ended and self._failure is None:
                 wanted = min(limit, size + MIN_BYTES)
                 async with asyncio.timeout(self._connections.stall_seconds):
                     while size < wanted and not ended:
-                        piece = await self._response.content.read(limit - size)
+                        piece = await content.read(limit - size)
                         pieces.append(piece)
                         size += len(piece)
                         ended = not piece
         except Exception as error:  # whatever it is, it is raised when nothing is left to return
             self._failure = error
-        if self._failure is not None and not size:
-            raise self._failure
+            content.set_exception(None)  # or it would be raised before what has arrived
+        if self._failure is not None:
+            pieces.append(content.read_nowait(limit - size))
+            size += len(pieces[-1])
+            if not size:
+                raise self._failure
         return b"".join(pieces)
 
     async def _close(self) -> None:

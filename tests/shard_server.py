@@ -40,6 +40,7 @@ class ShardServer:
     always: dict[str, str] = field(default_factory=dict)  # path -> the fault of every request
     headers: dict[str, str] = field(default_factory=dict)  # of every refusal
     replacements: dict[str, bytes] = field(default_factory=dict)  # contents from the second request on
+    reset_after: float = 0.02  # seconds; what the client has not read by then it does not get
     share: float = 0.0  # of requests that fail at random
     generator: random.Random = field(default_factory=lambda: random.Random(0))
     requests: list[Request] = field(default_factory=list)
@@ -116,7 +117,7 @@ class _Handler(BaseHTTPRequestHandler):
             if fault == "stall":
                 self.hold()
             if fault == "reset":
-                time.sleep(0.02)  # or the client would not get the first half
+                time.sleep(self.server.shards.reset_after)
                 abort(self.connection)
         elif fault == "drip":
             for byte in body:

@@ -7,14 +7,15 @@ import itertools
 import json
 import os
 import random
-import signal
+import sys
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import pytest
-from workers import content, ended_well, fork, kill, wait_for
+from workers import content, die_at, ended_well, fork, kill, wait_for
 
 from data_pipeline import claims
 from data_pipeline.claims import Claims, Entry, forget_finished_work, shard_of
@@ -70,6 +71,14 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
     return content(folder)
 
 
+@pytest.fixture
+def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(claims.fcntl, "flock", refuse)
+
+
 @pytest.fixture(autouse=True)
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claims, "POLL_SECONDS", 0.02)
@@ -89,23 +98,6 @@ def test_workers_killed_at_any_time_leave_no_trace(tmp_path: Path, undisturbed: 
     fill(out)
     assert content(out) == undisturbed
     assert len(NAMES) < len(made(out)) < 8 * len(NAMES)  # something was lost, and something was kept
-
-
-def die_at(call: int) -> None:
-    """Let this process be killed at that call, from now on, of those that make or remove names or bytes on disk."""
-    left = [call]
-
-    def deadly(function: Callable) -> Callable:
-        def counting(*arguments, **options):
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return function(*arguments, **options)
-
-        return counting
-
-    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
-        setattr(os, name, deadly(getattr(os, name)))
 
 
 def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,15 +133,34 @@ def test_a_worker_that_waits_takes_over_what_a_killed_one_drops(tmp_path: Path, 
 
 
 def test_without_locks_work_may_be_done_twice_and_is_the_same(
-    tmp_path: Path, undisturbed: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, undisturbed: dict[str, bytes], without_locks: None
 ) -> None:
-    def refuse(descriptor: int, operation: int) -> None:
-        raise OSError(errno.ENOLCK, "No locks available")
-
-    monkeypatch.setattr(claims.fcntl, "flock", refuse)
     children = [fork(partial(fill, tmp_path / "out", seconds=0.02)) for _ in range(3)]
     assert all([ended_well(child) for child in children])
     assert content(tmp_path / "out") == undisturbed
+
+
+@pytest.mark.parametrize("module, step", [(claims, "write_sealed"), (sys.modules[__name__], "merge")])
+def test_without_locks_others_may_finish_in_the_middle_of_a_step(
+    tmp_path: Path,
+    undisturbed: dict[str, bytes],
+    monkeypatch: pytest.MonkeyPatch,
+    without_locks: None,
+    module: ModuleType,
+    step: str,
+) -> None:
+    """Somebody else makes all, and removes `.work`, while this worker lays down the plan, and while it merges."""
+    others = [partial(fill, tmp_path / "out")]
+    undelayed = getattr(module, step)
+
+    def delayed(*arguments) -> None:
+        while others:
+            others.pop()()
+        undelayed(*arguments)
+
+    monkeypatch.setattr(module, step, delayed)
+    fill(tmp_path / "out")
+    assert not others and content(tmp_path / "out") == undisturbed
 
 
 def test_no_room_is_an_error_and_the_rest_is_done_later(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:

@@ -69,7 +69,8 @@ def test_a_fault_that_stays_ends_in_one_line(server: ShardServer, tmp_path: Path
 
 def test_a_file_goes_on_where_it_broke_off(server: ShardServer, tmp_path: Path) -> None:
     server.faults["a"] += ["reset"]
-    copy(hasty(), server.url("a"), tmp_path / "copy")
+    server.reset_after = 1.0
+    copy(hasty(stall_seconds=5.0), server.url("a"), tmp_path / "copy")
     first, second = (request.byte_range for request in server.requests)
     assert first == "" and second == f"bytes={FILE.size // 2}-"
     assert server.sent == FILE.size

@@ -41,6 +41,23 @@ def content(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
+def die_at(call: int) -> None:
+    """Let this process be killed at that call, from now on, of those that make or remove names or bytes on disk."""
+    left = [call]
+
+    def deadly(function: Callable) -> Callable:
+        def counting(*arguments, **options):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*arguments, **options)
+
+        return counting
+
+    for name in ("fsync", "replace", "mkdir", "unlink", "rmdir"):
+        setattr(os, name, deadly(getattr(os, name)))
+
+
 def wait_for(condition: Callable[[], bool]) -> None:
     gives_up = time.monotonic() + 10
     while not condition():
