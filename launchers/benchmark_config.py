@@ -8,6 +8,7 @@ from launchers.config import refuse_unknown
 from models.attention import ATTENTIONS, PER_SCALE
 from models.autoencoder import NORM_GROUPS
 from models.scales import PATCH_NUMS_256, Scales
+from models.var import CHECKPOINTINGS, NO_CHECKPOINTING
 from training.engine import PRECISIONS
 
 BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention", "memory", "suite")
@@ -29,6 +30,7 @@ class BenchmarkConfig:
     precision: str = "fp32"  # or bf16 or fp16
     compile: bool = False  # compile the transformer's blocks
     attention: str = PER_SCALE  # of training: or flex, or masked
+    activation_checkpointing: str = NO_CHECKPOINTING  # of training: or selective, or full
     contestants: str = ALL  # train: or ours, alone on the device
     against: str = ""  # a clone of the public VAR code to measure beside; empty: none
     repeats: int = 7
@@ -38,6 +40,7 @@ class BenchmarkConfig:
         refuse_unknown(BENCHMARKS, what=self.what)
         refuse_unknown(PRECISIONS, precision=self.precision)
         refuse_unknown(ATTENTIONS, attention=self.attention)
+        refuse_unknown(CHECKPOINTINGS, activation_checkpointing=self.activation_checkpointing)
         refuse_unknown((ALL, OURS), contestants=self.contestants)
         for name in ("repeats", "batch", "depth"):
             if getattr(self, name) < 1:

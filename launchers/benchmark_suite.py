@@ -25,7 +25,7 @@ from launchers.benchmark_report import Report, unfinished_rows, write_report
 from launchers.benchmark_timing import Row
 from launchers.command_line import say
 from models.attention import FLEX
-from models.var import VARConfig
+from models.var import FULL_CHECKPOINTING, VARConfig
 from training.engine import EngineConfig
 from training.memory import largest_micro_batch
 
@@ -72,6 +72,8 @@ def title_of(settings: Settings) -> str:
     words += ["alone"] if settings.get("contestants") == OURS else []
     words += [f"d{settings['depth']}"] if "depth" in settings else []
     words += [settings["attention"]] if "attention" in settings else []
+    if checkpointing := settings.get("activation_checkpointing"):
+        words.append(f"{checkpointing} checkpointing")
     return " ".join(words) + (f", {settings['batch']} images" if "batch" in settings else "")
 
 
@@ -104,12 +106,13 @@ def gpu_suite(config: BenchmarkConfig) -> list[Settings]:
         {"what": "attention"},
         {"what": "memory", "depth": 16, "batch": 32},
         {"what": "tokenizer", "batch": 8},
-        {"what": "sample", "depth": 16, "batch": MANY_AT_ONCE},  # late: the public code's cache may not fit
+        {"what": "sample", "depth": 16, "batch": MANY_AT_ONCE, "compile": True},  # late: public caches may not fit
         {"what": "data"},  # needs no GPU
     ]
     rest = [common(config, part["what"]) | low | part for part in others]
     first = [alone.pop(24), beside.pop(16), *sampling]
-    return [*first, *alone.values(), *beside.values(), first[0] | {"attention": FLEX}, *rest]
+    eager = {"compile": False, "activation_checkpointing": FULL_CHECKPOINTING, "depth": 30, "batch": 16}
+    return [*first, *alone.values(), *beside.values(), first[0] | {"attention": FLEX}, single | eager, *rest]
 
 
 def common(config: BenchmarkConfig, what: str) -> Settings:

@@ -111,6 +111,7 @@ def engine_config(config: BenchmarkConfig) -> EngineConfig:
         micro_batch=config.batch,
         compile=config.compile,
         attention=config.attention,
+        activation_checkpointing=config.activation_checkpointing,
     )
 
 
@@ -195,7 +196,7 @@ class OurStep:
 def bare_step(config: BenchmarkConfig, model: VAR, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
     """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours.
 
-    Its blocks are compiled, and its attention computed, as those of ours are.
+    Its blocks are compiled and checkpointed, and its attention computed, as those of ours are.
     """
     set_up_var(model, engine_config(config))
     place_tokenizer(tokenizer, torch.device(device_type()), kinds={"codes"})

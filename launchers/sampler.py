@@ -74,7 +74,7 @@ def compile_both(var: VAR, tokenizer: VQVAE) -> None:
     """The last part of `speed_up`, for models that have had the others."""
     var.compile_generation()
     if var.position_embedding.device.type != "cpu":
-        tokenizer.decoder.compile()
+        tokenizer.decoder.compile(dynamic=False)
 
 
 def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.ndarray:

@@ -54,13 +54,14 @@ class BlockCausalAttention:
 def per_scale(scale_sizes: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
     """One unmasked call for each scale, of `scale_sizes` tokens.
 
-    Keys and values are joined again for each, rather than cut from the whole: the gradient of a cut is the whole
-    sequence again, zeros and all, which costs more than the copies.
+    Each scale's keys and values are joined to those before them, rather than cut from the whole: the gradient of a cut
+    is the whole sequence again, zeros and all, which costs more than the copies.
     """
-    qs, ks, vs = (part.split(scale_sizes, dim=2) for part in (q, k, v))
-    seen = range(1, len(scale_sizes) + 1)
-    parts = [full_attention(qs[n - 1], torch.cat(ks[:n], dim=2), torch.cat(vs[:n], dim=2), softmax_scale=softmax_scale)
-             for n in seen]
+    k_seen = v_seen = q.new_empty(*q.shape[:2], 0, q.shape[-1])
+    parts = []
+    for q_here, k_here, v_here in zip(*(part.split(scale_sizes, dim=2) for part in (q, k, v)), strict=True):
+        k_seen, v_seen = torch.cat([k_seen, k_here], dim=2), torch.cat([v_seen, v_here], dim=2)
+        parts.append(full_attention(q_here, k_seen, v_seen, softmax_scale=softmax_scale))
     return torch.cat(parts, dim=2)
 
 

@@ -10,7 +10,7 @@ import torch
 from tiny import command
 
 from launchers import benchmark, benchmark_attention
-from launchers.benchmark_attention import SCHEDULES, attention_contestants, forward_and_backward
+from launchers.benchmark_attention import LAYERS_ON_CUDA, SCHEDULES, attention_contestants, forward_and_backward
 from launchers.benchmark_config import BenchmarkConfig
 from models.attention import MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import Scales
@@ -37,11 +37,17 @@ def test_flops_are_those_of_the_pairs_seen_and_bytes_those_of_every_tensor_once(
     assert first.flops_per_image == 3 * forward and first.bytes_per_image == tensors * 5 * 2 * 64 * itemsize
 
 
-def test_each_call_handles_its_images_and_leaves_a_gradient() -> None:
-    assert [{each.call() for each in compared} for compared in attention_contestants(TINY)] == [{2}, {3}]
-    inputs = torch.randn(3, 2, 1, 14, 64, requires_grad=True)
-    assert forward_and_backward(BlockCausalAttention(Scales((1, 2, 3))), inputs)() == 2
-    assert inputs.grad is not None and inputs.grad.abs().sum() > 0
+def test_each_call_handles_its_images_forward_and_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = LAYERS_ON_CUDA if torch.cuda.is_available() else 1
+    counts = [{each.call() for each in compared} for compared in attention_contestants(TINY)]
+    assert counts == [{2 * layers}, {3 * layers}]
+    q, k, v, gradient = drawn = torch.randn(4, 2, 1, 14, 64)
+    taken, grad = [], torch.autograd.grad
+    monkeypatch.setattr(torch.autograd, "grad", lambda *arguments: taken.append(grad(*arguments)))
+    forward_and_backward(BlockCausalAttention(Scales((1, 2, 3))), drawn)()
+    leaves = [part.clone().requires_grad_() for part in (q, k, v)]
+    wanted = grad(BlockCausalAttention(Scales((1, 2, 3)), MASKED)(*leaves, softmax_scale=1.0), leaves, gradient)
+    torch.testing.assert_close(taken[0], wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_the_token_counts_are_those_of_256_512_and_1024_pixels() -> None:

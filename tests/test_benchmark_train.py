@@ -15,7 +15,7 @@ from launchers.benchmark_config import OURS, BenchmarkConfig
 from launchers.benchmark_models import code_batch, make_tokenizer, make_var, var_config
 from launchers.benchmark_train import OurStep, bare_step, engine_config, read_batches
 from models.attention import MASKED
-from models.var import NO_CHECKPOINTING, VAR
+from models.var import FULL_CHECKPOINTING, VAR
 from training.distributed import World
 from training.flops import encoding_flops, training_flops
 from training.step_metrics import TimedIterator
@@ -66,9 +66,9 @@ def test_the_public_steps_have_each_its_own_memory(monkeypatch: pytest.MonkeyPat
 def test_the_bare_loop_runs_the_model_as_ours_does(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[tuple[str, str]] = []
     monkeypatch.setattr(VAR, "compile_blocks", lambda self: compiled.append((self.attention, self.checkpointing)))
-    config = replace(CONFIG, compile=True, attention=MASKED)
+    config = replace(CONFIG, compile=True, attention=MASKED, activation_checkpointing=FULL_CHECKPOINTING)
     bare_step(config, make_var(config), make_tokenizer(config), code_batch(var_config(config), 2))
-    assert compiled == [(MASKED, NO_CHECKPOINTING)]
+    assert compiled == [(MASKED, FULL_CHECKPOINTING)]
 
 
 def test_data_wait_is_a_share_of_the_steps_after_the_first(tmp_path: Path) -> None:

@@ -120,6 +120,17 @@ def test_tasks_of_srun_meet_without_help(joined: Joined, monkeypatch: pytest.Mon
     assert os.environ["MASTER_PORT"] == str(meeting_port(SRUN))
 
 
+def test_a_task_that_is_shown_one_gpu_uses_that_one(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever its place on the node; DeepSpeed takes LOCAL_RANK for the number of the GPU."""
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    for name, value in {"is_available": True, "device_count": 1, "set_device": None}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
+    world = join_world()
+    assert (world.local_rank, world.device, os.environ["LOCAL_RANK"]) == (1, torch.device("cuda", 0), "0")
+
+
 def test_an_address_and_a_port_that_the_user_has_set_stay(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)

@@ -10,9 +10,9 @@ from training.optim import OptimizerConfig, build_optimizer
 from training.whole_state import WholeState
 
 
-def make(seed: int, *, ema_decay: float = 0.0) -> tuple[nn.Module, WholeState]:
+def make(seed: int, *, ema_decay: float = 0.0, device: str = "cpu") -> tuple[nn.Module, WholeState]:
     torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1)).to(device)
     optimizer = build_optimizer(model, OptimizerConfig(base_lr=0.1, ema_decay=ema_decay))
     return model, WholeState(model, optimizer, World())
 
@@ -24,7 +24,7 @@ def learn(model: nn.Module, state: WholeState, steps: int = 3) -> list[float]:
         state.base.zero_grad()
         loss.backward()
         state.base.step()
-        losses.append(float(loss))
+        losses.append(loss.item())
     return losses
 
 
@@ -54,6 +54,14 @@ def test_a_state_that_never_stepped_has_moments_of_zero_and_an_average_equal_to_
     assert state.scalars() == {"step": 0.0}
     assert not tensors["exp_avg/0.weight"].any() and not tensors["exp_avg_sq/0.weight"].any()
     assert torch.equal(tensors["ema/0.weight"], model[0].weight)
+
+
+def test_all_of_a_state_lies_with_its_parameters() -> None:
+    """A fused step takes nothing from another device, its own number included."""
+    model, state = make(0, ema_decay=0.5, device="meta")
+    list(state.tensors())
+    made = [tensor for of_one in state.base.state.values() for tensor in of_one.values()]
+    assert len(made) == 4 * len(list(model.parameters())) and all(tensor.is_meta for tensor in made)
 
 
 def test_asking_for_the_state_does_not_change_what_is_learned() -> None:

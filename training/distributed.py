@@ -134,6 +134,8 @@ def _export_for_deepspeed(world: World) -> None:
     os.environ.setdefault("LOCAL_SIZE", str(world.local_world_size))
     if world.device.type == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
+    else:
+        os.environ["LOCAL_RANK"] = str(world.device.index)  # to DeepSpeed it is the number of the GPU
 
 
 def leave_world() -> None:

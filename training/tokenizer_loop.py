@@ -191,8 +191,8 @@ class TokenizerStage:
         return torch.zeros(size, dtype=torch.int64, device=self.world.device)
 
     def _count(self, codes: Tensor, hits: Tensor) -> None:
-        for k, tokens in enumerate(self.model.scales.split(codes)):
-            hits[k] += torch.bincount(tokens.flatten(), minlength=hits.shape[1])
+        for of_scale, tokens in zip(hits, self.model.scales.split(codes), strict=True):
+            of_scale.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens).flatten())  # on a GPU bincount waits
 
     def window_metrics(self) -> dict[str, Any]:
         """Share of the codebook that each scale has used since the last call."""

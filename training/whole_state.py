@@ -87,7 +87,8 @@ class WholeState:
         for tensor in flat or [tensor for group in self.base.param_groups for tensor in group["params"]]:
             if not self.base.state.get(tensor):
                 zeros = {name: torch.zeros_like(tensor, requires_grad=False) for name in MOMENTS}
-                self.base.state[tensor] = {"step": torch.zeros(())} | zeros
+                step = torch.zeros((), device=tensor.device)  # where fused AdamW wants it
+                self.base.state[tensor] = {"step": step} | zeros
             if EMA in self.moments and EMA not in self.base.state[tensor]:
                 self.base.state[tensor][EMA] = tensor.detach().clone()
         if hasattr(self.wrapper, "_lazy_init_hp_params_optimizer_state"):
