@@ -144,7 +144,7 @@ class _Encoder:
         code_format = self.recipe.format
         num_images = max(1, self.recipe.batch_size // self.recipe.views)
         stored = ((sample_id, self.reader.read(sample_id)) for sample_id in ids)
-        images = map_in_threads(self._views, stored, at_once=num_images)
+        images = map_in_threads(self._views, stored, ahead=num_images)
         while chunk := list(islice(images, num_images)):
             codes = self._codes(torch.cat([image.crops for image in chunk]))
             for image, rows in zip(chunk, codes.reshape(len(chunk), self.recipe.views, -1)):

@@ -11,11 +11,11 @@ import os
 import struct
 import threading
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
 from typing import TypeVar
 
 import numpy as np
@@ -202,9 +202,17 @@ def image_of(sample: Sample) -> Image.Image:
     return decode_image(encoded_image(sample))
 
 
-def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, at_once: int) -> Iterator[Result]:
-    """Like map, in order, over threads, with at most `at_once` results in memory. Pillow decodes in parallel."""
-    stream = iter(items)
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        while chunk := list(islice(stream, at_once)):
-            yield from pool.map(function, chunk)
+def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
+    """Like map, in order, over threads, of which each has something to do while the results so far are in use.
+
+    ahead: how many results may wait; at least one for each thread. Pillow decodes in parallel.
+    """
+    threads = min(16, os.cpu_count() or 1)
+    pending: deque[Future[Result]] = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for item in items:
+            pending.append(pool.submit(function, item))
+            if len(pending) > max(ahead, threads):
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()

@@ -45,7 +45,7 @@ class DemoConfig:
     data: str = "data/digits"
     tokenizer: str = "configs/digits/tokenizer.yaml"
     transformer: str = "configs/digits/d4.yaml"
-    processes: int = 2
+    processes: int = 2  # that train the transformer; no more than there are GPUs, where there are any
     views: int = 8  # random crops of each training digit
     per_class: int = 100
     completed: int = 200  # held-out digits whose right halves are drawn from the left ones and the class
@@ -82,7 +82,8 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
     data, tokenizer = Path(config.data), load_config(TokenizerConfig, config.tokenizer)
     run = load_config(TrainConfig, config.transformer).run
     python = [sys.executable, "-u"]
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(config.processes)]
+    processes = min(config.processes, torch.cuda.device_count() or config.processes)  # a GPU takes one
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
     return {
         "pack_images": [
             *[*python, str(LAUNCHERS / "pack_images.py")],

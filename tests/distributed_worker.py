@@ -206,7 +206,7 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
 def initial_error(stage: VARStage, world: World) -> float:
     """How far the engine's float32 weights are from those the model was given, at the worst."""
     wanted = build_var(TRANSFORMER, EngineConfig(), seed=0).state_dict()
-    found = {name: value.clone() for name, value in stage.engines["model"].state.tensors()}
+    found = {name: value.to("cpu", copy=True) for name, value in stage.engines["model"].state.tensors()}
     return max(float((found[f"weight/{name}"] - wanted[name]).abs().max()) for name in wanted)
 
 

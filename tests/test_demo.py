@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from launchers.config import TokenizerConfig, TrainConfig
 from launchers.config_files import load_config
@@ -24,6 +25,15 @@ from launchers.demo import (
 )
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.mark.parametrize("gpus, processes", [(0, "2"), (1, "1"), (8, "2")])
+def test_as_many_processes_train_as_have_a_gpu(monkeypatch: pytest.MonkeyPatch, gpus: int, processes: str) -> None:
+    """NCCL refuses two on one. Without any GPU they share the cores."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    line = plan_stages(DemoConfig())["train"]
+    assert line[line.index("--num_gpus") + 1] == processes
 
 
 def test_variance_within_classes_has_its_closed_form() -> None:

@@ -131,6 +131,13 @@ def test_a_task_that_is_shown_one_gpu_uses_that_one(joined: Joined, monkeypatch:
     assert (world.local_rank, world.device, os.environ["LOCAL_RANK"]) == (1, torch.device("cuda", 0), "0")
 
 
+def test_deepspeed_and_we_agree_to_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert World.from_environment({"DS_ACCELERATOR": "cpu"}).device == torch.device("cpu")
+    assert World.from_environment({}).device == torch.device("cuda", 0)
+
+
 def test_an_address_and_a_port_that_the_user_has_set_stay(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}).items():
         monkeypatch.setenv(name, value)

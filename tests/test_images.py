@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections import Counter
+from itertools import islice
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from image_folders import encoded, noise
 from malformed_images import BOMBS, REFUSED, jpeg
 from peak_memory import BOUND, peak_memory
 from PIL import Image
+from workers import wait_for
 
 from data_pipeline.images import DecodingBudget, ImageTransform, decode_image, map_in_threads, resize_short_side
 
@@ -255,8 +257,18 @@ def test_threads_decode_together_only_what_fits() -> None:
         return size
 
     small = encoded(SQUARES)
-    sizes = list(map_in_threads(use, [large, small, large, small, large], at_once=8))
+    sizes = list(map_in_threads(use, [large, small, large, small, large], ahead=8))
     assert sizes == [(5000, 5000), (48, 32), (5000, 5000), (48, 32), (5000, 5000)] and most <= 2
+
+
+def test_threads_work_on_while_results_are_in_use_but_not_without_end() -> None:
+    made: list[int] = []
+    results = map_in_threads(made.append, range(1000), ahead=20)
+    taken = len(list(islice(results, 30)))
+    wait_for(lambda: len(made) == taken + 20)
+    time.sleep(0.05)
+    assert len(made) == taken + 20  # nobody has asked for more
+    assert len([*results]) == 970 and sorted(made) == list(range(1000))
 
 
 def test_a_budget_gives_back_what_a_damaged_image_took() -> None:

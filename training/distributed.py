@@ -44,7 +44,7 @@ class World:
             place = slurm.read_place(environment)
         else:
             place = slurm.Place(0, 1, 0, 1)
-        return cls(*place, _device(place.local_rank))
+        return cls(*place, _device(place.local_rank, environment))
 
 
 def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
@@ -67,8 +67,8 @@ def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
     return slurm.Place(rank, world_size, local_rank, int(local_world_size))
 
 
-def _device(local_rank: int) -> torch.device:
-    if not torch.cuda.is_available():
+def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
+    if not torch.cuda.is_available() or environment.get("DS_ACCELERATOR") == "cpu":  # to which DeepSpeed listens
         return torch.device("cpu")
     return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each process one GPU only
 

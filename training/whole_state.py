@@ -52,6 +52,8 @@ class WholeState:
         for kind in (WEIGHT, *self.moments):
             for name, parameter in self.parameters.items():
                 self._set(parameter, kind, read(f"{kind}/{name}").to(self.world.device))
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()  # DeepSpeed gathers in a stream of its own, which does not wait for ours
 
     def get_weight(self, parameter: nn.Parameter) -> Tensor:
         """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
