@@ -18,7 +18,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,6 @@ POLL_SECONDS = 0.5  # between two looks at work that others hold
 SAY_SECONDS = 10.0  # between two lines about waiting
 NEWS_SECONDS = 60.0  # after which another machine's files are seen through a network file system's cache
 NO_LOCKS = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)
-
 Entry = dict[str, Any]
 
 
@@ -59,8 +58,7 @@ class Claims:
         self._work = folder / WORK_NAME
         self._plan_sha256 = seal_of(self.plan)
         self._parents = sorted({(folder / name).parent for name in names})
-        self._done: set[str] = set()
-        self._spoilt: set[str] = set()
+        self._done, self._spoilt = set[str](), set[str]()
         self._has_locks = True
 
     def open(self) -> None:
@@ -72,8 +70,10 @@ class Claims:
         """
         self._refuse_strange_shards()
         while not self.is_finished():
-            for folder in (*self._parents, self._work):
+            for folder in self._parents:
                 folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileExistsError):  # mkdir's exist_ok looks again, and others may have removed it by then
+                os.mkdir(self._work)
             with self._unless_finished(), self._lock(PLAN) as is_held:
                 if is_held and not self.is_finished():
                     if self._plan_path.exists():
@@ -116,10 +116,9 @@ class Claims:
 
     def done(self) -> set[str]:
         """The names of the shards that are done, whoever made them."""
-        try:
+        listed: set[str] = set()
+        with suppress(FileNotFoundError):  # merged meanwhile
             listed = set(os.listdir(self._work))
-        except FileNotFoundError:  # merged meanwhile
-            listed = set()
         for name in self.names:
             if name not in self._done and self._entry_path(name).name in listed:
                 self._is_done(name)
@@ -245,6 +244,8 @@ class Claims:
         try:
             yield
         except FileNotFoundError:
+            if self._work.exists() and not self.is_finished():
+                raise
             self._expect_finished()
 
     def _expect_finished(self) -> None:

@@ -78,6 +78,7 @@ class Body:
                         ended = not piece
         except Exception as error:  # whatever it is, it is raised when nothing is left to return
             self._failure = error
+            self._response.close()  # nothing more is to come, byte by byte
             content.set_exception(None)  # or it would be raised before what has arrived
         if self._failure is not None:
             pieces.append(content.read_nowait(limit - size))

@@ -21,7 +21,7 @@ from torch import Tensor
 from data_pipeline.claims import Claims, Entry, shard_of
 from data_pipeline.codes import CodeFormat
 from data_pipeline.damage import DamagedData
-from data_pipeline.images import DecodingBudget, ImageTransform, encoded_image, map_in_threads
+from data_pipeline.images import NUM_THREADS, DecodingBudget, ImageTransform, encoded_image, map_in_threads
 from data_pipeline.index import VERSIONS, Index, is_complete
 from data_pipeline.labels import JSON_KEY, label_of
 from data_pipeline.members import most_members
@@ -29,6 +29,8 @@ from data_pipeline.plan import Stream, hash_uniform
 from data_pipeline.progress import Progress
 from data_pipeline.reader import ShardReader
 from data_pipeline.shards import KEY, Sample, write_shard
+
+WAITING_BYTES = 2**28  # of crops that wait for the tokenizer, so that threads have work; a batch may wait in any case
 
 
 @dataclass(frozen=True)
@@ -144,7 +146,8 @@ class _Encoder:
         code_format = self.recipe.format
         num_images = max(1, self.recipe.batch_size // self.recipe.views)
         stored = ((sample_id, self.reader.read(sample_id)) for sample_id in ids)
-        images = map_in_threads(self._views, stored, ahead=num_images)
+        fit = WAITING_BYTES // (self.recipe.views * 3 * self.recipe.transform.image_size**2 * 4)  # float32
+        images = map_in_threads(self._views, stored, ahead=max(num_images, min(fit, NUM_THREADS)))
         while chunk := list(islice(images, num_images)):
             codes = self._codes(torch.cat([image.crops for image in chunk]))
             for image, rows in zip(chunk, codes.reshape(len(chunk), self.recipe.views, -1)):

@@ -29,6 +29,7 @@ from data_pipeline.image_headers import StoredImage, read_header
 from data_pipeline.shards import Sample
 from data_pipeline.tensors import floats_of, pixels_of
 
+NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode
 FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member suffix
 IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")  # the last is only in tars of other people
 # Named one by one: Image.open would guess among dozens of formats, and hand a JPEG to the reader of another
@@ -203,16 +204,18 @@ def image_of(sample: Sample) -> Image.Image:
 
 
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
-    """Like map, in order, over threads, of which each has something to do while the results so far are in use.
+    """Like map, in order, over threads that work ahead while results are in use. Pillow decodes in parallel.
 
-    ahead: how many results may wait; at least one for each thread. Pillow decodes in parallel.
+    ahead: how many results may wait or be in work.
     """
-    threads = min(16, os.cpu_count() or 1)
     pending: deque[Future[Result]] = deque()
-    with ThreadPoolExecutor(threads) as pool:
-        for item in items:
-            pending.append(pool.submit(function, item))
-            if len(pending) > max(ahead, threads):
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        try:
+            for item in items:
+                pending.append(pool.submit(function, item))
+                if len(pending) > ahead:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+        finally:  # of what nobody will ask for
+            pool.shutdown(wait=False, cancel_futures=True)

@@ -24,6 +24,7 @@ from launchers.benchmark_timing import Row, table  # noqa: E402
 from launchers.benchmark_tokenizer import benchmark_tokenizer  # noqa: E402
 from launchers.benchmark_train import benchmark_switches, benchmark_train  # noqa: E402
 from launchers.command_line import Command, run_launcher, say  # noqa: E402
+from launchers.machine_limits import device_type  # noqa: E402
 from training.distributed import World, leave_world  # noqa: E402
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
@@ -46,6 +47,7 @@ def launch(command: Command[BenchmarkConfig]) -> None:
         return
     world = World.from_environment()
     check_ranks(config, world.world_size)
+    check_device(world)
     report = begin_report(config, sys.argv[1:])
     if config.what == "suite":
         rows = benchmark_suite(config, report)
@@ -66,6 +68,15 @@ def check_ranks(config: BenchmarkConfig, world_size: int) -> None:
         raise ValueError(
             f"{world_size} ranks were started, but {config.what} is measured on one: start it with python; "
             "several ranks take switches, or train with contestants=ours"
+        )
+
+
+def check_device(world: World) -> None:
+    """Raise ValueError where training would leave a GPU alone that everything else here would measure."""
+    if world.device.type != device_type():
+        raise ValueError(
+            "DS_ACCELERATOR is cpu, but there is a GPU, and all that is compared must use the same; "
+            "unset it, or hide the GPU: CUDA_VISIBLE_DEVICES="
         )
 
 

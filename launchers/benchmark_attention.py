@@ -42,6 +42,7 @@ def attention_contestants(
     device, dtype = (torch.device("cuda"), torch.bfloat16) if on_cuda else (torch.device("cpu"), torch.float32)
     ways = (MASKED, PER_SCALE, FLEX) if on_cuda else (MASKED, PER_SCALE)
     for patch_nums, batch, heads in schedules or (ON_CUDA if on_cuda else SCHEDULES):
+        torch.compiler.reset()  # all compiled attention shares one cache, of eight entries
         scales = Scales(patch_nums)
         shape = (4, batch, heads, scales.num_tokens, HEAD_DIM)
         drawn = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device, dtype)

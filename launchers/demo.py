@@ -31,6 +31,7 @@ from launchers.pictures import save_grid, to_uint8  # noqa: E402
 from models.editing import box_in_tokens  # noqa: E402
 from models.generation import edit, known_part  # noqa: E402
 from training.commit import read_manifest  # noqa: E402
+from training.distributed import World  # noqa: E402
 from training.model_on_disk import latest_checkpoint  # noqa: E402
 from training.tracking import absolute_uri  # noqa: E402
 
@@ -61,6 +62,8 @@ def launch(command: Command[DemoConfig]) -> None:
         for name, line in stages.items():
             say(f"{name}: {' '.join(line)}")
         return
+    if (fit := processes_that_fit(config)) < config.processes:
+        say(f"{fit} instead of processes={config.processes}: each needs a GPU of its own")
     seconds: dict[str, float] = {}
     for name, line in stages.items():
         if name == "encode_codes":
@@ -82,8 +85,7 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
     data, tokenizer = Path(config.data), load_config(TokenizerConfig, config.tokenizer)
     run = load_config(TrainConfig, config.transformer).run
     python = [sys.executable, "-u"]
-    processes = min(config.processes, torch.cuda.device_count() or config.processes)  # a GPU takes one
-    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes)]
+    deepspeed = [str(Path(sys.executable).with_name("deepspeed")), "--num_gpus", str(processes_that_fit(config))]
     return {
         "pack_images": [
             *[*python, str(LAUNCHERS / "pack_images.py")],
@@ -102,6 +104,12 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
             *[f"cfg={config.cfg}", f"top_k={config.top_k}", f"top_p={config.top_p}"],
         ],
     }
+
+
+def processes_that_fit(config: DemoConfig) -> int:
+    """One a GPU, NCCL refuses two; on the CPU as many as are asked for."""
+    on_gpus = World.from_environment().device.type == "cuda"
+    return min(config.processes, torch.cuda.device_count()) if on_gpus else config.processes
 
 
 def generated_folder(config: DemoConfig) -> Path:

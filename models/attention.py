@@ -69,7 +69,7 @@ def masked(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: floa
     """One call over all pairs, with an (L, L) mask.
 
     For comparison. Where torch takes cuDNN's kernel, as on Hopper since 2.11, its gradient of a masked call can be NaN
-    if 64 is left of L over 128, as it is of the 2,240 tokens of 512 px (pytorch issue 196678).
+    if L % 128 is 64, as for the 2,240 tokens of 512 px (pytorch issue 196678).
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from fork_world import ForkServer
 from tiny import command
 
@@ -47,6 +48,13 @@ def test_several_ranks_are_refused_for_what_is_measured_on_one() -> None:
         benchmark.check_ranks(BenchmarkConfig(what="sample"), 2)
     for config in (BenchmarkConfig(what="switches"), BenchmarkConfig(what="train", contestants=OURS)):
         benchmark.check_ranks(config, 2)
+
+
+def test_a_gpu_that_training_would_leave_alone_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    with pytest.raises(ValueError, match="DS_ACCELERATOR is cpu, but there is a GPU.*unset it, or hide the GPU"):
+        benchmark.launch(command(BenchmarkConfig(what="attention")))
 
 
 def test_two_ranks_take_a_step_together_and_one_of_them_reports(tmp_path: Path, fork_server: ForkServer) -> None:

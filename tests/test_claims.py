@@ -163,6 +163,19 @@ def test_without_locks_others_may_finish_in_the_middle_of_a_step(
     assert not others and content(tmp_path / "out") == undisturbed
 
 
+def test_a_file_that_is_missing_for_another_reason_is_named(tmp_path: Path) -> None:
+    work = make_claims(tmp_path / "out")
+    work.open()
+    with pytest.raises(FileNotFoundError, match="elsewhere"):
+        work.finish(partial(make_shard, tmp_path / "out"), lambda: open(tmp_path / "elsewhere"))
+
+
+def test_work_may_be_gone_a_moment_after_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_claims(tmp_path / "out").open()
+    monkeypatch.setattr(Path, "is_dir", lambda path: path.name != ".work")
+    make_claims(tmp_path / "out").open()
+
+
 def test_no_room_is_an_error_and_the_rest_is_done_later(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     def fail_at_the_third(folder: Path, name: str, *, seconds: float) -> Entry:
         entry = make_shard(folder, name)
@@ -215,10 +228,7 @@ def with_another_table(entry: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    [
-        *[torn, empty, changed, of_another_plan],
-        *[without_shard, with_half_a_shard, without_table, with_another_table],
-    ],
+    [torn, empty, changed, of_another_plan, without_shard, with_half_a_shard, without_table, with_another_table],
 )
 def test_an_entry_that_does_not_fit_is_made_again(
     tmp_path: Path, undisturbed: dict[str, bytes], damage: Callable[[Path], None]

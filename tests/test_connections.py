@@ -108,6 +108,16 @@ def test_what_came_before_a_break_is_returned_first(server: ShardServer, fault: 
     body.close()
 
 
+def test_what_trickles_in_after_a_stall_does_not_keep_a_slow_reader(server: ShardServer) -> None:
+    server.always["a"] = "drip"
+    body = Connections(0.3).open(server.url("a"))
+    with pytest.raises(Interrupted, match=r"next to nothing came for 0\.3 s"):
+        for _ in range(50):
+            body.read(FILE.size)
+            time.sleep(0.05)  # while the next bytes come
+    body.close()
+
+
 def test_a_forked_child_has_connections_of_its_own(server: ShardServer, cache: ShardCache) -> None:
     """Parent and child read in turn; what the child does to its copies does not disturb the parent."""
     assert cache.size_of(server.url("a")) == FILE.size

@@ -271,6 +271,19 @@ def test_threads_work_on_while_results_are_in_use_but_not_without_end() -> None:
     assert len([*results]) == 970 and sorted(made) == list(range(1000))
 
 
+def test_what_waits_for_a_thread_is_dropped_on_an_error() -> None:
+    begun: list[int] = []
+
+    def fail(number: int) -> None:
+        begun.append(number)
+        time.sleep(0.01)
+        raise ValueError(f"{number} is bad")
+
+    with pytest.raises(ValueError, match="0 is bad"):
+        list(map_in_threads(fail, range(1000), ahead=500))
+    assert len(begun) < 500
+
+
 def test_a_budget_gives_back_what_a_damaged_image_took() -> None:
     budget = DecodingBudget()
     large = encoded(np.zeros((7000, 7000), dtype=np.uint8))

@@ -52,8 +52,7 @@ class WholeState:
         for kind in (WEIGHT, *self.moments):
             for name, parameter in self.parameters.items():
                 self._set(parameter, kind, read(f"{kind}/{name}").to(self.world.device))
-        if self.world.device.type == "cuda":
-            torch.cuda.synchronize()  # DeepSpeed gathers in a stream of its own, which does not wait for ours
+        self._finish_writing()
 
     def get_weight(self, parameter: nn.Parameter) -> Tensor:
         """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
@@ -62,6 +61,7 @@ class WholeState:
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:
         """Overwrite one parameter whole, its master copy too; `value` is the same on all ranks."""
         self._set(parameter, WEIGHT, value)
+        self._finish_writing()
 
     def scalars(self) -> dict[str, float]:
         """The optimiser's step and, with fp16, the position of loss scaling."""
@@ -79,6 +79,11 @@ class WholeState:
         for name in LOSS_SCALER:
             if hasattr(scaler, name) and name in scalars:
                 setattr(scaler, name, type(getattr(scaler, name))(scalars[name]))
+
+    def _finish_writing(self) -> None:
+        """DeepSpeed gathers weights in a stream of its own, which does not wait for ours."""
+        if self.world.device.type == "cuda":
+            torch.cuda.synchronize()
 
     def _make_moments(self) -> None:
         """Make the moments that AdamW would make at its first step, and let DeepSpeed know where they are.
