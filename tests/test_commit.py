@@ -124,10 +124,10 @@ def test_a_malformed_checkpoint_is_damage_in_one_line(tmp_path: Path, name: str)
     outside = tmp_path / "outside.bin"
     outside.write_bytes(b"0123456789" * 20)
     damage_it(folder)
-    start = time.process_time()
+    start = time.monotonic()
     line = structural_damage(folder)
     assert reason in line and line.startswith(str(folder)) and "\n" not in line and len(line) < 400
-    assert time.process_time() - start < 5
+    assert time.monotonic() - start < 5
     set_aside(folder)
     assert outside.read_bytes() and not candidates(tmp_path / "checkpoints")
 

@@ -212,9 +212,9 @@ def test_no_bomb_fills_the_memory(name: str) -> None:
         except ValueError as error:
             said.append(str(error))
 
-    start = time.process_time()
+    start = time.monotonic()
     assert peak_memory(decode) < BOUND
-    assert time.process_time() - start < 5
+    assert time.monotonic() - start < 5
     assert bool(said) == bool(reason) and reason in "".join(said)
 
 

@@ -111,9 +111,9 @@ def test_only_variables_that_are_named_so_are_secret() -> None:
     [*SECRETS.values(), *NAMED, *("a.", "a_", "a://", "a://b:", "sk-a-", "eyJaaaaaaaaa.", "bearer ", "=", "?sig", "x")],
 )
 def test_long_texts_take_no_time(piece: str) -> None:
-    start = time.process_time()
+    start = time.monotonic()
     redact(piece * (50_000 // len(piece)), {})
-    assert time.process_time() - start < 2
+    assert time.monotonic() - start < 2
 
 
 def test_whatever_is_written_to_the_standard_streams_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:

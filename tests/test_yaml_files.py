@@ -53,9 +53,9 @@ def test_no_payload_is_executed(tmp_path: Path, name: str, monkeypatch: pytest.M
 def test_no_bomb_fills_the_memory_or_the_time(tmp_path: Path, name: str) -> None:
     make, reason = BOMBS[name]
     path, said = make(tmp_path), []
-    start = time.process_time()
+    start = time.monotonic()
     assert peak_memory(lambda: said.append(refusal(file=path))) < BOUND
-    assert time.process_time() - start < 5 and reason in said[0]
+    assert time.monotonic() - start < 5 and reason in said[0]
 
 
 @pytest.mark.parametrize("name", OVERRIDES)

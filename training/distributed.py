@@ -130,12 +130,11 @@ def _share_of_cores(world: World, by_srun: bool) -> int:
 def _export_for_deepspeed(world: World) -> None:
     """DeepSpeed reads these names only, whichever launcher started us; without a GPU it must be told to use the CPU."""
     os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.world_size)
-    os.environ["LOCAL_RANK"] = str(world.local_rank)
+    on_cpu = world.device.type == "cpu"
+    os.environ["LOCAL_RANK"] = str(world.local_rank if on_cpu else world.device.index)  # which it takes for the GPU's
     os.environ.setdefault("LOCAL_SIZE", str(world.local_world_size))
-    if world.device.type == "cpu":
+    if on_cpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-    else:
-        os.environ["LOCAL_RANK"] = str(world.device.index)  # to DeepSpeed it is the number of the GPU
 
 
 def leave_world() -> None:
