@@ -1,6 +1,6 @@
 # make demo   the whole pipeline on handwritten digits, four to ten minutes on two CPU cores after the installation
 # make scaling-demo   six sizes on codes of known entropy, fitted and reported: 16 minutes on two CPU cores
-# make test   the fast tests        make test-slow   the MLflow page in a browser        make lint   flake8, isort
+# make test   the fast tests        make test-slow   the MLflow page in a browser        make lint   ruff, mypy
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
@@ -42,8 +42,9 @@ fuzz: install
 	done
 
 lint: install
-	$(BIN)/flake8
-	$(BIN)/isort --check-only --quiet .
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy models
 
 install: $(INSTALLED)
 

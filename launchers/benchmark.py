@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launchers.benchmark_attention import benchmark_attention  # noqa: E402
-from launchers.benchmark_config import OURS, BenchmarkConfig  # noqa: E402
-from launchers.benchmark_data import benchmark_data  # noqa: E402
-from launchers.benchmark_memory import benchmark_memory  # noqa: E402
-from launchers.benchmark_report import begin_report, write_report  # noqa: E402
-from launchers.benchmark_sample import benchmark_sample  # noqa: E402
-from launchers.benchmark_suite import benchmark_suite, plan_suite, title_of  # noqa: E402
-from launchers.benchmark_timing import Row, table  # noqa: E402
-from launchers.benchmark_tokenizer import benchmark_tokenizer  # noqa: E402
-from launchers.benchmark_train import benchmark_switches, benchmark_train  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.machine_limits import device_type  # noqa: E402
-from training.distributed import World, leave_world  # noqa: E402
+from launchers.bench.attention import benchmark_attention
+from launchers.bench.config import OURS, BenchmarkConfig
+from launchers.bench.data import benchmark_data
+from launchers.bench.machine_limits import device_type
+from launchers.bench.memory import benchmark_memory
+from launchers.bench.report import begin_report, write_report
+from launchers.bench.sample import benchmark_sample
+from launchers.bench.suite import benchmark_suite, plan_suite, title_of
+from launchers.bench.timing import Row, table
+from launchers.bench.tokenizer import benchmark_tokenizer
+from launchers.bench.train import benchmark_switches, benchmark_train
+from launchers.setup.command_line import Command, run_launcher, say
+from training.engine.distributed import World, leave_world
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "train": benchmark_train,

@@ -9,33 +9,30 @@ same. A stage is a share of the run's training tokens; `loop.keep_at` makes a ru
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from data_pipeline.loader import first_of_classes  # noqa: E402
-from launchers.assembly import Models, load_models, open_codes_or_images  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import CompareSizesConfig, TrainConfig  # noqa: E402
-from launchers.config_files import load_config  # noqa: E402
-from launchers.figures import Cell, draw_table  # noqa: E402
-from launchers.loading import refuse_several_ranks  # noqa: E402
-from launchers.pictures import tile  # noqa: E402
-from launchers.sample_plan import MAX_CLASSES, plan_samples  # noqa: E402
-from launchers.sampler import decode_in_parts  # noqa: E402
-from models.generation import KnownTokens, generate_scales  # noqa: E402
-from models.sampling import Sampling  # noqa: E402
-from models.var import VARConfig  # noqa: E402
-from training.commit import read_manifest  # noqa: E402
-from training.distributed import World  # noqa: E402
-from training.mlflow_tracker import log_picture  # noqa: E402
-from training.model_on_disk import ModelOnDisk, committed_checkpoints  # noqa: E402
-from training.tracking import RunRecord  # noqa: E402
+from data_pipeline.loading.loader import first_of_classes
+from launchers.figures.plots import Cell, draw_table
+from launchers.sampling.pictures import tile
+from launchers.sampling.plan import MAX_CLASSES, plan_samples
+from launchers.sampling.sampler import decode_in_parts
+from launchers.setup.assembly import Models, load_models, open_codes_or_images
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.config_files import load_config
+from launchers.setup.loading import refuse_several_ranks
+from launchers.setup.settings import CompareSizesConfig, TrainConfig
+from models.generation import KnownTokens, generate_scales
+from models.sampling import Sampling
+from models.var import VARConfig
+from training.checkpoints.commit import read_manifest
+from training.checkpoints.model_on_disk import ModelOnDisk, committed_checkpoints
+from training.engine.distributed import World
+from training.tracking.mlflow_tracker import log_picture
+from training.tracking.record import RunRecord
 
 PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of Fig. 7
 

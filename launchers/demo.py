@@ -14,26 +14,24 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data_pipeline.files import atomic_file  # noqa: E402
-from data_pipeline.index import Index, is_complete  # noqa: E402
-from launchers.assembly import Models, load_models, load_tokenizer, open_images  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import TokenizerConfig, TrainConfig  # noqa: E402
-from launchers.config_files import load_config  # noqa: E402
-from launchers.pictures import save_grid, to_uint8  # noqa: E402
-from models.editing import box_in_tokens  # noqa: E402
-from models.generation import edit, known_part  # noqa: E402
-from training.commit import read_manifest  # noqa: E402
-from training.distributed import World  # noqa: E402
-from training.model_on_disk import latest_checkpoint  # noqa: E402
-from training.tracking import absolute_uri  # noqa: E402
+from data_pipeline.files.atomic import atomic_file
+from data_pipeline.shards.index import Index, is_complete
+from launchers.sampling.pictures import save_grid, to_uint8
+from launchers.setup.assembly import Models, load_models, load_tokenizer, open_images
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.config_files import load_config
+from launchers.setup.settings import TokenizerConfig, TrainConfig
+from models.editing import box_in_tokens
+from models.generation import edit, known_part
+from training.checkpoints.commit import read_manifest
+from training.checkpoints.model_on_disk import latest_checkpoint
+from training.engine.distributed import World
+from training.tracking.record import absolute_uri
 
 LAUNCHERS = Path(__file__).resolve().parent
 

@@ -9,34 +9,31 @@ in pixels of the image file, of which the model sees the middle square.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data_pipeline.files import atomic_file  # noqa: E402
-from data_pipeline.image_headers import read_header  # noqa: E402
-from data_pipeline.images import ImageTransform, decode_image  # noqa: E402
-from launchers.assembly import Models, load_models  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import EditConfig  # noqa: E402
-from launchers.figures import Cell, draw_table  # noqa: E402
-from launchers.loading import refuse_file, refuse_several_ranks  # noqa: E402
-from launchers.pictures import to_uint8  # noqa: E402
-from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels  # noqa: E402
-from models.generation import KnownTokens, generate_scales, known_part  # noqa: E402
-from models.sampling import Sampling  # noqa: E402
-from models.var import VARConfig  # noqa: E402
-from training.distributed import World  # noqa: E402
-from training.engine import PRECISIONS  # noqa: E402
-from training.mlflow_tracker import log_picture  # noqa: E402
-from training.strict_json import read_regular_file  # noqa: E402
+from data_pipeline.files.atomic import atomic_file
+from data_pipeline.files.strict_json import read_regular_file
+from data_pipeline.images.decoding import ImageTransform, decode_image
+from data_pipeline.images.headers import read_header
+from launchers.figures.plots import Cell, draw_table
+from launchers.sampling.pictures import to_uint8
+from launchers.setup.assembly import Models, load_models
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import refuse_file, refuse_several_ranks
+from launchers.setup.settings import EditConfig
+from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels
+from models.generation import KnownTokens, generate_scales, known_part
+from models.sampling import Sampling
+from models.var import VARConfig
+from training.engine.distributed import World
+from training.engine.engine import PRECISIONS
+from training.tracking.mlflow_tracker import log_picture
 
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel

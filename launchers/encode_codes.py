@@ -8,23 +8,20 @@ folders, takes the next shard that nobody works on. Killed ones are simply start
 from __future__ import annotations
 
 import os
-import sys
 from functools import partial
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data_pipeline.claims import forget_finished_work  # noqa: E402
-from data_pipeline.encoding import Encoding, Recipe, is_encoded  # noqa: E402
-from data_pipeline.index import Index  # noqa: E402
-from launchers.assembly import image_transform, load_tokenizer  # noqa: E402
-from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
-from launchers.config import EncodeConfig  # noqa: E402
-from models.vqvae import VQVAE  # noqa: E402
-from training.distributed import World  # noqa: E402
+from data_pipeline.making.claims import forget_finished_work
+from data_pipeline.making.encoding import Encoding, Recipe, is_encoded
+from data_pipeline.shards.index import Index
+from launchers.setup.assembly import image_transform, load_tokenizer
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
+from launchers.setup.settings import EncodeConfig
+from models.vqvae import VQVAE
+from training.engine.distributed import World
 
 
 def launch(command: Command[EncodeConfig]) -> None:

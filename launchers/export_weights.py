@@ -7,38 +7,33 @@
 from __future__ import annotations
 
 import shutil
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data_pipeline.files import atomic_folder, refuse_occupied  # noqa: E402
-from launchers.assembly import load_models  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import ExportConfig  # noqa: E402
-from launchers.loading import (  # noqa: E402
+from data_pipeline.files.atomic import atomic_folder, refuse_occupied
+from launchers.figures.model_cards import (
+    describe_sizes,
+    how_to_use_here,
+    how_to_use_in_public_code,
+    model_card,
+)
+from launchers.setup.assembly import load_models
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import (
     checkpoint_of,
     find_whole,
     load_tokenizer,
     refuse_several_ranks,
     run_of,
     tokenizer_of,
+    write_public,
 )
-from launchers.model_cards import (  # noqa: E402
-    describe_sizes,
-    how_to_use_here,
-    how_to_use_in_public_code,
-    model_card,
-)
-from models.reference import check_public, tokenizer_to_state_dict, var_to_state_dict  # noqa: E402
-from models.var import VAR  # noqa: E402
-from models.vqvae import VQVAE  # noqa: E402
-from training.commit import read_manifest  # noqa: E402
-from training.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json, write_model  # noqa: E402
-from training.tracking import RunRecord  # noqa: E402
+from launchers.setup.settings import ExportConfig
+from models.reference import check_public
+from models.var import VAR
+from models.vqvae import VQVAE
+from training.checkpoints.commit import read_manifest
+from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_model
+from training.tracking.record import RunRecord
 
 POSITION = ("step", "time", "epoch", "samples_seen", "pflop")  # of a validation record; the rest is what was measured
 
@@ -91,19 +86,6 @@ def public_name(model: VAR | VQVAE) -> str:
         return f"var_d{model.config.depth}.pth"
     size = model.config.quantizer
     return f"vae_ch{model.config.autoencoder.width}v{size.vocab_size}z{size.code_width}.pth"
-
-
-def write_public(file: Path, model: VAR | VQVAE) -> None:
-    """A flat state dict with the public names, and its config beside it."""
-    file.parent.mkdir(exist_ok=True)
-    entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
-    torch.save({name: alone(value) for name, value in entries.items()}, file)
-    write_json(file.parent / CONFIG, describe(model.config))
-
-
-def alone(value: Tensor) -> Tensor:
-    """A tensor in a storage of its own: torch.save would write all of a larger one."""
-    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()
 
 
 def write_ours(folder: Path, var: VAR | None, tokenizer: VQVAE, config: ExportConfig) -> None:

@@ -5,19 +5,16 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_pipeline.files import atomic_folder, refuse_occupied  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import ImportConfig  # noqa: E402
-from launchers.loading import public_tokenizer, public_var, refuse_several_ranks  # noqa: E402
-from launchers.model_cards import describe_sizes, how_to_use_here, model_card  # noqa: E402
-from models.generation import check_configs_agree  # noqa: E402
-from models.scales import PATCH_NUMS_256  # noqa: E402
-from training.model_on_disk import describe, write_model  # noqa: E402
+from data_pipeline.files.atomic import atomic_folder, refuse_occupied
+from launchers.figures.model_cards import describe_sizes, how_to_use_here, model_card
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import public_tokenizer, public_var, refuse_several_ranks
+from launchers.setup.settings import ImportConfig
+from models.generation import check_configs_agree
+from models.scales import PATCH_NUMS_256
+from training.checkpoints.model_on_disk import describe, write_model
 
 
 def launch(command: Command[ImportConfig]) -> None:

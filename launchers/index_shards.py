@@ -5,17 +5,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_pipeline.index import Index, is_complete  # noqa: E402
-from data_pipeline.indexing import expand_shards, index_shards  # noqa: E402
-from data_pipeline.remote import ShardCache, without_query  # noqa: E402
-from data_pipeline.storage import Storage  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.data_config import IndexConfig  # noqa: E402
+from data_pipeline.making.indexing import expand_shards, index_shards
+from data_pipeline.remote.remote import ShardCache, without_query
+from data_pipeline.shards.index import Index, is_complete
+from data_pipeline.shards.storage import Storage
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.data_config import IndexConfig
 
 
 def launch(command: Command[IndexConfig]) -> None:

@@ -11,18 +11,15 @@ the shards that nobody works on. It leaves report.json and contact_sheet.png bes
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_pipeline.claims import forget_finished_work  # noqa: E402
-from data_pipeline.pack_report import report_lines  # noqa: E402
-from data_pipeline.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise  # noqa: E402
-from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
-from launchers.config import PackConfig  # noqa: E402
-from launchers.contact_sheet import SHEET_NAME, write_contact_sheet  # noqa: E402
-from training.distributed import World  # noqa: E402
+from data_pipeline.making.claims import forget_finished_work
+from data_pipeline.making.pack_report import report_lines
+from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
+from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
+from launchers.setup.settings import PackConfig
+from training.engine.distributed import World
 
 
 def launch(command: Command[PackConfig]) -> None:

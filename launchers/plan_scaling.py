@@ -9,21 +9,18 @@ and divides a GPU's images; a row shows the way whose modelled step is shortest.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import TrainConfig  # noqa: E402
-from launchers.config_files import load_config  # noqa: E402
-from models.var import CHECKPOINTINGS, FULL_CHECKPOINTING  # noqa: E402
-from training.engine import EngineConfig  # noqa: E402
-from training.memory import estimate_memory, largest_micro_batch  # noqa: E402
-from training.step_time import ClusterConfig, StepTime, step_time  # noqa: E402
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.config_files import load_config
+from launchers.setup.settings import TrainConfig
+from models.var import CHECKPOINTINGS, FULL_CHECKPOINTING
+from training.engine.engine import EngineConfig
+from training.planning.memory import estimate_memory, largest_micro_batch
+from training.planning.step_time import ClusterConfig, StepTime, step_time
 
 SIZES = ("d16", "d20", "d24", "d30", "d36_512")
 PLACE = ("size", "GPUs", "stage")

@@ -2,33 +2,30 @@
 
 `python launchers/plot_dependencies.py --tokenizer runs/tokenizer --images data/imagenet256/images/val --out fig9.png`
 
-Beside the picture goes a JSON file with the numbers; training/dependency.py says how they are to be read.
+Beside the picture goes a JSON file with the numbers; training/laws/dependency.py says how they are to be read.
 """
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
+from torch import Tensor
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data_pipeline.files import atomic_file  # noqa: E402
-from launchers.assembly import open_images  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import DependencyConfig  # noqa: E402
-from launchers.data_config import DataConfig  # noqa: E402
-from launchers.figures import AttentionMap, draw_attention  # noqa: E402
-from launchers.loading import load_tokenizer, refuse_several_ranks  # noqa: E402
-from launchers.pictures import to_uint8  # noqa: E402
-from training.dependency import bidirectionality, later_share  # noqa: E402
-from training.distributed import World  # noqa: E402
-from training.mlflow_tracker import log_picture  # noqa: E402
+from data_pipeline.files.atomic import atomic_file
+from launchers.figures.plots import AttentionMap, draw_attention
+from launchers.sampling.pictures import to_uint8
+from launchers.setup.assembly import open_images
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.data_config import DataConfig
+from launchers.setup.loading import load_tokenizer, refuse_several_ranks
+from launchers.setup.settings import DependencyConfig
+from training.engine.distributed import World
+from training.laws.dependency import bidirectionality, later_share
+from training.tracking.mlflow_tracker import log_picture
 
 
 def launch(command: Command[DependencyConfig]) -> None:

@@ -10,25 +10,23 @@ A model without classes has nothing to guide towards: the default cfg stands for
 from __future__ import annotations
 
 import hashlib
-import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launchers.assembly import Models, load_models  # noqa: E402
-from launchers.command_line import Command, run_launcher, say, say_nothing  # noqa: E402
-from launchers.config import SampleConfig  # noqa: E402
-from launchers.loading import refuse_file  # noqa: E402
-from launchers.sample_files import RECORD, SampleFiles, claim_folder, draw_grid, open_files  # noqa: E402
-from launchers.sample_plan import SamplePlan, plan_samples  # noqa: E402
-from launchers.sampler import Sampler, draw_all, speed_up  # noqa: E402
-from models.sampling import Sampling  # noqa: E402
-from models.var import VARConfig  # noqa: E402
-from training.distributed import World, agree_on_error, agree_on_value, join_world, leave_world  # noqa: E402
-from training.mlflow_tracker import log_picture  # noqa: E402
-from training.model_on_disk import ModelOnDisk, file_sha256  # noqa: E402
+from data_pipeline.files.atomic import file_sha256
+from launchers.sampling.files import RECORD, SampleFiles, claim_folder, draw_grid, open_files
+from launchers.sampling.plan import SamplePlan, plan_samples
+from launchers.sampling.sampler import Sampler, draw_all, speed_up
+from launchers.setup.assembly import Models, load_models
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
+from launchers.setup.loading import refuse_file
+from launchers.setup.settings import SampleConfig
+from models.sampling import Sampling
+from models.var import VARConfig
+from training.checkpoints.model_on_disk import ModelOnDisk
+from training.engine.distributed import World, agree_on_error, agree_on_value, join_world, leave_world
+from training.tracking.mlflow_tracker import log_picture
 
 
 def launch(command: Command[SampleConfig]) -> None:

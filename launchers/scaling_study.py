@@ -21,18 +21,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launchers.command_line import SETTING, Command, run_launcher  # noqa: E402
-from launchers.config_files import nearest  # noqa: E402
-from launchers.exit_codes import EXIT_BAD_INPUT  # noqa: E402
-from launchers.study_config import STUDY, StudyConfig  # noqa: E402
-from launchers.study_fitting import launch_fit  # noqa: E402
-from launchers.study_mlflow import launch_sync  # noqa: E402
-from launchers.study_plan import launch_paper, launch_plan  # noqa: E402
-from launchers.study_report import launch_report  # noqa: E402
-from launchers.study_run import launch_run  # noqa: E402
-from launchers.study_state import as_setting  # noqa: E402
+from launchers.setup.command_line import SETTING, Command, run_launcher
+from launchers.setup.config_files import nearest
+from launchers.setup.exit_codes import EXIT_BAD_INPUT
+from launchers.study.config import STUDY, StudyConfig
+from launchers.study.fitting import launch_fit
+from launchers.study.page import launch_sync
+from launchers.study.plan import launch_paper, launch_plan
+from launchers.study.report import launch_report
+from launchers.study.run import launch_run
+from launchers.study.state import as_setting
 
 
 @dataclass(frozen=True)

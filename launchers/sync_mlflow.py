@@ -7,23 +7,19 @@ that the tracker does not know is made there. What is there already is not sent 
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.config_files import read_settings
+from launchers.setup.loading import refuse_several_ranks
+from launchers.setup.settings import SyncConfig
+from training.tracking.curves import points_of
+from training.tracking.mlflow_state import read_state
+from training.tracking.mlflow_tracker import Tracker
+from training.tracking.mlflow_uploader import QUIET_AND_QUICK, how_it_ended, send_now
+from training.tracking.record import RunRecord, TrackingConfig, absolute_uri
 
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import SyncConfig  # noqa: E402
-from launchers.config_files import read_settings  # noqa: E402
-from launchers.loading import refuse_several_ranks  # noqa: E402
-from training.curves import points_of  # noqa: E402
-from training.mlflow_state import read_state  # noqa: E402
-from training.mlflow_tracker import Tracker  # noqa: E402
-from training.mlflow_uploader import QUIET_AND_QUICK, send_now  # noqa: E402
-from training.tracking import Record, RunRecord, TrackingConfig, absolute_uri  # noqa: E402
-
-ENDED = ("FINISHED", "FAILED", "KILLED")
 OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
 
 
@@ -58,14 +54,6 @@ def where_to(config: SyncConfig, state: dict[str, Any], settings: dict[str, Any]
     if experiment := config.experiment or state.get("experiment"):
         known["experiment"] = experiment
     return TrackingConfig(**known | {"uri": absolute_uri(known.get("uri", TrackingConfig.uri))})
-
-
-def how_it_ended(state: dict[str, Any], records: list[Record], settings: dict[str, Any]) -> str:
-    """As the run has noted it; where it could not, it is finished if its record is, and else was killed."""
-    if state.get("status") in ENDED:
-        return state["status"]
-    last = max((record.get("epoch", 0) for record in records), default=0)
-    return "FINISHED" if last >= settings.get("loop.epochs", float("inf")) else "KILLED"
 
 
 def page_of(uri: str, state: dict[str, Any]) -> str:

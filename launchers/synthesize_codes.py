@@ -9,28 +9,25 @@ weights, so that train.py runs on them as on any other, and OUT/source.json says
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from data_pipeline.codes import CodeFormat  # noqa: E402
-from data_pipeline.encoding import is_encoded  # noqa: E402
-from data_pipeline.files import atomic_file  # noqa: E402
-from data_pipeline.shards import Sample, write_shards  # noqa: E402
-from data_pipeline.tree_source import TreeSource, TreeSourceConfig  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.loading import refuse_several_ranks  # noqa: E402
-from models.autoencoder import AutoencoderConfig  # noqa: E402
-from models.quantizer import QuantizerConfig  # noqa: E402
-from models.vqvae import VQVAE, VQVAEConfig  # noqa: E402
-from training.model_on_disk import ModelOnDisk, describe, write_model  # noqa: E402
+from data_pipeline.files.atomic import atomic_file
+from data_pipeline.making.encoding import is_encoded
+from data_pipeline.making.tree_source import TreeSource, TreeSourceConfig
+from data_pipeline.shards.codes import CodeFormat
+from data_pipeline.shards.writer import Sample, write_shards
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import refuse_several_ranks
+from models.autoencoder import AutoencoderConfig
+from models.quantizer import QuantizerConfig
+from models.vqvae import VQVAE, VQVAEConfig
+from training.checkpoints.model_on_disk import ModelOnDisk, describe, write_model
 
 TRAIN_STREAM = 0
 VALIDATION_STREAMS = range(1, 257)  # so many sets are drawn, and the most typical one is taken

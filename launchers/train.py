@@ -5,30 +5,26 @@ The same command again resumes from the newest checkpoint of the run folder.
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from launchers.assembly import (  # noqa: E402
+from launchers.setup.assembly import (
     describe_one_batch,
     open_codes_or_images,
     validation_source,
 )
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import TrainConfig  # noqa: E402
-from launchers.loading import initialize, load_tokenizer, place_tokenizer  # noqa: E402
-from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
-from models.generation import check_configs_agree  # noqa: E402
-from models.var import CHECKPOINTINGS  # noqa: E402
-from training.distributed import World, join_world, leave_world  # noqa: E402
-from training.engine import Engine, accumulation_steps  # noqa: E402
-from training.flops import training_flops  # noqa: E402
-from training.memory import estimate_memory, largest_micro_batch  # noqa: E402
-from training.optim import build_optimizer  # noqa: E402
-from training.step_time import step_time  # noqa: E402
-from training.var_loop import VARStage, build_var  # noqa: E402
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import initialize, load_tokenizer, place_tokenizer
+from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
+from launchers.setup.settings import TrainConfig
+from models.generation import check_configs_agree
+from models.var import CHECKPOINTINGS
+from training.engine.distributed import World, join_world, leave_world
+from training.engine.engine import Engine, accumulation_steps
+from training.flops import training_flops
+from training.optim import build_optimizer
+from training.planning.memory import estimate_memory, largest_micro_batch
+from training.planning.step_time import step_time
+from training.var_loop import VARStage, build_var
 
 
 def launch(command: Command[TrainConfig]) -> None:

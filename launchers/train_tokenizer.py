@@ -5,28 +5,23 @@ The same command again resumes from the newest checkpoint of the run folder.
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-import torch  # noqa: E402
-
-from launchers.assembly import (  # noqa: E402
+from launchers.setup.assembly import (
     describe_one_batch,
     open_images,
     validation_source,
 )
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.config import TokenizerConfig  # noqa: E402
-from launchers.loading import initialize  # noqa: E402
-from launchers.running import Supervision, open_checkpoints, run_stage, supervise  # noqa: E402
-from models.discriminator import PatchDiscriminator  # noqa: E402
-from training.distributed import World, join_world, leave_world  # noqa: E402
-from training.engine import Engine, EngineConfig, accumulation_steps  # noqa: E402
-from training.flops import tokenizer_training_flops  # noqa: E402
-from training.optim import build_optimizer  # noqa: E402
-from training.tokenizer_loop import TokenizerStage, build_tokenizer  # noqa: E402
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.loading import initialize
+from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
+from launchers.setup.settings import TokenizerConfig
+from models.discriminator import PatchDiscriminator
+from training.engine.distributed import World, join_world, leave_world
+from training.engine.engine import Engine, EngineConfig, accumulation_steps
+from training.flops import tokenizer_training_flops
+from training.optim import build_optimizer
+from training.tokenizer_loop import TokenizerStage, build_tokenizer
 
 
 def launch(command: Command[TokenizerConfig]) -> None:

@@ -6,18 +6,14 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from data_pipeline.damage import DamagedData  # noqa: E402
-from data_pipeline.index import Index  # noqa: E402
-from data_pipeline.storage import Storage  # noqa: E402
-from data_pipeline.verification import folders_of, verify_shards  # noqa: E402
-from launchers.command_line import Command, run_launcher, say  # noqa: E402
-from launchers.data_config import VerifyConfig  # noqa: E402
+from data_pipeline.files.damage import DamagedData
+from data_pipeline.making.verification import folders_of, verify_shards
+from data_pipeline.shards.index import Index
+from data_pipeline.shards.storage import Storage
+from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.data_config import VerifyConfig
 
 PROGRESS_SECONDS = 5.0
 

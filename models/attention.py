@@ -6,6 +6,7 @@ what is masked (FlexAttention). `masked` is the plain one, with a dense mask: th
 
 Shapes: B batch, L tokens of all scales, H heads, D/H head width.
 """
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -19,7 +20,7 @@ from models.scales import Scales
 
 PER_SCALE, FLEX, MASKED = "per_scale", "flex", "masked"
 ATTENTIONS = (PER_SCALE, FLEX, MASKED)
-FLEX_BLOCK = 128        # queries and keys that FlexAttention keeps or skips together
+FLEX_BLOCK = 128  # queries and keys that FlexAttention keeps or skips together
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
@@ -82,7 +83,7 @@ def flex(block_mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, *, softmax_scal
 
 
 @lru_cache(maxsize=1)
-def compiled_flex_attention():  # noqa: ANN201 -- torch's type of a compiled function is private
+def compiled_flex_attention():
     """Without compilation FlexAttention computes all pairs."""
     return torch.compile(flex_attention, dynamic=False)
 
@@ -92,13 +93,17 @@ def flex_block_mask(scales: Scales, device: torch.device) -> BlockMask:
     """Which blocks of FLEX_BLOCK x FLEX_BLOCK pairs are seen whole, which in part; never a mask of all pairs."""
     ends = torch.cat([torch.full((tokens.stop - tokens.start,), tokens.stop) for tokens in scales.slices])  # (L,)
     starts = torch.arange(0, scales.num_tokens, FLEX_BLOCK)
-    stops = starts + FLEX_BLOCK                                 # of the last block beyond the tokens: never whole
-    whole = (stops[None, :] <= ends[starts][:, None]) & (stops <= scales.num_tokens)[:, None]   # by all its queries
-    touched = starts[None, :] < ends[stops.clamp(max=scales.num_tokens) - 1][:, None]           # by its last query
+    stops = starts + FLEX_BLOCK  # of the last block beyond the tokens: never whole
+    whole = (stops[None, :] <= ends[starts][:, None]) & (stops <= scales.num_tokens)[:, None]  # by all its queries
+    touched = starts[None, :] < ends[stops.clamp(max=scales.num_tokens) - 1][:, None]  # by its last query
     seen_until = ends.to(device)
-    return BlockMask.from_kv_blocks(*_block_lists(touched & ~whole, device), *_block_lists(whole, device),
-                                    BLOCK_SIZE=FLEX_BLOCK, mask_mod=lambda b, h, query, key: key < seen_until[query],
-                                    seq_lengths=(scales.num_tokens, scales.num_tokens))
+    return BlockMask.from_kv_blocks(
+        *_block_lists(touched & ~whole, device),
+        *_block_lists(whole, device),
+        BLOCK_SIZE=FLEX_BLOCK,
+        mask_mod=lambda b, h, query, key: key < seen_until[query],
+        seq_lengths=(scales.num_tokens, scales.num_tokens),
+    )
 
 
 def _block_lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ Quantisation and the two 3x3 convolutions around it live in vqvae.py. Initial va
 
 Shapes: B batch, H, W image sides, h, w feature map sides, C code width.
 """
+
 from dataclasses import dataclass
 
 import torch
@@ -19,10 +20,10 @@ IMAGE_CHANNELS = 3
 class AutoencoderConfig:
     """Shape of encoder and decoder. The defaults are the paper's: 16x downsampling."""
 
-    width: int = 160                                    # channels at full resolution
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)      # channels of each level, in units of width; each level halves
-    num_res_blocks: int = 2                             # per level of the encoder; the decoder has one more
-    code_width: int = 32                                # C, channels of the feature map
+    width: int = 160  # channels at full resolution
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)  # channels of each level, in units of width; each level halves
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
+    code_width: int = 32  # C, channels of the feature map
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -71,7 +72,7 @@ class ResBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(silu(self.norm1(x)))
         h = self.conv2(silu(self.norm2(h)))
-        return h.add_(self.nin_shortcut(x))     # a convolution's gradient does not need its result
+        return h.add_(self.nin_shortcut(x))  # a convolution's gradient does not need its result
 
 
 class SpatialAttention(nn.Module):
@@ -84,8 +85,8 @@ class SpatialAttention(nn.Module):
         self.proj_out = nn.Conv2d(width, width, kernel_size=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self._queries_keys_values(x)                          # (B, 1, h*w, width)
-        h = F.scaled_dot_product_attention(q, k, v)                     # (B, 1, h*w, width)
+        q, k, v = self._queries_keys_values(x)  # (B, 1, h*w, width)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, 1, h*w, width)
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
     def scores(self, x: Tensor) -> Tensor:
@@ -94,8 +95,8 @@ class SpatialAttention(nn.Module):
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1).squeeze(1)
 
     def _queries_keys_values(self, x: Tensor) -> tuple[Tensor, ...]:
-        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)         # (B, h*w, 3*width)
-        return qkv.unsqueeze(1).chunk(3, dim=-1)                        # each (B, 1, h*w, width)
+        qkv = self.qkv(self.norm(x)).flatten(2).transpose(1, 2)  # (B, h*w, 3*width)
+        return qkv.unsqueeze(1).chunk(3, dim=-1)  # each (B, 1, h*w, width)
 
 
 class Downsample(nn.Module):
@@ -137,7 +138,7 @@ def folded_kernel(kernel: Tensor) -> Tensor:
 
     A pixel of the smaller map, seen as four equal ones, reaches the sum of what each of the four reaches.
     """
-    reach = F.pad(kernel.transpose(0, 1).flip(-1, -2), (0, 1, 0, 1))    # of the top left one; a gap right and below
+    reach = F.pad(kernel.transpose(0, 1).flip(-1, -2), (0, 1, 0, 1))  # of the top left one; a gap right and below
     return reach + reach.roll(1, 2) + reach.roll(1, 3) + reach.roll((1, 1), (2, 3))
 
 
@@ -208,24 +209,25 @@ class Encoder(nn.Module):
         self.conv_in = conv3x3(IMAGE_CHANNELS, config.width)
         self.down = nn.ModuleList(
             DownLevel(in_width, out_width, num_blocks=config.num_res_blocks, is_lowest=i == lowest)
-            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
+            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths))
+        )
         self.mid = Middle(out_widths[-1])
         self.norm_out = group_norm(out_widths[-1])
         self.conv_out = conv3x3(out_widths[-1], config.code_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        x = self.mid(self._lowest(images))              # (B, level_widths[-1], h, w)
-        return self.conv_out(silu(self.norm_out(x)))    # (B, C, h, w)
+        x = self.mid(self._lowest(images))  # (B, level_widths[-1], h, w)
+        return self.conv_out(silu(self.norm_out(x)))  # (B, C, h, w)
 
     def attention_map(self, images: Tensor) -> Tensor:
         """Scores of the last self-attention before quantisation: images -> (B, h*w, h*w), rows sum to 1 (Fig. 9)."""
         return self.mid.scores(self._lowest(images))
 
     def _lowest(self, images: Tensor) -> Tensor:
-        x = self.conv_in(images)                        # (B, width, H, W)
+        x = self.conv_in(images)  # (B, width, H, W)
         for level in self.down:
             x = level(x)
-        return x                                        # (B, level_widths[-1], h, w)
+        return x  # (B, level_widths[-1], h, w)
 
 
 class Decoder(nn.Module):
@@ -238,9 +240,10 @@ class Decoder(nn.Module):
         lowest = len(out_widths) - 1
         self.conv_in = conv3x3(config.code_width, out_widths[-1])
         self.mid = Middle(out_widths[-1])
-        self.up = nn.ModuleList(                        # counted from full resolution, run from the last to the first
+        self.up = nn.ModuleList(  # counted from full resolution, run from the last to the first
             UpLevel(in_width, out_width, num_blocks=config.num_res_blocks + 1, is_lowest=i == lowest, is_highest=i == 0)
-            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths)))
+            for i, (in_width, out_width) in enumerate(zip(in_widths, out_widths))
+        )
         self.norm_out = group_norm(out_widths[0])
         self.conv_out = conv3x3(out_widths[0], IMAGE_CHANNELS)
 
@@ -256,7 +259,7 @@ class Decoder(nn.Module):
                 level.upsample.fold()
 
     def forward(self, features: Tensor) -> Tensor:
-        x = self.mid(self.conv_in(features))            # (B, level_widths[-1], h, w)
+        x = self.mid(self.conv_in(features))  # (B, level_widths[-1], h, w)
         for level in reversed(self.up):
             x = level(x)
-        return self.conv_out(silu(self.norm_out(x)))    # (B, 3, H, W)
+        return self.conv_out(silu(self.norm_out(x)))  # (B, 3, H, W)

@@ -4,6 +4,7 @@ It judges overlapping patches, not whole images. The hinge losses and the adapti
 
 Shapes: B batch, H, W image sides, h, w sides of the map of patches.
 """
+
 import math
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from models.autoencoder import IMAGE_CHANNELS, NORM_GROUPS
 
-MAX_MULTIPLIER = 8      # channels stop growing at 8 x width
-MIN_SIDE = 3            # of the map before the last two convolutions, each of which takes one off
+MAX_MULTIPLIER = 8  # channels stop growing at 8 x width
+MIN_SIDE = 3  # of the map before the last two convolutions, each of which takes one off
 
 
 class PatchDiscriminator(nn.Module):
@@ -50,8 +51,10 @@ class PatchDiscriminator(nn.Module):
         """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w)."""
         smallest = MIN_SIDE * 2**self.num_layers
         if min(images.shape[-2:]) < smallest:
-            raise ValueError(f"images have shape {tuple(images.shape)}, num_layers {self.num_layers} needs sides of "
-                             f"{smallest} or more")
+            raise ValueError(
+                f"images have shape {tuple(images.shape)}, num_layers {self.num_layers} needs sides of "
+                f"{smallest} or more"
+            )
         return self.layers(images)
 
 

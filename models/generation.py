@@ -6,6 +6,7 @@ of drawn ones before they are embedded, so they come out as they went in. Decodi
 
 Shapes: B batch, K scales, L tokens, p_k side of token map k, V vocabulary, C code width, h = w = p_K.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,20 +33,28 @@ Seeds = Sequence[int] | Tensor | None
 class KnownTokens:
     """Tokens that are given instead of drawn."""
 
-    codes: Tensor   # (B, L) int64; what stands where mask is False does not matter
-    mask: Tensor    # (B, L) bool, True = given
+    codes: Tensor  # (B, L) int64; what stands where mask is False does not matter
+    mask: Tensor  # (B, L) bool, True = given
 
 
 @dataclass(frozen=True)
 class Generated:
     """What came out, and the feature map to decode. The map is that of the codes, unless sampling was smooth."""
 
-    codes: Tensor   # (B, L) int64
-    f_hat: Tensor   # (B, C, h, w)
+    codes: Tensor  # (B, L) int64
+    f_hat: Tensor  # (B, C, h, w)
 
 
-def generate(var: VAR, tokenizer: VQVAE, labels: Tensor, *, cfg: float = 1.5, top_k: int = 900, top_p: float = 0.96,
-             seeds: Seeds = None) -> Tensor:
+def generate(
+    var: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    *,
+    cfg: float = 1.5,
+    top_k: int = 900,
+    top_p: float = 0.96,
+    seeds: Seeds = None,
+) -> Tensor:
     """Sample codes of one image per label: labels (B,) int64 -> codes (B, L) int64.
 
     cfg, top_k, top_p: see Sampling. seeds: one per image; none are needed if top_k is 1.
@@ -54,8 +63,19 @@ def generate(var: VAR, tokenizer: VQVAE, labels: Tensor, *, cfg: float = 1.5, to
     return generate_scales(var, tokenizer, labels, sampling, seeds=seeds).codes
 
 
-def edit(var: VAR, tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, labels: Tensor, *, cfg: float = 3.0,
-         top_k: int = 900, top_p: float = 0.95, seeds: Seeds = None, keep_coarsest: bool = True) -> Tensor:
+def edit(
+    var: VAR,
+    tokenizer: VQVAE,
+    images: Tensor,
+    keep_mask: Tensor,
+    labels: Tensor,
+    *,
+    cfg: float = 3.0,
+    top_k: int = 900,
+    top_p: float = 0.95,
+    seeds: Seeds = None,
+    keep_coarsest: bool = True,
+) -> Tensor:
     """Keep a part of each image and draw the rest anew: in-painting, out-painting, class-conditional editing (Sec. 6).
 
     images: (B, 3, H, W) in [-1, 1]. keep_mask: (h, w) or (B, h, w), true or 1 where the image stays, see `keep_tokens`.
@@ -70,7 +90,7 @@ def edit(var: VAR, tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, labels: 
 
 def known_part(tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, *, keep_coarsest: bool) -> KnownTokens:
     """The tokens of images (B, 3, H, W) that a mask keeps; arguments as for `edit`."""
-    codes = tokenizer.encode(images)                                                        # (B, L)
+    codes = tokenizer.encode(images)  # (B, L)
     mask = keep_tokens(tokenizer.scales, keep_mask.to(codes.device), keep_coarsest=keep_coarsest)
     if mask.shape[0] not in (1, images.shape[0]):
         raise ValueError(f"keep_mask holds {mask.shape[0]} masks for {images.shape[0]} images; give one, or one each")
@@ -78,8 +98,15 @@ def known_part(tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, *, keep_coar
 
 
 @torch.no_grad()
-def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampling, *, seeds: Seeds = None,
-                    known: KnownTokens | None = None) -> Generated:
+def generate_scales(
+    var: VAR,
+    tokenizer: VQVAE,
+    labels: Tensor,
+    sampling: Sampling,
+    *,
+    seeds: Seeds = None,
+    known: KnownTokens | None = None,
+) -> Generated:
     """The loop: draw scale k given all before it, put known tokens in place, add the result to f_hat.
 
     labels: (B,) int64, 0 to num_classes, the last being the null class. Raises ValueError where the models do not fit
@@ -92,29 +119,31 @@ def generate_scales(var: VAR, tokenizer: VQVAE, labels: Tensor, sampling: Sampli
     scales, quantizer = var.scales, tokenizer.quantizer
     schedule = sampling.schedule(scales.num_scales)
     if (labels == var.config.null_class).all():
-        schedule = (0.0,) * scales.num_scales       # both halves would be the same: there is nothing to guide towards
+        schedule = (0.0,) * scales.num_scales  # both halves would be the same: there is nothing to guide towards
     model = GuidedModel(var, labels, schedule)
-    f_hat = quantizer.empty_f_hat(labels.shape[0])                                          # (B, C, h, w)
+    f_hat = quantizer.empty_f_hat(labels.shape[0])  # (B, C, h, w)
     is_finite, token_maps = torch.ones((), dtype=torch.bool, device=labels.device), []
     for k, part in enumerate(scales.slices):
-        inputs = None if k == 0 else quantizer.next_input(f_hat, k)                         # (B, p_k^2, C)
-        logits = model.logits(inputs, k)                                                    # (B, p_k^2, V)
+        inputs = None if k == 0 else quantizer.next_input(f_hat, k)  # (B, p_k^2, C)
+        logits = model.logits(inputs, k)  # (B, p_k^2, V)
         is_finite = is_finite & logits.isfinite().all()
         tokens = choose_tokens(logits, seeds, part, top_k=sampling.top_k, top_p=sampling.top_p)  # (B, p_k^2)
-        vectors = quantizer.lookup(tokens)                                                  # (B, p_k^2, C)
+        vectors = quantizer.lookup(tokens)  # (B, p_k^2, C)
         if sampling.smooth:
             progress = k / max(scales.num_scales - 1, 1)
             logits = filter_logits(logits, sampling.top_k, sampling.top_p)
             vectors = smooth_code_vectors(logits, seeds, part, quantizer.codebook, progress=progress)
         if known is not None:
-            is_known = known.mask[:, part]                                                  # (B, p_k^2)
+            is_known = known.mask[:, part]  # (B, p_k^2)
             tokens = torch.where(is_known, known.codes[:, part], tokens)
             vectors = torch.where(is_known[..., None], quantizer.lookup(tokens), vectors)
         token_maps.append(tokens)
         f_hat = f_hat + quantizer.embed_vectors(vectors, k)
     if not is_finite:
-        raise ValueError(f"the transformer's logits are not finite in {var.position_embedding.dtype}; the weights are "
-                         "damaged, or the precision is too low: use fp32")
+        raise ValueError(
+            f"the transformer's logits are not finite in {var.position_embedding.dtype}; the weights are "
+            "damaged, or the precision is too low: use fp32"
+        )
     return Generated(scales.join(token_maps), f_hat)
 
 
@@ -129,9 +158,9 @@ class GuidedModel:
         self.var = var
         self.schedule = schedule
         self.batch = labels.shape[0]
-        self.num_doubled = num_doubled_scales(schedule)         # scales with both halves
+        self.num_doubled = num_doubled_scales(schedule)  # scales with both halves
         if self.num_doubled:
-            labels = torch.cat([labels, torch.full_like(labels, var.config.null_class)])    # (2B,)
+            labels = torch.cat([labels, torch.full_like(labels, var.config.null_class)])  # (2B,)
         self.classes = var.class_vectors(labels)
         self.cache = var.allocate_cache(labels.shape[0])
 
@@ -141,7 +170,7 @@ class GuidedModel:
         if k == self.num_doubled:
             self.classes, self.cache = self.classes.rows(conditional), self.cache.rows(conditional)
         elif k < self.num_doubled and inputs is not None:
-            inputs = torch.cat([inputs, inputs])                                            # (2B, p_k^2, C)
+            inputs = torch.cat([inputs, inputs])  # (2B, p_k^2, C)
         wanted = slice(None) if t else conditional
         logits = self.var.forward_scale(inputs, self.classes, k, self.cache, wanted=wanted)
         return guide(*logits.chunk(2), t) if t else logits
@@ -149,9 +178,11 @@ class GuidedModel:
 
 def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:
     """Raise ValueError where the transformer was made for another tokenizer."""
-    for name, got, wanted in (("patch_nums", var.patch_nums, tokenizer.patch_nums),
-                              ("vocab_size", var.vocab_size, tokenizer.quantizer.vocab_size),
-                              ("code_width", var.code_width, tokenizer.quantizer.code_width)):
+    for name, got, wanted in (
+        ("patch_nums", var.patch_nums, tokenizer.patch_nums),
+        ("vocab_size", var.vocab_size, tokenizer.quantizer.vocab_size),
+        ("code_width", var.code_width, tokenizer.quantizer.code_width),
+    ):
         if got != wanted:
             raise ValueError(f"the transformer has {name} {got}, the tokenizer {wanted}; use the one it was trained on")
 
@@ -162,13 +193,17 @@ def check_labels(labels: Tensor, config: VARConfig) -> None:
         raise ValueError(f"labels have shape {tuple(labels.shape)}, expected (batch,)")
     wrong = labels[(labels < 0) | (labels > config.null_class)]
     if wrong.numel():
-        raise ValueError(f"label {wrong[0].item()} is not one of 0 to {config.null_class}, where {config.null_class} "
-                         "is the null class")
+        raise ValueError(
+            f"label {wrong[0].item()} is not one of 0 to {config.null_class}, where {config.null_class} "
+            "is the null class"
+        )
 
 
 def check_known(known: KnownTokens | None, batch: int, config: VARConfig) -> None:
     """Raise ValueError where known tokens have another shape than the codes to be made."""
     wanted = (batch, config.scales.num_tokens)
     if known is not None and (tuple(known.codes.shape) != wanted or tuple(known.mask.shape) != wanted):
-        raise ValueError(f"known codes have shape {tuple(known.codes.shape)} and their mask {tuple(known.mask.shape)}, "
-                         f"expected {wanted}")
+        raise ValueError(
+            f"known codes have shape {tuple(known.codes.shape)} and their mask {tuple(known.mask.shape)}, "
+            f"expected {wanted}"
+        )

@@ -7,6 +7,7 @@ running sum, in training and in generation alike. All is float32, autocast off: 
 Shapes: B batch, K scales, L tokens, p_k side of token map k, p_K = h = w sides of the feature map, C code width,
 V vocabulary.
 """
+
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -28,11 +29,11 @@ PHI_TABLES = {
 class QuantizerConfig:
     """The codebook and the residual convolutions phi."""
 
-    vocab_size: int = 4096      # V
-    code_width: int = 32        # C
-    num_phi: int = 4            # phi shared by neighbouring scales; 0: one per scale (the paper), 1: one for all
-    phi_ratio: float = 0.5      # share of the convolution in phi(x) = (1 - ratio) x + ratio conv(x)
-    beta: float = 0.25          # weight of the commitment term, which pulls f towards f_hat
+    vocab_size: int = 4096  # V
+    code_width: int = 32  # C
+    num_phi: int = 4  # phi shared by neighbouring scales; 0: one per scale (the paper), 1: one for all
+    phi_ratio: float = 0.5  # share of the convolution in phi(x) = (1 - ratio) x + ratio conv(x)
+    beta: float = 0.25  # weight of the commitment term, which pulls f towards f_hat
 
     def __post_init__(self) -> None:
         if self.vocab_size < 2 or self.code_width < 1:
@@ -49,9 +50,9 @@ class QuantizerConfig:
 class Quantized:
     """What the training forward gives."""
 
-    f_hat: Tensor   # (B, C, h, w) float32, straight-through: its gradient is that of f
-    codes: Tensor   # (B, L) int64
-    loss: Tensor    # () the quantisation terms of eq. 5, averaged over scales
+    f_hat: Tensor  # (B, C, h, w) float32, straight-through: its gradient is that of f
+    codes: Tensor  # (B, L) int64
+    loss: Tensor  # () the quantisation terms of eq. 5, averaged over scales
 
 
 def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
@@ -62,7 +63,7 @@ def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
         return (0,) * num_scales
     if (num_scales, num_phi) in PHI_TABLES:
         return PHI_TABLES[num_scales, num_phi]
-    first = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi    # the public code spreads four points wider
+    first = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi  # the public code spreads four points wider
     step = (1 - first - first) / (num_phi - 1)
     points = [first + i * step for i in range(num_phi - 1)] + [1 - first]
     positions = [k / (num_scales - 1) for k in range(num_scales)]
@@ -105,7 +106,7 @@ class MultiScaleQuantizer(nn.Module):
         with torch.autocast(vectors.device.type, enabled=False):
             vectors, codebook = vectors.float(), self.codebook.float()
             # |v - z|^2 without |v|^2, which is the same for every code
-            distances = codebook.square().sum(dim=1) - 2 * vectors @ codebook.T     # (..., V)
+            distances = codebook.square().sum(dim=1) - 2 * vectors @ codebook.T  # (..., V)
         return distances.argmin(dim=-1)
 
     def embed_scale(self, tokens: Tensor, k: int) -> Tensor:
@@ -115,9 +116,9 @@ class MultiScaleQuantizer(nn.Module):
     def embed_vectors(self, vectors: Tensor, k: int) -> Tensor:
         """`embed_scale` of code vectors, or of mixtures of them: (B, p_k^2, C) -> (B, C, h, w)."""
         side = self.scales.patch_nums[k]
-        z = vectors.transpose(1, 2).unflatten(2, (side, side))                      # (B, C, p_k, p_k)
+        z = vectors.transpose(1, 2).unflatten(2, (side, side))  # (B, C, p_k, p_k)
         with torch.autocast(z.device.type, enabled=False):
-            return self.phi[self.phi_of_scale[k]](self._upsample(z))                # (B, C, h, w)
+            return self.phi[self.phi_of_scale[k]](self._upsample(z))  # (B, C, h, w)
 
     def downsample(self, f: Tensor, side: int) -> Tensor:
         """Area interpolation of a feature map (B, C, h, w) -> (B, C, side, side); nothing to do at the last scale."""
@@ -133,11 +134,11 @@ class MultiScaleQuantizer(nn.Module):
         The search follows no gradient; what the tokens add carries that of codebook and phi.
         """
         self._check_feature_map(f)
-        residual = f.detach()                                                       # (B, C, h, w)
+        residual = f.detach()  # (B, C, h, w)
         for k, side in enumerate(self.scales.patch_nums):
-            vectors = self.downsample(residual, side).flatten(2).transpose(1, 2)    # (B, p_k^2, C)
-            tokens = self.nearest(vectors)                                          # (B, p_k^2)
-            embedded = self.embed_scale(tokens, k)                                  # (B, C, h, w)
+            vectors = self.downsample(residual, side).flatten(2).transpose(1, 2)  # (B, p_k^2, C)
+            tokens = self.nearest(vectors)  # (B, p_k^2)
+            embedded = self.embed_scale(tokens, k)  # (B, C, h, w)
             residual = residual - embedded.detach()
             yield tokens, embedded
 
@@ -156,7 +157,7 @@ class MultiScaleQuantizer(nn.Module):
             f = f.float()
             f_hat, loss, token_maps = torch.zeros_like(f), f.new_zeros(()), []
             for tokens, embedded in self._residual_steps(f):
-                f_hat = f_hat + embedded                                            # (B, C, h, w)
+                f_hat = f_hat + embedded  # (B, C, h, w)
                 loss = loss + self.config.beta * F.mse_loss(f_hat.detach(), f) + F.mse_loss(f_hat, f.detach())
                 token_maps.append(tokens)
             straight_through = f + (f_hat - f).detach()

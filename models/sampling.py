@@ -7,27 +7,28 @@ tokens so under rounding: a logit that differs in its last bit matters only to c
 
 Shapes: B batch, K scales, n tokens of a scale, L of all scales, V vocabulary, C code width.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-MAX_NUMBERS = 2**25         # logits looked at together; more images are taken in turns
+MAX_NUMBERS = 2**25  # logits looked at together; more images are taken in turns
 MAX_NUMBERS_ON_CPU = 2**20  # what fits its caches
-TIES = 64                   # codes beyond the k likeliest that are looked at, for those that tie with the last one
-UNIFORM_BITS = 23           # the most for which the midpoints of [0, 1) stay inside (0, 1) in float32
+TIES = 64  # codes beyond the k likeliest that are looked at, for those that tie with the last one
+UNIFORM_BITS = 23  # the most for which the midpoints of [0, 1) stay inside (0, 1) in float32
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen. The defaults are those of the released models' FID; the demo uses cfg 4, top_p 0.95."""
 
-    cfg: float = 1.5                    # guidance at the last scale, 0 = off; it grows from 0 at the first scale
-    guidance: tuple[float, ...] = ()    # guidance of every scale, instead of that ramp
-    top_k: int = 900                    # how many codes may be drawn; 0 = all, 1 = always the likeliest
-    top_p: float = 0.96                 # the fewest codes whose probability reaches it; 0 or 1 = all
-    smooth: bool = False                # add mixtures of codes to f_hat, see `smooth_weights`; for the eye, not for FID
+    cfg: float = 1.5  # guidance at the last scale, 0 = off; it grows from 0 at the first scale
+    guidance: tuple[float, ...] = ()  # guidance of every scale, instead of that ramp
+    top_k: int = 900  # how many codes may be drawn; 0 = all, 1 = always the likeliest
+    top_p: float = 0.96  # the fewest codes whose probability reaches it; 0 or 1 = all
+    smooth: bool = False  # add mixtures of codes to f_hat, see `smooth_weights`; for the eye, not for FID
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "guidance", tuple(self.guidance))
@@ -50,8 +51,10 @@ class Sampling:
         if not self.guidance:
             return guidance_schedule(self.cfg, num_scales)
         if len(self.guidance) != num_scales:
-            raise ValueError(f"guidance {self.guidance} has {len(self.guidance)} strengths, the model {num_scales} "
-                             "scales; give one per scale")
+            raise ValueError(
+                f"guidance {self.guidance} has {len(self.guidance)} strengths, the model {num_scales} "
+                "scales; give one per scale"
+            )
         return self.guidance
 
 
@@ -75,7 +78,7 @@ class Candidates:
     """Codes of each token, among them all that may be drawn."""
 
     logits: Tensor  # (..., m), -inf for those that may not be drawn
-    codes: Tensor   # (..., m) int64, each once
+    codes: Tensor  # (..., m) int64, each once
 
     def spread(self, vocab_size: int) -> Tensor:
         """Logits of all codes, -inf for the others: (..., V)."""
@@ -110,8 +113,8 @@ def _likeliest(logits: Tensor, top_k: int) -> Candidates:
     vocab_size = logits.shape[-1]
     width = min(top_k + TIES, vocab_size)
     values, codes = logits.topk(width, dim=-1)
-    smallest = values[..., top_k - 1:top_k]
-    if width < vocab_size and bool((values[..., -1:] == smallest).any()):   # here a GPU is waited for
+    smallest = values[..., top_k - 1 : top_k]
+    if width < vocab_size and bool((values[..., -1:] == smallest).any()):  # here a GPU is waited for
         values, codes = logits.topk(int((logits >= smallest).sum(dim=-1).max()), dim=-1)
     return Candidates(values.masked_fill(values < smallest, -torch.inf), codes)
 
@@ -121,13 +124,13 @@ def _cut_by_probability(logits: Tensor, found: Candidates, top_p: float) -> Cand
     # In ascending order and over all codes, so that sums are rounded as the public code's are.
     vocab_size, width = logits.shape[-1], found.logits.shape[-1]
     ascending = logits.new_full(logits.shape, -torch.inf)
-    ascending[..., vocab_size - width:] = found.logits.flip(-1)
+    ascending[..., vocab_size - width :] = found.logits.flip(-1)
     is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    num_kept = 1 + (~is_cut[..., vocab_size - width:-1]).sum(dim=-1, keepdim=True)      # the likeliest in any case
-    last = found.logits.gather(-1, num_kept - 1)                                        # the smallest logit that stays
-    num_last = num_kept - (found.logits > last).sum(dim=-1, keepdim=True)               # codes with it that stay
-    is_last = logits == last                                                            # (..., V)
-    place_from_behind = is_last.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)     # of each among those
+    num_kept = 1 + (~is_cut[..., vocab_size - width : -1]).sum(dim=-1, keepdim=True)  # the likeliest in any case
+    last = found.logits.gather(-1, num_kept - 1)  # the smallest logit that stays
+    num_last = num_kept - (found.logits > last).sum(dim=-1, keepdim=True)  # codes with it that stay
+    is_last = logits == last  # (..., V)
+    place_from_behind = is_last.flip(-1).cumsum(dim=-1, dtype=torch.int32).flip(-1)  # of each among those
     stays = (logits > last) | (is_last & (place_from_behind <= num_last))
     return Candidates(found.logits.masked_fill(~stays.gather(-1, found.codes), -torch.inf), found.codes)
 
@@ -136,7 +139,7 @@ def _without_empty_columns(found: Candidates) -> Candidates:
     """Without what no row needs; all of it on a GPU, which the host would have to wait for to know."""
     if found.logits.device.type != "cpu":
         return found
-    is_needed = (found.logits != -torch.inf).reshape(-1, found.logits.shape[-1]).any(dim=0)     # (m,)
+    is_needed = (found.logits != -torch.inf).reshape(-1, found.logits.shape[-1]).any(dim=0)  # (m,)
     width = max(1, int((is_needed * torch.arange(1, len(is_needed) + 1)).max()))
     return Candidates(found.logits[..., :width], found.codes[..., :width])
 
@@ -151,14 +154,15 @@ def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice, *, top_k:
     vocab_size, drawn = logits.shape[-1], []
     for part_logits, part_seeds in _in_turns(logits, seeds):
         found = find_candidates(part_logits, top_k, top_p)
-        noisy = found.logits + gumbel_noise(part_seeds, tokens, vocab_size, codes=found.codes)      # (B, n, m)
+        noisy = found.logits + gumbel_noise(part_seeds, tokens, vocab_size, codes=found.codes)  # (B, n, m)
         is_largest = noisy == noisy.amax(dim=-1, keepdim=True)
-        drawn.append(found.codes.where(is_largest, vocab_size - 1).amin(dim=-1))    # of equals the first, as argmax
+        drawn.append(found.codes.where(is_largest, vocab_size - 1).amin(dim=-1))  # of equals the first, as argmax
     return torch.cat(drawn)
 
 
-def smooth_code_vectors(logits: Tensor, seeds: Tensor | None, tokens: slice, codebook: Tensor, *,
-                        progress: float) -> Tensor:
+def smooth_code_vectors(
+    logits: Tensor, seeds: Tensor | None, tokens: slice, codebook: Tensor, *, progress: float
+) -> Tensor:
     """Mixtures of codes instead of one code per token: logits (B, n, V), codebook (V, C) -> (B, n, C).
 
     A Gumbel-softmax with the noise of `choose_tokens`. progress: k / (K - 1). With it the logits are sharpened by
@@ -167,9 +171,14 @@ def smooth_code_vectors(logits: Tensor, seeds: Tensor | None, tokens: slice, cod
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     if seeds is None:
         return codebook[logits.argmax(dim=-1)]
-    mixed = [(part_logits * (1 + progress) + gumbel_noise(part_seeds, tokens, logits.shape[-1])).div(temperature)
-             .softmax(dim=-1).to(codebook.dtype) @ codebook
-             for part_logits, part_seeds in _in_turns(logits, seeds)]
+    mixed = [
+        (part_logits * (1 + progress) + gumbel_noise(part_seeds, tokens, logits.shape[-1]))
+        .div(temperature)
+        .softmax(dim=-1)
+        .to(codebook.dtype)
+        @ codebook
+        for part_logits, part_seeds in _in_turns(logits, seeds)
+    ]
     return torch.cat(mixed)
 
 
@@ -185,12 +194,12 @@ def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int, *, codes: Tensor
 
     codes: (B, n, m) int64, those whose noise is wanted: -> (B, n, m), the same numbers.
     """
-    positions = torch.arange(tokens.start, tokens.stop, device=seeds.device)                # (n,)
+    positions = torch.arange(tokens.start, tokens.stop, device=seeds.device)  # (n,)
     codes = torch.arange(vocab_size, device=seeds.device) if codes is None else codes
-    counters = positions[:, None] * vocab_size + codes                                      # (n, V) or (B, n, m)
-    bits = splitmix64(splitmix64(seeds)[:, None, None] + counters.mul_(SPLITMIX_GAMMA))     # (B, n, V or m)
+    counters = positions[:, None] * vocab_size + codes  # (n, V) or (B, n, m)
+    bits = splitmix64(splitmix64(seeds)[:, None, None] + counters.mul_(SPLITMIX_GAMMA))  # (B, n, V or m)
     top_bits = _shift_right(bits, 64 - UNIFORM_BITS)
-    uniforms = top_bits.float().add_(0.5).mul_(2.0**-UNIFORM_BITS)                          # in (0, 1)
+    uniforms = top_bits.float().add_(0.5).mul_(2.0**-UNIFORM_BITS)  # in (0, 1)
     return uniforms.log_().neg_().log_().neg_()
 
 
@@ -210,7 +219,7 @@ def _signed(value: int) -> int:
     return value - 2**64 if value >= 2**63 else value
 
 
-SPLITMIX_GAMMA = _signed(0x9E3779B97F4A7C15)    # the step of SplitMix64's counter, odd and near 2^64 / golden ratio
+SPLITMIX_GAMMA = _signed(0x9E3779B97F4A7C15)  # the step of SplitMix64's counter, odd and near 2^64 / golden ratio
 
 
 def splitmix64(x: Tensor) -> Tensor:

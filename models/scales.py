@@ -4,6 +4,7 @@ This is the one home of scale arithmetic and holds no weights. Scales are counte
 
 Shapes: B batch, K scales, L tokens of all scales together, p_k side of token map k.
 """
+
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
@@ -11,16 +12,16 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor
 
-PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)      # 256 px at 16x downsampling: K = 10, L = 680
-PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)     # 512 px: K = 10, L = 2240
-PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)     # 1024 px: K = 14, L = 9451
+PATCH_NUMS_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # 256 px at 16x downsampling: K = 10, L = 680
+PATCH_NUMS_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)  # 512 px: K = 10, L = 2240
+PATCH_NUMS_1024 = (1, 2, 3, 4, 5, 7, 9, 12, 16, 21, 27, 36, 48, 64)  # 1024 px: K = 14, L = 9451
 
 
 @dataclass(frozen=True)
 class Scales:
     """A schedule of token maps of p_k x p_k tokens, coarse to fine."""
 
-    patch_nums: tuple[int, ...]                         # (p_1 .. p_K), strictly increasing
+    patch_nums: tuple[int, ...]  # (p_1 .. p_K), strictly increasing
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))  # YAML has lists; a value must be hashable
@@ -65,8 +66,10 @@ class Scales:
     def split(self, codes: Tensor) -> list[Tensor]:
         """Cut a joined sequence (B, L[, ...]) into its scales, K views of (B, p_k^2[, ...])."""
         if codes.ndim < 2 or codes.shape[1] != self.num_tokens:
-            raise ValueError(f"codes have shape {tuple(codes.shape)}, patch_nums {self.patch_nums} need "
-                             f"(batch, {self.num_tokens}, ...)")
+            raise ValueError(
+                f"codes have shape {tuple(codes.shape)}, patch_nums {self.patch_nums} need "
+                f"(batch, {self.num_tokens}, ...)"
+            )
         return [codes[:, tokens] for tokens in self.slices]
 
     def join(self, token_maps: Sequence[Tensor]) -> Tensor:

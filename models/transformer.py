@@ -8,6 +8,7 @@ that owns it, so that weights can be partitioned from outside.
 Shapes: B batch, n tokens in this call, m tokens that may be seen (n in training, all so far with a cache), D model
 width, H heads, D/H head width, K scales.
 """
+
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -23,22 +24,22 @@ MAX_LOG_SCALE = math.log(100)
 INITIAL_LOG_SCALE = math.log(4)
 NUM_MODULATIONS = 6
 MIN_LENGTH = 1e-12
-Attend = Callable[..., Tensor]    # q, k, v (B, H, n or m, D/H), softmax_scale= -> (B, H, n, D/H)
+Attend = Callable[..., Tensor]  # q, k, v (B, H, n or m, D/H), softmax_scale= -> (B, H, n, D/H)
 
 
 @dataclass(frozen=True)
 class LayerCache:
     """One layer's part of a KVCache, a view. That it has no number of its own lets all layers share compiled code."""
 
-    keys: Tensor        # (B, H, L, D/H)
-    values: Tensor      # (B, H, L, D/H)
-    position: int       # tokens of finished scales
+    keys: Tensor  # (B, H, L, D/H)
+    values: Tensor  # (B, H, L, D/H)
+    position: int  # tokens of finished scales
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store this scale's keys and values (B, H, n, D/H); return those of all so far (B, H, m, D/H)."""
         end = self.position + k.shape[2]
-        self.keys[:, :, self.position:end] = k
-        self.values[:, :, self.position:end] = v
+        self.keys[:, :, self.position : end] = k
+        self.values[:, :, self.position : end] = v
         return self.keys[:, :, :end], self.values[:, :, :end]
 
 
@@ -46,13 +47,21 @@ class LayerCache:
 class KVCache:
     """Keys and values of the scales generated so far, preallocated for all. A value: made, passed on, dropped."""
 
-    keys: Tensor        # (layers, B, H, L, D/H)
-    values: Tensor      # (layers, B, H, L, D/H)
-    position: int = 0   # tokens of finished scales
+    keys: Tensor  # (layers, B, H, L, D/H)
+    values: Tensor  # (layers, B, H, L, D/H)
+    position: int = 0  # tokens of finished scales
 
     @classmethod
-    def allocate(cls, num_layers: int, batch: int, num_heads: int, num_tokens: int, head_dim: int,
-                 dtype: torch.dtype, device: torch.device | str) -> "KVCache":
+    def allocate(
+        cls,
+        num_layers: int,
+        batch: int,
+        num_heads: int,
+        num_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> "KVCache":
         """An empty cache for `num_tokens` tokens of every layer."""
         shape = (num_layers, batch, num_heads, num_tokens, head_dim)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
@@ -78,7 +87,7 @@ class UnitNorm(nn.Module):
         self.log_scale = nn.Parameter(torch.full((num_heads,), INITIAL_LOG_SCALE))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None, None]    # (H, 1, 1)
+        scale = self.log_scale.float().clamp(max=MAX_LOG_SCALE).exp()[:, None, None]  # (H, 1, 1)
         wide_q, wide_k = q.float(), k.float()
         # one product with a small factor: a unit vector made first would be one more tensor of q's size to keep
         return (wide_q * (scale * inverse_length(wide_q))).to(q.dtype), (wide_k * inverse_length(wide_k)).to(k.dtype)
@@ -115,15 +124,15 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None) -> Tensor:
         """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
-        qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))     # (B, n, 3D)
-        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)      # (3, B, H, n, D/H)
-        q, k, v = qkv.unbind(0)                                                     # (B, H, n, D/H)
+        qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))  # (B, n, 3D)
+        qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, n, D/H)
+        q, k, v = qkv.unbind(0)  # (B, H, n, D/H)
         if self.qk_norm is not None:
             q, k = self.qk_norm(q, k)
         if cache is not None:
-            k, v = cache.update(k, v)                                               # (B, H, m, D/H)
-        heads = attend(q, k, v, softmax_scale=self.softmax_scale)                  # (B, H, n, D/H)
-        return self.proj(heads.transpose(1, 2).flatten(2))                          # (B, n, D)
+            k, v = cache.update(k, v)  # (B, H, m, D/H)
+        heads = attend(q, k, v, softmax_scale=self.softmax_scale)  # (B, H, n, D/H)
+        return self.proj(heads.transpose(1, 2).flatten(2))  # (B, n, D)
 
 
 class FeedForward(nn.Module):
@@ -142,12 +151,12 @@ class FeedForward(nn.Module):
 class ModulationVectors:
     """What the class does to one block, each (B, 1, D). The order is that of the released weights."""
 
-    attention_gate: Tensor          # gamma1
-    feed_forward_gate: Tensor       # gamma2
-    attention_scale: Tensor         # scale1
-    feed_forward_scale: Tensor      # scale2
-    attention_shift: Tensor         # shift1
-    feed_forward_shift: Tensor      # shift2
+    attention_gate: Tensor  # gamma1
+    feed_forward_gate: Tensor  # gamma2
+    attention_scale: Tensor  # scale1
+    feed_forward_scale: Tensor  # scale2
+    attention_shift: Tensor  # shift1
+    feed_forward_shift: Tensor  # shift2
 
     def __getitem__(self, part: slice) -> "ModulationVectors":
         """Those of a part of the batch."""
@@ -162,7 +171,7 @@ class Modulation(nn.Module):
         self.linear = nn.Linear(width, NUM_MODULATIONS * width)
 
     def forward(self, condition: Tensor) -> ModulationVectors:
-        vectors = self.linear(F.silu(condition)).unflatten(1, (NUM_MODULATIONS, 1, -1))     # (B, 6, 1, D)
+        vectors = self.linear(F.silu(condition)).unflatten(1, (NUM_MODULATIONS, 1, -1))  # (B, 6, 1, D)
         return ModulationVectors(*vectors.unbind(1))
 
 
@@ -174,7 +183,7 @@ class SharedModulation(nn.Module):
         self.offset = nn.Parameter(torch.zeros(NUM_MODULATIONS, width))
 
     def forward(self, shared: Tensor) -> ModulationVectors:
-        return ModulationVectors(*(shared + self.offset).unsqueeze(2).unbind(1))    # six of (B, 1, D)
+        return ModulationVectors(*(shared + self.offset).unsqueeze(2).unbind(1))  # six of (B, 1, D)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -200,8 +209,15 @@ class AdaLNBlock(nn.Module):
         """What `forward` makes of the condition, which can be given in its place."""
         return self.modulation(condition)
 
-    def forward(self, x: Tensor, condition: Tensor | ModulationVectors, *, attend: Attend = full_attention,
-                cache: LayerCache | None = None, residual_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor | ModulationVectors,
+        *,
+        attend: Attend = full_attention,
+        cache: LayerCache | None = None,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor:
         """x (B, n, D) -> (B, n, D).
 
         condition: (B, D), or (B, 6, D) when AdaLN is shared, or its `vectors`. residual_scale: (2, B), what each
@@ -228,8 +244,15 @@ class LayerNormBlock(nn.Module):
         """As AdaLNBlock's; there is nothing to make."""
         return condition
 
-    def forward(self, x: Tensor, condition: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None,
-                residual_scale: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        condition: Tensor,
+        *,
+        attend: Attend = full_attention,
+        cache: LayerCache | None = None,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor:
         """As AdaLNBlock, but the condition is not looked at: the class is in the start token alone."""
         h = self.attention(self.attention_norm(x), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * h
@@ -283,16 +306,17 @@ class PlainFinalNorm(nn.LayerNorm):
 class ClassVectors:
     """All that the class does to an image in generation, which is the same at every scale: computed once."""
 
-    embedding: Tensor                                   # (B, D)
-    blocks: tuple[ModulationVectors | Tensor, ...]      # what each block makes of it
-    final: ScaleAndShift | Tensor                       # what the norm before the head makes of it
+    embedding: Tensor  # (B, D)
+    blocks: tuple[ModulationVectors | Tensor, ...]  # what each block makes of it
+    final: ScaleAndShift | Tensor  # what the norm before the head makes of it
 
     def rows(self, part: slice) -> "ClassVectors":
         """Those of a part of the batch."""
         return ClassVectors(self.embedding[part], tuple(vectors[part] for vectors in self.blocks), self.final[part])
 
 
-def cached_step(block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor,
-                position: int) -> Tensor:
+def cached_step(
+    block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor, position: int
+) -> Tensor:
     """A block on one scale x (B, n, D), with its layer's part of the cache, as a function of tensors and a number."""
     return block(x, vectors, cache=LayerCache(keys, values, position))

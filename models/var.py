@@ -7,6 +7,7 @@ added in that precision, where the public code adds them in float32; the logits 
 
 Shapes: B batch, K scales, L tokens, p_k side of token map k, C code width, D model width, V vocabulary.
 """
+
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -52,14 +53,14 @@ class VARConfig:
 
     depth: int
     patch_nums: tuple[int, ...] = PATCH_NUMS_256
-    vocab_size: int = 4096          # V, the tokenizer's
-    code_width: int = 32            # C, the tokenizer's
-    num_classes: int = 1000         # 0: unconditional; every label is then 0, the null class
-    norm: str = ADALN               # shared_adaln: one map for all blocks (512 px); layer_norm: none (Table 3, row 2)
-    qk_norm: bool = True            # unit-norm queries and keys
-    mlp_ratio: float = 4.0          # hidden width of the feed-forward, in units of width
-    init_gamma: float = 1e-3        # factor on the initial weights of the gates
-    init_head: float = 0.02         # factor on the initial weights of the head
+    vocab_size: int = 4096  # V, the tokenizer's
+    code_width: int = 32  # C, the tokenizer's
+    num_classes: int = 1000  # 0: unconditional; every label is then 0, the null class
+    norm: str = ADALN  # shared_adaln: one map for all blocks (512 px); layer_norm: none (Table 3, row 2)
+    qk_norm: bool = True  # unit-norm queries and keys
+    mlp_ratio: float = 4.0  # hidden width of the feed-forward, in units of width
+    init_gamma: float = 1e-3  # factor on the initial weights of the gates
+    init_head: float = 0.02  # factor on the initial weights of the head
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", Scales(self.patch_nums).patch_nums)
@@ -74,16 +75,16 @@ class VARConfig:
 
     @property
     def width(self) -> int:
-        return HEAD_DIM * self.depth            # w = 64 d, eq. 7
+        return HEAD_DIM * self.depth  # w = 64 d, eq. 7
 
     @property
     def num_heads(self) -> int:
-        return self.depth                       # h = d, eq. 7
+        return self.depth  # h = d, eq. 7
 
     @property
     def drop_path_rate(self) -> float:
         """Stochastic depth of the last block; it grows linearly from 0 at the first. eq. 7 calls it the drop rate."""
-        return 0.1 * self.depth / 24            # dr = 0.1 d / 24, eq. 7
+        return 0.1 * self.depth / 24  # dr = 0.1 d / 24, eq. 7
 
     @property
     def hidden_width(self) -> int:
@@ -109,8 +110,11 @@ class VARConfig:
         attention = 4 * w**2 + 3 * w + (self.num_heads if self.qk_norm else 0)
         feed_forward = 2 * w * self.hidden_width + self.hidden_width + w
         adaln_map = NUM_MODULATIONS * (w**2 + w)
-        norms = {ADALN: d * adaln_map + 2 * (w**2 + w), LAYER_NORM: d * 4 * w + 2 * w,
-                 SHARED_ADALN: adaln_map + d * NUM_MODULATIONS * w + 2 * (w**2 + w)}[self.norm]
+        norms = {
+            ADALN: d * adaln_map + 2 * (w**2 + w),
+            LAYER_NORM: d * 4 * w + 2 * w,
+            SHARED_ADALN: adaln_map + d * NUM_MODULATIONS * w + 2 * (w**2 + w),
+        }[self.norm]
         num_positions = scales.first_tokens + scales.num_tokens + scales.num_scales
         embeddings = (self.code_width + 1) + (self.num_classes + 1) + num_positions
         head = w * self.vocab_size + self.vocab_size
@@ -125,11 +129,11 @@ class VAR(nn.Module):
         super().__init__()
         self.config = config
         self.scales = config.scales
-        self.checkpointing = NO_CHECKPOINTING   # set from outside: one of CHECKPOINTINGS
-        self.attention = PER_SCALE              # set from outside: one of models.attention.ATTENTIONS
-        self._cached_step = cached_step         # what `compile_generation` replaces
+        self.checkpointing = NO_CHECKPOINTING  # set from outside: one of CHECKPOINTINGS
+        self.attention = PER_SCALE  # set from outside: one of models.attention.ATTENTIONS
+        self._cached_step = cached_step  # what `compile_generation` replaces
         width = config.width
-        self.class_embedding = nn.Embedding(config.num_classes + 1, width)      # the last row is the null class
+        self.class_embedding = nn.Embedding(config.num_classes + 1, width)  # the last row is the null class
         self.start_position = nn.Parameter(torch.empty(self.scales.first_tokens, width))
         self.position_embedding = nn.Parameter(torch.empty(self.scales.num_tokens, width))
         self.scale_embedding = nn.Embedding(self.scales.num_scales, width)
@@ -153,12 +157,12 @@ class VAR(nn.Module):
                 parameter.zero_()
             elif name.endswith("log_scale"):
                 parameter.fill_(INITIAL_LOG_SCALE)
-            elif name.endswith("norm.weight"):                      # of plain layer norms
+            elif name.endswith("norm.weight"):  # of plain layer norms
                 parameter.fill_(1)
             else:
-                is_offset = name.endswith("modulation.offset")      # shared AdaLN: the one table with its own std
+                is_offset = name.endswith("modulation.offset")  # shared AdaLN: the one table with its own std
                 draw_(parameter, std=width**-0.5 if is_offset else std, generator=generator)
-        self.head.weight.mul_(config.init_head)         # logits near 0, so the first loss is ln V
+        self.head.weight.mul_(config.init_head)  # logits near 0, so the first loss is ln V
         for block in self.blocks:
             block.attention.proj.weight.div_(math.sqrt(2 * depth))  # 2d branches add up to unit variance
             block.feed_forward.fc2.weight.div_(math.sqrt(2 * depth))
@@ -206,25 +210,26 @@ class VAR(nn.Module):
         wanted = (labels.shape[0], self.scales.num_tokens - self.scales.first_tokens, self.config.code_width)
         if tuple(inputs.shape) != wanted:
             raise ValueError(f"inputs have shape {tuple(inputs.shape)}, expected {wanted}")
-        condition = self.class_embedding(labels)                            # (B, D)
-        x = torch.cat([self._start_tokens(condition), self._embed_inputs(inputs)], dim=1)       # (B, L, D)
+        condition = self.class_embedding(labels)  # (B, D)
+        x = torch.cat([self._start_tokens(condition), self._embed_inputs(inputs)], dim=1)  # (B, L, D)
         x = x + self.position_embedding + self.scale_embedding(self.scales.scale_ids(x.device))
-        block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
+        block_condition = self._block_condition(condition)  # (B, D) or (B, 6, D)
         attend = BlockCausalAttention(self.scales, self.attention).on(x.device)
         for layer, block in enumerate(self.blocks):
-            branch_scale = None if residual_scale is None else residual_scale[layer]            # (2, B)
+            branch_scale = None if residual_scale is None else residual_scale[layer]  # (2, B)
             x = self._run_block(block, x, block_condition, attend=attend, residual_scale=branch_scale)
-        return self.head(self.final_norm(x, condition))                     # (B, L, V)
+        return self.head(self.final_norm(x, condition))  # (B, L, V)
 
     def class_vectors(self, labels: Tensor) -> ClassVectors:
         """What `forward_scale` takes of the classes: labels (B,) int64."""
-        condition = self.class_embedding(labels)                            # (B, D)
-        block_condition = self._block_condition(condition)                  # (B, D) or (B, 6, D)
+        condition = self.class_embedding(labels)  # (B, D)
+        block_condition = self._block_condition(condition)  # (B, D) or (B, 6, D)
         blocks = tuple(block.vectors(block_condition) for block in self.blocks)
         return ClassVectors(condition, blocks, self.final_norm.vectors(condition))
 
-    def forward_scale(self, inputs: Tensor | None, classes: ClassVectors, k: int, cache: KVCache, *,
-                      wanted: slice = slice(None)) -> Tensor:
+    def forward_scale(
+        self, inputs: Tensor | None, classes: ClassVectors, k: int, cache: KVCache, *, wanted: slice = slice(None)
+    ) -> Tensor:
         """Logits of scale k, given in `cache` the scales before it: (B, p_k^2, V) float32. Moves the cache on.
 
         inputs: (B, p_k^2, C), the quantiser's next_input; None at the first scale, whose start tokens are the class.
@@ -235,12 +240,12 @@ class VAR(nn.Module):
             raise ValueError(f"cache holds {cache.position} tokens, scale {k} needs {tokens.start}: go scale by scale")
         if (inputs is None) != (k == 0):
             raise ValueError(f"inputs must be None at scale 0 only, got {type(inputs).__name__} at scale {k}")
-        x = self._start_tokens(classes.embedding) if inputs is None else self._embed_inputs(inputs)     # (B, p_k^2, D)
+        x = self._start_tokens(classes.embedding) if inputs is None else self._embed_inputs(inputs)  # (B, p_k^2, D)
         x = x + self.position_embedding[tokens] + self.scale_embedding(torch.full((1,), k, device=x.device))
         for block, vectors, layer in zip(self.blocks, classes.blocks, cache.layers(), strict=True):
             x = self._cached_step(block, x, vectors, layer.keys, layer.values, layer.position)
         cache.advance(x.shape[1])
-        return self.head(self.final_norm(x[wanted], classes.final[wanted])).float()             # (B, p_k^2, V)
+        return self.head(self.final_norm(x[wanted], classes.final[wanted])).float()  # (B, p_k^2, V)
 
     def allocate_cache(self, batch: int) -> KVCache:
         """An empty cache for `forward_scale`, in the dtype in which attention runs here."""
@@ -248,8 +253,9 @@ class VAR(nn.Module):
         device_type = weight.device.type
         autocast = torch.is_autocast_enabled(device_type)
         dtype = torch.get_autocast_dtype(device_type) if autocast else weight.dtype
-        return KVCache.allocate(config.depth, batch, config.num_heads, self.scales.num_tokens, HEAD_DIM, dtype,
-                                weight.device)
+        return KVCache.allocate(
+            config.depth, batch, config.num_heads, self.scales.num_tokens, HEAD_DIM, dtype, weight.device
+        )
 
     def _start_tokens(self, condition: Tensor) -> Tensor:
         """The start tokens [s], from the class: (B, D) -> (B, p_1^2, D)."""
@@ -264,13 +270,22 @@ class VAR(nn.Module):
             return condition
         return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
 
-    def _run_block(self, block: nn.Module, x: Tensor, condition: Tensor, *, attend: Attend,
-                   residual_scale: Tensor | None) -> Tensor:
+    def _run_block(
+        self, block: nn.Module, x: Tensor, condition: Tensor, *, attend: Attend, residual_scale: Tensor | None
+    ) -> Tensor:
         if self.checkpointing == NO_CHECKPOINTING or not torch.is_grad_enabled():
             return block(x, condition, attend=attend, residual_scale=residual_scale)
         chosen = {"context_fn": keep_products} if self.checkpointing == SELECTIVE_CHECKPOINTING else {}
-        return checkpoint(block, x, condition, attend=attend, residual_scale=residual_scale, use_reentrant=False,
-                          preserve_rng_state=False, **chosen)   # the blocks draw no random numbers
+        return checkpoint(
+            block,
+            x,
+            condition,
+            attend=attend,
+            residual_scale=residual_scale,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            **chosen,
+        )  # the blocks draw no random numbers
 
 
 def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:

@@ -6,6 +6,7 @@ differentiable.
 
 Shapes: B batch, H = W image side, h = w = p_K feature map side, C code width, L tokens.
 """
+
 from dataclasses import dataclass, field
 
 import torch
@@ -27,8 +28,10 @@ class VQVAEConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_nums", Scales(self.patch_nums).patch_nums)
         if self.autoencoder.code_width != self.quantizer.code_width:
-            raise ValueError(f"autoencoder.code_width {self.autoencoder.code_width} differs from quantizer.code_width "
-                             f"{self.quantizer.code_width}")
+            raise ValueError(
+                f"autoencoder.code_width {self.autoencoder.code_width} differs from quantizer.code_width "
+                f"{self.quantizer.code_width}"
+            )
 
     @property
     def scales(self) -> Scales:
@@ -44,12 +47,12 @@ class VQVAEConfig:
 class Reconstruction:
     """What the training forward gives."""
 
-    images: Tensor              # (B, 3, H, W), not clamped
-    codes: Tensor               # (B, L) int64
-    quantization_loss: Tensor   # ()
+    images: Tensor  # (B, 3, H, W), not clamped
+    codes: Tensor  # (B, L) int64
+    quantization_loss: Tensor  # ()
 
 
-MAX_PIXELS_DECODED = 2**20      # at once: 16 images at 256 px
+MAX_PIXELS_DECODED = 2**20  # at once: 16 images at 256 px
 
 
 class VQVAE(nn.Module):

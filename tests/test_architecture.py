@@ -1,96 +1,158 @@
-"""The structure of the code, as rules: imports point one way, each outside library has its doors, files stay small."""
+"""The structure of the code, as rules: imports point one way, and each outside library has one door."""
 
 from __future__ import annotations
 
 import ast
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("models", "data_pipeline", "training", "launchers")
-ALLOWED = {
-    "models": {"models"},
-    "data_pipeline": {"data_pipeline"},
-    "training": {"training", "models"},
-    "launchers": set(PACKAGES),
+MAY_IMPORT = {
+    "models": (),
+    "data_pipeline": (),
+    "training": ("models", "data_pipeline.files"),
+    "launchers": ("models", "data_pipeline", "training"),
 }
+# Inside a package a later room may import an earlier one. A name with a dot is a file at the package's top;
+# "" is every other file at its top.
+ROOMS = {
+    "models": ("",),
+    "data_pipeline": ("files", "remote", "shards", "images", "loading", "making"),
+    "training": (
+        ".flops", ".cross_entropy", ".optim", ".seams",
+        "engine", "checkpoints", "supervision", "tracking", "planning", "laws", "evaluation", "post", "",
+    ),
+    "launchers": ("setup", "figures", "sampling", "study", "bench", ""),
+}  # fmt: skip
 DOORS = {
-    "deepspeed": {"training/engine.py"},
-    "mlflow": {"training/mlflow_client.py", "training/mlflow_tracker.py"},
+    "deepspeed": {"training/engine"},
+    "mlflow": {"training/tracking"},
     "lpips": {"training/losses.py"},
-    "omegaconf": {"launchers/config_files.py"},
-    "fsspec": {"data_pipeline/connections.py"},
-    "aiohttp": {"data_pipeline/connections.py"},
-    "s3fs": {"data_pipeline/connections.py"},
-    "xxhash": {"data_pipeline/members.py"},
-    "braceexpand": {"data_pipeline/indexing.py"},
-    "webdataset": {"data_pipeline/shards.py", "launchers/benchmark_loaders.py"},  # to write, and to be compared with
-    "matplotlib": {"launchers/figures.py", "launchers/scaling_figures.py"},
-    "scipy": {"training/power_law.py"},
-    "sklearn": {"launchers/demo.py", "data_pipeline/sources.py"},
+    "omegaconf": {"launchers/setup/config_files.py"},
+    "fsspec": {"data_pipeline/remote"},
+    "aiohttp": {"data_pipeline/remote"},
+    "s3fs": {"data_pipeline/remote"},
+    "filelock": {"data_pipeline/files"},
+    "xxhash": {"data_pipeline/shards"},
+    "braceexpand": {"data_pipeline/making"},
+    "webdataset": {"data_pipeline/shards", "launchers/bench"},  # written with, and compared with
+    "matplotlib": {"launchers/figures"},
+    "scipy": {"training/laws"},
+    "sklearn": {"launchers/demo.py", "data_pipeline/making"},
 }
 MODELS_MAY_IMPORT = {
-    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "__future__"
-}
-TESTED_ELSEWHERE = {"training/distributed.py": "tests/test_distributed_world.py"}  # test_distributed.py needs two ranks
-FILES = sorted(path for package in PACKAGES for path in (ROOT / package).glob("*.py"))
+    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "__future__",
+}  # fmt: skip
+
+
+def source_files(root: Path) -> Iterator[Path]:
+    """The Python files of the four packages, as paths relative to the root."""
+    for package in PACKAGES:
+        yield from sorted(path.relative_to(root) for path in (root / package).rglob("*.py"))
 
 
 def imported(path: Path) -> set[str]:
-    """The top-level packages that a file imports, at its head or inside functions."""
+    """The modules that a file imports, at its head or inside functions; `from a import b` gives a and a.b."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            names.add((node.module or "").split(".")[0])
+            names |= {node.module or ""} | {f"{node.module}.{alias.name}" for alias in node.names}
     return names
 
 
-def label(path: Path) -> str:
-    return str(path.relative_to(ROOT))
+def is_inside(name: str, package: str) -> bool:
+    return name == package or name.startswith(f"{package}.")
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_imports_point_one_way(path: Path) -> None:
-    wrong = imported(path) & set(PACKAGES) - ALLOWED[path.parent.name]
-    assert not wrong, f"{label(path)} imports {wrong}; {path.parent.name} may import {ALLOWED[path.parent.name]}"
+def is_allowed(package: str, name: str) -> bool:
+    """Whether a package may import a module, or the folder around one that it may import."""
+    return any(is_inside(name, other) or is_inside(other, name) for other in MAY_IMPORT[package])
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_outside_libraries_have_one_door(path: Path) -> None:
-    for library in imported(path) & set(DOORS):
-        assert label(path) in DOORS[library], f"{label(path)} imports {library}; its door is {DOORS[library]}"
+def room_of(root: Path, module: str) -> str | None:
+    """The room of a module of ours as ROOMS names it; None for a package itself or a name inside a file."""
+    parts = module.split(".")
+    if len(parts) < 2:
+        return None
+    if (root / parts[0] / parts[1]).is_dir():
+        return parts[1]
+    if not (root / parts[0] / f"{parts[1]}.py").is_file():
+        return None
+    return f".{parts[1]}" if f".{parts[1]}" in ROOMS[parts[0]] else ""
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "models").glob("*.py")), ids=label)
-def test_models_are_mathematics_only(path: Path) -> None:
-    extra = imported(path) - MODELS_MAY_IMPORT
-    assert not extra, f"{label(path)} imports {extra}; models know torch and nothing else"
-    assert "cuda" not in path.read_text(), f"{label(path)} names a device; tensors follow their inputs"
+def faults(root: Path) -> list[str]:
+    """Every broken rule of a tree: the file and what it must not do."""
+    found = []
+    for path in source_files(root):
+        package, rooms = path.parts[0], ROOMS[path.parts[0]]
+        names = imported(root / path)
+        own = room_of(root, ".".join(path.with_suffix("").parts))
+        if path.name == "__init__.py" and len(path.parts) == 2:
+            own = None
+        if own is not None and own not in rooms:
+            found.append(f"{path}: {package}/{own} has no place in the order of rooms")
+            continue
+        for name in sorted(names):
+            top = name.split(".")[0]
+            if top in PACKAGES and top != package and not is_allowed(package, name):
+                found.append(f"{path}: imports {name}; {package} may import {MAY_IMPORT[package]}")
+            room = room_of(root, name) if top == package else None
+            if room is not None and own is not None and rooms.index(room) > rooms.index(own):
+                found.append(f"{path}: imports {name}; {own or 'the top'} comes before {room or 'the top'}")
+            if top in DOORS and not any(path.is_relative_to(door) for door in DOORS[top]):
+                found.append(f"{path}: imports {top}; its door is {DOORS[top]}")
+            if package == "models" and top not in MODELS_MAY_IMPORT:
+                found.append(f"{path}: imports {top}; models know torch and nothing else")
+        if package == "models" and "cuda" in (root / path).read_text():
+            found.append(f"{path}: names a device; tensors follow their inputs")
+        if path.name != "__init__.py" and not ast.get_docstring(ast.parse((root / path).read_text())):
+            found.append(f"{path}: opens without a docstring")
+    return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_files_and_functions_stay_readable(path: Path) -> None:
-    text = path.read_text()
-    assert text.count("\n") <= 300, f"{label(path)} has grown past one job"
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef):
-            length = (node.end_lineno or 0) - node.lineno + 1
-            assert length <= 60, f"{label(path)}: {node.name} has {length} lines"
+def test_the_rules_hold() -> None:
+    assert not (found := faults(ROOT)), "\n".join(found)
 
 
-@pytest.mark.parametrize("path", FILES, ids=label)
-def test_every_module_says_what_it_is_for(path: Path) -> None:
-    if path.name != "__init__.py":
-        assert ast.get_docstring(ast.parse(path.read_text())), f"{label(path)} opens without a docstring"
+@pytest.mark.parametrize(
+    ("file", "line", "fault"),
+    [
+        ("models/scales.py", "import training.optim", "models may import"),
+        ("models/scales.py", "import numpy", "models know torch and nothing else"),
+        ("training/engine/slurm.py", "import launchers", "training may import"),
+        ("training/engine/slurm.py", "from data_pipeline.shards import index", "training may import"),
+        ("training/engine/slurm.py", "from training import loop", "comes before the top"),
+        ("training/optim.py", "from training.engine.engine import Engine", "comes before engine"),
+        ("training/laws/frontier.py", "import mlflow", "its door is"),
+        ("data_pipeline/files/atomic.py", "from data_pipeline.loading.plan import SamplePlan", "comes before loading"),
+        ("launchers/setup/command_line.py", "from launchers.train import main", "comes before the top"),
+        ("launchers/new_room/file.py", "import os", "has no place in the order"),
+    ],
+)
+def test_a_planted_violation_is_found(tmp_path: Path, file: str, line: str, fault: str) -> None:
+    """Imports inside functions count, in folders of any depth."""
+    for package in PACKAGES:
+        shutil.copytree(ROOT / package, tmp_path / package, ignore=shutil.ignore_patterns("__pycache__"))
+    planted = tmp_path / file
+    planted.parent.mkdir(exist_ok=True)
+    before = planted.read_text() if planted.exists() else '"""New."""\n'
+    planted.write_text(f"{before}\n\ndef planted():\n    {line}\n")
+    assert [found for found in faults(tmp_path) if found.startswith(f"{file}: ") and fault in found]
 
 
-@pytest.mark.parametrize("path", [path for path in FILES if path.name != "__init__.py"], ids=label)
-def test_every_source_file_has_its_test_file(path: Path) -> None:
-    wanted = TESTED_ELSEWHERE.get(label(path), f"tests/test_{path.name}")
-    assert (ROOT / wanted).is_file(), f"{label(path)} has no {wanted}"
+def test_tests_mirror_the_folders() -> None:
+    """A folder of tests is a folder of source files."""
+    own = {"support", "data", "fuzz", "__pycache__"}
+    folders = [path.relative_to(ROOT / "tests") for path in (ROOT / "tests").rglob("test_*.py")]
+    strange = {str(path.parent) for path in folders if path.parts[0] not in own and not (ROOT / path.parent).is_dir()}
+    assert not strange
 
 
 def test_every_launcher_is_a_command() -> None:
@@ -98,17 +160,3 @@ def test_every_launcher_is_a_command() -> None:
     for path in (ROOT / "launchers").glob("*.py"):
         if "def main() -> None:" in path.read_text() and path.stem != "demo":  # the demo needs the repository around it
             assert f"nextscale-{path.stem.replace('_', '-')} = launchers.{path.stem}:main" in scripts
-
-
-def test_every_launcher_starts_as_a_file_from_any_folder() -> None:
-    """Most tests fork launchers from a process that finds our packages already."""
-    for path in (ROOT / "launchers").glob("*.py"):
-        if "def main() -> None:" in (text := path.read_text()):
-            own_root_first = text.index("sys.path.insert(0, str(Path(__file__).resolve().parent.parent))")
-            assert own_root_first < text.index("\nfrom launchers") and text.endswith("    main()\n"), label(path)
-
-
-def test_our_packages_are_the_ones_in_this_repository() -> None:
-    import models
-
-    assert Path(models.__file__ or "").resolve().is_relative_to(ROOT)

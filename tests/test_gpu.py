@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from distributed_worker import TOKENIZER, TRANSFORMER
+from repository import ROOT, SUPPORT
 from tiny import PlainEngine
 from workers import importing
 
-from launchers.benchmark_models import code_batch
-from launchers.sampler import speed_up
+from launchers.bench.models import code_batch
+from launchers.sampling.sampler import speed_up
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.generation import generate, generate_scales, known_part
 from models.sampling import Sampling, filter_logits, gumbel_noise
 from models.scales import PATCH_NUMS_256, Scales
 from models.var import VAR
-from training.distributed import World
+from training.engine.distributed import World
 from training.stage import StepContext
 from training.tokenizer_loop import build_tokenizer
 from training.var_loop import VARStage
@@ -30,7 +31,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
-WORKER = Path(__file__).with_name("distributed_worker.py")
+WORKER = SUPPORT / "distributed_worker.py"
 
 
 @torch.no_grad()
@@ -131,7 +132,7 @@ def test_editing_on_a_gpu_keeps_what_is_known_in_every_precision(dtype: torch.dt
 
 def test_every_stage_and_precision_of_the_two_rank_test_trains_on_one_gpu(tmp_path: Path) -> None:
     command = [sys.executable, str(WORKER), str(tmp_path)]
-    done = subprocess.run(command, env=importing(WORKER.parent.parent), capture_output=True, text=True, timeout=500)
+    done = subprocess.run(command, env=importing(ROOT), capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     results = json.loads((tmp_path / "rank0.json").read_text())
     for name in ("stage0", "stage1", "stage2", "stage3", "bf16_stage1", "bf16_stage3"):

@@ -8,16 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT, SUPPORT
 from workers import importing
 
-WORKER = Path(__file__).with_name("switches_worker.py")
+WORKER = SUPPORT / "switches_worker.py"
 
 
 @pytest.mark.slow
 @pytest.mark.gpu  # there also FlexAttention
 def test_twenty_losses_of_each_switch_are_the_plain_ones(tmp_path: Path) -> None:
     command = [sys.executable, str(WORKER), str(tmp_path / "losses.json")]
-    environment = importing(WORKER.parent.parent, WORKER.parent)
+    environment = importing(ROOT, SUPPORT)
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     losses = json.loads((tmp_path / "losses.json").read_text())

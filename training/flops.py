@@ -58,7 +58,7 @@ def flops_per_image(config: VARConfig) -> dict[str, int]:
     six_nt: 6 N T of Kaplan et al. 2020, with T = L tokens and N the total parameters, as the paper's "18M to 2B" are
         totals too. It takes AdaLN and embeddings for work done at every token, and leaves attention out.
     paper: the MACs of one forward pass, no backward pass, a MAC as one operation. The paper does not say what its C
-        counts; this is what its numbers fit (training/paper_laws.py), so it is an inference.
+        counts; this is what its numbers fit (training/laws/paper_laws.py), so it is an inference.
     """
     tokens = config.scales.num_tokens
     return {

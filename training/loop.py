@@ -16,21 +16,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.bad_samples import BadSamples, NoBadSamples
-from training.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
-from training.distributed import World, agree_on_error, gather_objects
-from training.divergence import DivergenceConfig, DivergenceGuard, RollBack, TrainingDiverged, is_finite
+from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
+from training.engine.distributed import World, agree_on_error, gather_objects
 from training.flops import FLOPS_PER_PFLOP
-from training.history import CHECKPOINT, ROLL_BACK, History
 from training.loop_config import LoopConfig
-from training.mlflow_view import MLflowView
 from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_at
 from training.seams import reach
 from training.stage import Stage, StepContext
 from training.step_metrics import TimedIterator, mean_over_ranks, name_some, progress_line, speed_of
-from training.stopping import Stopped, Stopping
-from training.tracking import Record, RunRecord, wall_time
-from training.watch import Heartbeat
+from training.supervision.bad_samples import BadSamples, NoBadSamples
+from training.supervision.divergence import DivergenceConfig, DivergenceGuard, RollBack, TrainingDiverged, is_finite
+from training.supervision.history import CHECKPOINT, ROLL_BACK, History
+from training.supervision.stopping import Stopped, Stopping
+from training.supervision.watch import Heartbeat
+from training.tracking.mlflow_view import MLflowView
+from training.tracking.record import Record, RunRecord, wall_time
 
 
 @dataclass

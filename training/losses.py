@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from models.scales import Scales
 from training.cross_entropy import token_cross_entropy
-from training.distributed import to_device
+from training.engine.distributed import to_device
 
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"  # of torchvision's vgg16-397923af.pth
 

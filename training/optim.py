@@ -87,9 +87,7 @@ class AveragingAdamW(torch.optim.AdamW):
         return result
 
 
-def build_optimizer(
-    model: nn.Module, config: OptimizerConfig, *, undecayed: Collection[str] = ()
-) -> torch.optim.AdamW:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, *, undecayed: Collection[str] = ()) -> torch.optim.AdamW:
     """AdamW over the trainable parameters in two groups; `weight_decay_scale` says which one the schedule decays.
 
     Vectors never decay (biases, norms, scales per head), nor do the parameters named in `undecayed`.

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from training.engine import Engine
-from training.tracking import Record
+from training.engine.engine import Engine
+from training.tracking.record import Record
 
 
 @dataclass(frozen=True)

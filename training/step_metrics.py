@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.distributed import World, sum_over_ranks
+from training.engine.distributed import World, sum_over_ranks
 
 
 class TimedIterator:

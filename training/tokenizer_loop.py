@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from models.vqvae import VQVAE, Reconstruction, VQVAEConfig
-from training.distributed import World, sum_over_ranks
-from training.engine import Engine
+from training.engine.distributed import World, sum_over_ranks
+from training.engine.engine import Engine
 from training.flops import tokenizer_training_flops
 from training.losses import (
     ReconstructionLossConfig,
@@ -28,7 +28,7 @@ from training.losses import (
 from training.seams import reach
 from training.stage import Batch, StepContext
 from training.step_metrics import TimedIterator
-from training.tracking import Record
+from training.tracking.record import Record
 
 
 @dataclass(frozen=True)

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE
-from training.distributed import World, sum_over_ranks, to_device
-from training.engine import Engine, EngineConfig
+from training.engine.distributed import World, sum_over_ranks, to_device
+from training.engine.engine import Engine, EngineConfig
 from training.flops import training_flops
 from training.losses import average_over_tokens, token_scores
 from training.seams import reach
 from training.stage import Batch, StepContext
 from training.step_metrics import TimedIterator
-from training.tracking import Record
+from training.tracking.record import Record
 
 
 class VARStage:

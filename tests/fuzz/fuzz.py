@@ -12,7 +12,7 @@ import atheris
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
-sys.path[:0] = [str(ROOT), str(HERE.parent)]
+sys.path[:0] = [str(ROOT), str(HERE.parent / "support")]
 MAX_BYTES = {"image": 16384, "shard": 16384}
 MEMORY_MB = 2048
 SLOW_SECONDS = 10

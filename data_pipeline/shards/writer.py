@@ -1,0 +1,102 @@
+"""Writing tar shards. A packed folder holds `shard-000000.tar`, ..., a table of members beside each, and `index.json`.
+
+The shards are plain WebDataset tars that any tool can read. What the members mean (images, labels, codes) is not known
+here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from webdataset import TarWriter
+
+from data_pipeline.files.atomic import atomic_file, bytes_sha256, file_sha256
+from data_pipeline.shards.index import Index, Kind, ShardEntry, refuse_complete, shard_name
+from data_pipeline.shards.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, SUFFIXES, Sample, scan_file
+
+KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
+
+__all__ = ["MAX_MEMBER_BYTES", "Sample", "write_shard", "write_shards", "write_tars"]
+
+
+def write_shards(
+    samples: Iterable[Sample], folder: Path, *, kind: Kind, meta: dict[str, Any], samples_per_shard: int
+) -> Index:
+    """Write `samples` as shards, then their index. Equal samples give equal bytes.
+
+    Raises ValueError if the folder is already packed, or a sample cannot be stored.
+    """
+    refuse_complete(folder)
+    parts = Index(kind, (), meta).record_parts
+    index = Index(kind, write_tars(samples, folder, samples_per_shard=samples_per_shard, parts=parts), meta)
+    index.write(folder)
+    return index
+
+
+def write_tars(
+    samples: Iterable[Sample], folder: Path, *, samples_per_shard: int, parts: int = 0
+) -> tuple[ShardEntry, ...]:
+    """The first half of `write_shards`, for writers that have more to store before the index says "complete"."""
+    if samples_per_shard < 1:
+        raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    stream = iter(samples)
+    entries: list[ShardEntry] = []
+    for first in stream:  # islice takes the rest of the shard from the same stream
+        chunk = chain([first], islice(stream, samples_per_shard - 1))
+        entries.append(write_shard(chunk, Path(folder) / shard_name(len(entries)), parts=parts))
+    return tuple(entries)
+
+
+def write_shard(samples: Iterable[Sample], path: Path, *, parts: int = 0) -> ShardEntry:
+    """Write one tar, and its table of members before it; the tar appears under `path` only when complete.
+
+    parts: of each member, those that are to have a checksum of their own: the `record_parts` of the index it is for.
+    Times and owners are fixed: equal samples give equal bytes. The table is made from the file as it lies on disk.
+    """
+    num_samples = 0
+    with atomic_file(path) as file:
+        with TarWriter(file, encoder=False, compress=False, mtime=0, user="", group="") as writer:
+            for sample in _storable(samples):
+                writer.write({"__key__": sample.key, **sample.members})
+                num_samples += 1
+        file.flush()
+        written = Path(file.name)
+        scan = scan_file(written, parts=parts)
+        if scan.num_samples != num_samples:
+            raise ValueError(f"{path}: {num_samples} samples make {scan.num_samples}; give each a key of its own")
+        table_sha256 = write_members(scan.table(), path)
+        return ShardEntry(path.name, num_samples, written.stat().st_size, file_sha256(written), table_sha256)
+
+
+def write_members(table: np.ndarray, shard: Path) -> str:
+    """Write the table of members that belongs to a shard; its sha256."""
+    content = table.tobytes()
+    if len(content) > MAX_TABLE_BYTES:
+        most = MAX_TABLE_BYTES // table.itemsize
+        raise ValueError(f"{shard}: {len(table)} members, at most {most} fit; use more shards")
+    with atomic_file(shard.with_suffix(".members")) as file:
+        file.write(content)
+    return bytes_sha256(content)
+
+
+def _storable(samples: Iterable[Sample]) -> Iterator[Sample]:
+    """The samples as they come. Raises ValueError at the first that no reader would take."""
+    for sample in samples:
+        if not KEY.fullmatch(sample.key):
+            raise ValueError(f"sample key {sample.key!r}, expected 1 to 80 letters, digits, _ and -")
+        if not sample.members:
+            raise ValueError(f"sample {sample.key!r} has no members, expected at least one")
+        for suffix, content in sample.members.items():
+            if suffix not in SUFFIXES:
+                raise ValueError(f"member {sample.key}.{suffix}, expected one of the suffixes {', '.join(SUFFIXES)}")
+            if len(content) > MAX_MEMBER_BYTES:
+                raise ValueError(
+                    f"member {sample.key}.{suffix} has {len(content)} bytes, at most {MAX_MEMBER_BYTES} fit"
+                )
+        yield sample

@@ -1,0 +1,192 @@
+"""Models from where they lie: folders of ours, and public files, which no launcher but these functions knows about.
+
+The tokenizer of a transformer lies in its folder's `tokenizer/`, or is the one that the config of its run names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from data_pipeline.files.nested import flatten
+from launchers.setup.config_files import build_config, load_config
+from launchers.setup.settings import TokenizerConfig, TrainConfig
+from models.reference import tokenizer_from_state_dict, tokenizer_to_state_dict, var_from_state_dict, var_to_state_dict
+from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
+from models.var import VAR, VARConfig
+from models.vqvae import VQVAE, VQVAEConfig
+from training.checkpoints.checkpoint import Checkpoints
+from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
+from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json
+from training.checkpoints.weights import read_weights
+from training.engine.distributed import World
+
+Model = TypeVar("Model", VAR, VQVAE)
+# settings of a model that its weights do not depend on, once they are there
+NOT_OF_THE_WEIGHTS = ("init_gamma", "init_head", "quantizer.beta")
+PUBLIC_SCHEDULES = (PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024)
+SCHEDULE_OF_LENGTH = {Scales(patch_nums).num_tokens: patch_nums for patch_nums in PUBLIC_SCHEDULES}
+
+
+def find_whole(path: str, kind: str) -> ModelOnDisk:
+    """The model of a kind, "VAR" or "VQVAE", at a path; if it is that of a checkpoint, it is as it was written.
+
+    Raises:
+        DamagedCheckpoint: it is not.
+        FileNotFoundError, ValueError: see ModelOnDisk.find.
+    """
+    found = ModelOnDisk.find(path, kind)
+    checkpoint = checkpoint_of(found)
+    if checkpoint is not None:
+        names = [f"{found.folder.name}/{name}" for name in (CONFIG, WEIGHTS)]
+        damage = content_damage(checkpoint, read_manifest(checkpoint), names)
+        if damage:
+            raise DamagedCheckpoint(f"{damage}; name another checkpoint of {run_of(checkpoint)}")
+    return found
+
+
+def load_tokenizer(path: str) -> tuple[VQVAE, str]:
+    """A trained tokenizer and its sha256, from a run folder, an exported model, or that of its transformer."""
+    found = find_whole(path, "VQVAE")
+    config = build_config(VQVAEConfig, [found.config()], source=str(found.folder))
+    with torch.device("meta"):
+        model = VQVAE(config)
+    return found.fill(model), found.sha256()
+
+
+def place_tokenizer(tokenizer: VQVAE, device: torch.device, *, kinds: set[str]) -> VQVAE:
+    """The tokenizer, ready to serve data of these kinds: the whole of it on the device where images are to be encoded.
+
+    Codes need the quantiser alone, one part in 600 of the released tokenizer; the rest then stays on the host.
+    """
+    part = tokenizer if "images" in kinds else tokenizer.quantizer
+    part.to(device)
+    return tokenizer
+
+
+def load_var(path: str) -> VAR:
+    """A trained transformer, from a run folder or an exported model."""
+    found = find_whole(path, "VAR")
+    config = build_config(VARConfig, [found.config()], source=str(found.folder))
+    with torch.device("meta"):
+        model = VAR(config)
+    return found.fill(model)
+
+
+def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
+    """The transformer of a public file, frozen. Its schedule is that of its number of positions, if none is given."""
+    weights = read_weights(path, "VAR")
+    positions = weights.get("pos_1LC")
+    if positions is None or positions.ndim != 3:
+        ours = "; it has this project's names: give its folder" if "position_embedding" in weights else ""
+        raise ValueError(f"{path}: has no pos_1LC of 3 dimensions; it is no public file of a VAR transformer{ours}")
+    patch_nums = patch_nums or SCHEDULE_OF_LENGTH.get(positions.shape[1], ())
+    if not patch_nums:
+        known = ", ".join(str(num_tokens) for num_tokens in SCHEDULE_OF_LENGTH)
+        raise ValueError(
+            f"{path}: has {positions.shape[1]} positions, the public schedules have {known}; "
+            "add --patch-nums with the sides of its token maps, such as --patch-nums 1 2 4"
+        )
+    return _of_public(path, lambda: var_from_state_dict(weights, patch_nums))
+
+
+def public_tokenizer(path: str, patch_nums: tuple[int, ...]) -> VQVAE:
+    """The tokenizer of a public file, for a schedule; frozen."""
+    weights = read_weights(path, "VQVAE")
+    if "quantize.embedding.weight" not in weights:
+        raise ValueError(f"{path}: has no quantize.embedding.weight; it is no file of a VAR tokenizer")
+    try:
+        return _of_public(path, lambda: tokenizer_from_state_dict(weights, patch_nums))
+    except ValueError as error:
+        hint = f"; read with the schedule {patch_nums}: if it has another, give it with --patch-nums"
+        raise ValueError(f"{error}{hint if 'quant_resi' in str(error) else ''}") from None
+
+
+def _of_public(path: str, build: Callable[[], Model]) -> Model:
+    try:
+        return build().eval().requires_grad_(False)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def is_weights_file(path: str) -> bool:
+    """Whether a path is that of a file, there or not, rather than of a folder."""
+    return Path(path).is_file() or Path(path).suffix in (".pth", ".pt", ".safetensors")
+
+
+def tokenizer_of(run: str) -> str:
+    """The tokenizer that comes with a transformer: in its folder, or named by the config of its run; empty: neither."""
+    found = ModelOnDisk.find(run, "VAR")
+    if ModelOnDisk(found.folder / "tokenizer").is_whole:
+        return str(found.folder / "tokenizer")
+    checkpoint = checkpoint_of(found)
+    recorded = run_of(checkpoint) / "config.yaml" if checkpoint else None
+    return load_config(TrainConfig, str(recorded)).tokenizer if recorded and recorded.is_file() else ""
+
+
+def trained_tokenizer_sha256(run: str) -> str:
+    """The identity of the tokenizer that a transformer was trained with; empty where nothing tells."""
+    found = ModelOnDisk.find(run, "VAR")
+    if ModelOnDisk(found.folder / "tokenizer").is_whole:
+        return ModelOnDisk(found.folder / "tokenizer").sha256()
+    checkpoint = checkpoint_of(found)
+    return read_manifest(checkpoint)["identity"].get("tokenizer_sha256", "") if checkpoint else ""
+
+
+def checkpoint_of(model: ModelOnDisk) -> Path | None:
+    """The checkpoint that a model on disk is the weights of, if it is one's."""
+    folder = model.folder.absolute().parent
+    return folder if (folder / "manifest.json").is_file() else None
+
+
+def run_of(checkpoint: Path) -> Path:
+    """The run folder of a checkpoint, RUN/checkpoints/step-00000001."""
+    return checkpoint.parent.parent
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise ValueError if a folder to be written to is a file."""
+    if folder.is_file():
+        raise ValueError(f"{folder}: is a file; choose another folder with --out")
+
+
+def refuse_several_ranks(launcher: str) -> None:
+    """Raise ValueError if a launcher that writes one folder has been started more than once."""
+    if World.from_environment().world_size > 1:
+        raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
+
+
+def initialize(model: VAR | VQVAE, config: TrainConfig | TokenizerConfig, checkpoints: Checkpoints) -> None:
+    """Put the weights of config.init_from into a model about to be trained; a run with a checkpoint goes on from that.
+
+    Raises ValueError for a model of other sizes.
+    """
+    if not config.init_from or checkpoints.latest():
+        return
+    found = find_whole(config.init_from, describe(model.config)["kind"])
+    ours = flatten(describe(model.config))
+    theirs = flatten(describe(build_config(type(model.config), [found.config()], source=str(found.folder))))
+    for name, value in ours.items():
+        if name not in NOT_OF_THE_WEIGHTS and theirs[name] != value:
+            raise ValueError(
+                f"{found.folder}: its {name} is {theirs[name]}, this run has {value}; training can start from a model "
+                "of the same sizes only: change model or init_from"
+            )
+    found.copy_into(model)
+
+
+def write_public(file: Path, model: VAR | VQVAE) -> None:
+    """A flat state dict with the public names, and its config beside it."""
+    file.parent.mkdir(exist_ok=True)
+    entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
+    torch.save({name: alone(value) for name, value in entries.items()}, file)
+    write_json(file.parent / CONFIG, describe(model.config))
+
+
+def alone(value: Tensor) -> Tensor:
+    """A tensor in a storage of its own: torch.save would write all of a larger one."""
+    return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

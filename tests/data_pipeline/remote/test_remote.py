@@ -1,0 +1,275 @@
+"""Remote shards are local files, verified and fetched once; batches from them are those of the local folder."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import threading
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from remote_files import FILE, hasty_cache, remote_file, s3_server
+from shard_mutations import make_images
+from shard_server import ShardServer, faulty_relay, shard_server
+from tiny import VIEWS, open_codes, pack_codes
+from workers import ended_well, fork, kill, wait_for
+
+from data_pipeline.files.damage import DamagedData
+from data_pipeline.images.decoding import ImageTransform
+from data_pipeline.loading.batches import Batch
+from data_pipeline.loading.datasets import ImageDataset
+from data_pipeline.loading.loader import train_batches
+from data_pipeline.remote import downloads
+from data_pipeline.remote.remote import CacheConfig, RemoteError, ShardCache
+from data_pipeline.shards.index import Index
+from data_pipeline.shards.reader import ShardReader
+from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.writer import write_shards
+
+
+@pytest.fixture
+def server() -> Iterator[ShardServer]:
+    with shard_server(a=FILE.content) as running:
+        yield running
+
+
+@pytest.fixture(autouse=True)
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.01)
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> ShardCache:
+    return hasty_cache(tmp_path / "cache")
+
+
+def names(cache: ShardCache) -> set[str]:
+    return {path.name for path in cache.config.path.iterdir()} - {".lock"}
+
+
+def test_a_shard_is_fetched_once_and_kept_under_its_hash(server: ShardServer, cache: ShardCache) -> None:
+    for copy in (cache, pickle.loads(pickle.dumps(cache))):
+        path = copy.fetch(server.url("a?key=1"), **FILE.expected)
+        assert path == copy.config.path / FILE.sha256 and path.read_bytes() == FILE.content
+    assert server.count("a") == 1 and names(cache) == {FILE.sha256}
+
+
+def test_a_descriptor_outlives_the_copy(server: ShardServer, cache: ShardCache) -> None:
+    descriptor = cache.open(server.url("a"), **FILE.expected)
+    (cache.config.path / FILE.sha256).unlink()
+    assert os.pread(descriptor, FILE.size, 0) == FILE.content
+    os.close(descriptor)
+
+
+def test_a_copy_of_the_wrong_size_is_fetched_again(server: ShardServer, cache: ShardCache) -> None:
+    path = cache.fetch(server.url("a"), **FILE.expected)
+    os.truncate(path, 7)
+    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
+
+
+def test_wrong_bytes_are_fetched_again_once(server: ShardServer, cache: ShardCache) -> None:
+    server.faults["a"] += ["wrong"]
+    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
+    for fault, expected in {"wrong": "sha256 is .*, expected", "endless": "more than 300000 bytes"}.items():
+        cache = hasty_cache(cache.config.path / fault)
+        server.always["a"] = fault
+        with pytest.raises(DamagedData, match=f"/a: {expected}.*, twice; copy or pack it again") as caught:
+            cache.fetch(server.url("a?CANARY"), **FILE.expected)
+        assert "CANARY" not in str(caught.value) and not names(cache)
+
+
+def test_a_shard_that_no_index_knows(server: ShardServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache.fetch_new(server.url("a")) == (cache.config.path / FILE.sha256, FILE.size, FILE.sha256)
+    assert names(cache) == {FILE.sha256}
+    assert cache.sizes_of([server.url("a")] * 40) == [FILE.size] * 40
+    with pytest.raises(FileNotFoundError, match="/b: no such file"):
+        cache.fetch_new(server.url("b"))
+    monkeypatch.setattr("data_pipeline.remote.remote.MAX_NEW_BYTES", 1000)
+    with pytest.raises(ValueError, match="300000 bytes, a shard has at most 1000"):
+        cache.fetch_new(server.url("a"))
+
+
+def test_processes_of_a_node_fetch_a_shard_once(server: ShardServer, cache: ShardCache) -> None:
+    children = [fork(lambda: cache.fetch(server.url("a"), **FILE.expected)) for _ in range(4)]
+    assert all([ended_well(child) for child in children])
+    assert server.count("a") == 1
+
+
+def test_a_killed_download_is_taken_over(server: ShardServer, cache: ShardCache) -> None:
+    server.faults["a"] += ["silent"]
+    patient = ShardCache(CacheConfig(folder=str(cache.config.path), stall_seconds=60))
+    child = fork(lambda: patient.fetch(server.url("a"), **FILE.expected))
+    wait_for(lambda: server.count("a") == 1)
+    cache.fetch_unless_claimed(server.url("a"), **FILE.expected)  # which does not wait for the other
+    assert names(cache) == {f"{FILE.sha256}.part"}
+    threading.Timer(0.1, kill, [child]).start()
+    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
+    assert names(cache) == {FILE.sha256}
+
+
+def test_the_cache_never_grows_over_its_size(server: ShardServer, tmp_path: Path) -> None:
+    cache = hasty_cache(tmp_path / "cache", max_gib=1_000_000 / 2**30)
+    files = {f"f{seed}": remote_file(seed=seed) for seed in range(8)}
+    server.files |= {name: file.content for name, file in files.items()}
+    for name, file in files.items():
+        assert cache.fetch(server.url(name), **file.expected).read_bytes() == file.content
+        assert sum(path.stat().st_size for path in cache.config.path.iterdir()) <= 1_000_000
+    assert names(cache) == {file.sha256 for file in list(files.values())[-3:]}
+    with pytest.raises(ValueError, match="a shard of 2000000 bytes does not fit; raise it"):
+        cache.fetch(server.url("a"), size=2_000_000, sha256="0" * 64)
+
+
+def test_a_full_disk_is_named(server: ShardServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="no room for 300000 bytes of .*/a; make some, or set data") as caught:
+        cache.fetch(server.url("a?CANARY"), **FILE.expected)
+    assert caught.value.errno == 28 and not isinstance(caught.value, RemoteError) and not names(cache)
+
+
+@pytest.mark.parametrize(
+    "name, value", [("max_gib", 0), ("stall_seconds", 0), ("retries", -1), ("ahead", -1), ("folder", "s3://b/c")]
+)
+def test_impossible_settings_are_refused(name: str, value: float | str) -> None:
+    with pytest.raises(ValueError, match=f"data.cache.{name} is .*; it must be"):
+        CacheConfig(**{name: value})
+
+
+def test_the_folder_is_where_caches_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert CacheConfig().path == Path("/home/me/.cache/nextscale/shards")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/me")
+    assert CacheConfig().path == Path("/scratch/me/nextscale/shards")
+    assert CacheConfig(folder="~/x").path == Path("/home/me/x")
+
+
+# batches
+
+
+def dataset(location: str | Path, cache: CacheConfig | None = None) -> ImageDataset:
+    storage = Storage(location, cache)
+    return ImageDataset(storage, ImageTransform(16, resize_ratio=1.0), seed=0, random_views=True)
+
+
+def batches(data: ImageDataset, workers: int, steps: int = 24) -> list[Batch]:
+    stream = train_batches(data, batch_size=2, rank=0, world_size=1, samples_seen=3, seed=0, workers=workers, window=8)
+    found = list(islice(stream, steps))
+    if hasattr(stream, "close"):
+        stream.close()
+    return found
+
+
+def assert_same(found: list[Batch], expected: list[Batch]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one.data, other.data) and torch.equal(one.labels, other.labels)
+        assert torch.equal(one.positions, other.positions)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    folder = tmp_path / "packed"
+    write_shards(make_images(36), folder, kind="images", meta={"classes": ["a", "b"]}, samples_per_shard=3)
+    return folder
+
+
+def hasty_settings(tmp_path: Path, packed: Path, **settings: float) -> CacheConfig:
+    """Room for half of the shards, so that they come and go."""
+    room = sum(path.stat().st_size for path in packed.glob("*.tar")) * 3 // 4
+    folder = str(tmp_path / "cache")
+    return CacheConfig(folder=folder, stall_seconds=0.5, retries=6, max_gib=room / 2**30, **settings)
+
+
+@pytest.mark.parametrize("workers, ahead", [(0, 2), (2, 2)])
+def test_batches_over_http_are_those_of_the_local_folder(
+    server: ShardServer, tmp_path: Path, packed: Path, workers: int, ahead: int
+) -> None:
+    """5 % of the requests fail; the second for one shard is never answered, the third for another stops half-way."""
+    expected = batches(dataset(packed), 0)
+    server.files = {f"data/{path.name}": path.read_bytes() for path in packed.iterdir()}
+    server.share = 0.05
+    server.faults["data/shard-000003.tar"] += ["ok", "silent"]  # the first is for its size
+    server.faults["data/shard-000005.tar"] += ["ok", "stall"]
+    data = dataset(server.url("data?key=CANARY"), hasty_settings(tmp_path, packed, ahead=ahead))
+    assert_same(batches(data, workers), expected)
+    assert not server.faults["data/shard-000003.tar"] and not server.faults["data/shard-000005.tar"]
+    held = sum(path.stat().st_size for path in (tmp_path / "cache").iterdir())
+    assert held <= data.storage.cache.config.max_gib * 2**30
+
+
+def test_a_cache_too_small_for_a_window_is_refused_before_the_first_step(
+    server: ShardServer, tmp_path: Path, packed: Path
+) -> None:
+    server.files = {path.name: path.read_bytes() for path in packed.iterdir()}
+    data = dataset(server.url(""), CacheConfig(folder=str(tmp_path / "cache"), max_gib=1e-5))
+    with pytest.raises(ValueError, match=r"data.cache.max_gib is 1e-05, but .* data.window=8 .* take up to .* GiB"):
+        batches(data, 0)
+    assert sum(request.path.endswith(".tar") for request in server.requests) == 12  # their sizes
+
+
+def test_a_shard_that_stays_away_ends_the_run_in_one_line(server: ShardServer, tmp_path: Path, packed: Path) -> None:
+    server.files = {path.name: path.read_bytes() for path in packed.iterdir()}
+    settings = CacheConfig(folder=str(tmp_path / "cache"), stall_seconds=0.2, retries=1, ahead=0)
+    data = dataset(server.url(""), settings)
+    server.always["shard-000004.tar"] = "silent"
+    with pytest.raises(RemoteError, match="shard-000004.tar: not delivered in 2 tries"):
+        batches(data, workers=1)
+
+
+@pytest.mark.faults
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_from_s3_are_those_of_the_local_folder(
+    tmp_path: Path, packed: Path, workers: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One connection in twenty breaks, and one is never answered."""
+    expected = batches(dataset(packed), 0)
+    contents = {f"data/{path.name}": path.read_bytes() for path in packed.iterdir()}
+    with s3_server(contents) as port, faulty_relay(port, every=20, stalled={7}) as relay:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "AKIA",
+            "AWS_SECRET_ACCESS_KEY": "CANARY",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL_S3": f"http://127.0.0.1:{relay.port}",
+        }.items():
+            monkeypatch.setenv(name, value)
+        data = dataset("s3://bucket/data", hasty_settings(tmp_path, packed))
+        assert_same(batches(data, workers), expected)
+        assert relay.broken and relay.connections > 7
+
+
+def test_a_copy_of_codes_that_went_bad_is_fetched_anew_by_who_meets_it(tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in pack_codes(tmp_path / "codes", 3).iterdir()}
+    ids, epochs = np.arange(3), np.zeros(3, dtype=np.int64)
+    expected = open_codes(tmp_path / "codes").read(ids, epochs)[0]
+    with shard_server(**files) as running:
+        dataset = open_codes(Storage(running.url(""), CacheConfig(folder=str(tmp_path / "cache"))))
+        copy = tmp_path / "cache" / dataset.index.shards[0].sha256
+        for view in (int(expected[1, 1]), (int(expected[1, 1]) + 1) % VIEWS):  # of sample 1: the one shown, and another
+            assert torch.equal(dataset.read(ids, epochs)[0], expected)
+            content = bytearray(files["shard-000000.tar"])
+            content[1536 + 10 * view + 4] ^= 1
+            copy.chmod(0o600)
+            with copy.open("r+b") as file:  # under the reader that has it open
+                file.write(content)
+            assert torch.equal(dataset.read(ids, epochs)[0], expected)
+            is_shown = view == expected[1, 1]
+            assert copy.read_bytes() == (files["shard-000000.tar"] if is_shown else content)
+
+
+def test_a_copy_that_went_bad_in_the_cache_is_fetched_anew(packed: Path, tmp_path: Path) -> None:
+    files = {path.name: path.read_bytes() for path in packed.iterdir()}
+    with shard_server(**files) as running:
+        storage = Storage(running.url(""), CacheConfig(folder=str(tmp_path / "cache")))
+        index = Index.read(storage)
+        before = [ShardReader(storage, index).read(number) for number in range(3)]
+        copy = tmp_path / "cache" / index.shards[0].sha256
+        copy.chmod(0o600)
+        copy.write_bytes(bytes(index.shards[0].bytes))
+        assert [ShardReader(storage, index).read(number) for number in range(3)] == before
+        assert copy.read_bytes() == files["shard-000000.tar"]

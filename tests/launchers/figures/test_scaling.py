@@ -1,0 +1,118 @@
+"""Figs. 5 and 6: what is drawn is what was measured and fitted, no text is cut off, and a law may be missing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+from study_examples import planted_fit, planted_runs
+
+from launchers.figures import scaling as scaling_figures
+from launchers.figures.scaling import draw_compute_laws, draw_size_laws, equation
+from training.laws.study_data import METRICS
+from training.laws.study_fit import COMPUTE, PARAMETERS, PowerLaw, StudyFit
+
+RUNS = planted_runs((6, 8, 10, 12), noise=1e-3)
+FIT = planted_fit(RUNS)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """The figures that would have been saved."""
+    seen: list[Figure] = []
+    monkeypatch.setattr(scaling_figures, "_save", lambda figure, path: seen.append(figure))
+    return seen
+
+
+def only(metric: str) -> StudyFit:
+    return replace(FIT, laws=tuple(law for law in FIT.laws if law.metric == metric))
+
+
+def heights(axes: Axes, marker: str) -> list[float]:
+    return [float(value) for line in axes.lines if line.get_marker() == marker for value in line.get_ydata()]
+
+
+def assert_text_is_inside(figure: Figure) -> None:
+    """Nothing that is visible sticks out of the figure."""
+    tight, size = figure.get_tightbbox(), figure.get_size_inches()
+    assert tight.x0 >= 0 and tight.y0 >= 0 and tight.x1 <= size[0] and tight.y1 <= size[1]
+
+
+def test_sizes_are_drawn_above_the_irreducible_part_with_their_residuals(tmp_path: Path, drawn: list[Figure]) -> None:
+    draw_size_laws(tmp_path / "5.png", RUNS, only("loss_last"))
+    (figure,), law = drawn, only("loss_last").laws[0]
+    main, strip = figure.axes
+    assert heights(main, "o") == pytest.approx([y - law.law.irreducible for y in law.y])
+    assert heights(strip, "o") == pytest.approx(100 * np.expm1(law.residuals))
+    assert heights(main, "x") == pytest.approx([law.held_out[0].predicted - law.law.irreducible])
+    assert len(heights(main, "_")) == 3  # the seeds of the smallest
+    faces = [line.get_markerfacecolor() for line in main.lines if line.get_marker() == "o"]
+    assert [face == "white" for face in faces] == [False, False, False, True]
+    assert main.get_xscale() == main.get_yscale() == "log"
+    assert equation(law) in [text.get_text() for text in main.get_legend().get_texts()]
+
+
+def test_the_band_holds_the_laws_that_were_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
+    draw_size_laws(tmp_path / "5.png", RUNS, only("error_avg"))
+    law = only("error_avg").laws[0]
+    (outline,) = drawn[0].axes[0].collections[0].get_paths()
+    x = float(outline.vertices[0, 0])
+    edge = outline.vertices[outline.vertices[:, 0] == x, 1]
+    laws = [float(PowerLaw(*draw)(x)) for draw in law.draws]
+    assert [edge.min(), edge.max()] == pytest.approx(np.quantile(laws, (0.025, 0.975)))
+
+
+def test_every_metric_has_its_curves_and_only_those_with_a_law_a_frontier(tmp_path: Path, drawn: list[Figure]) -> None:
+    without = [law for law in FIT.laws if (law.metric, law.variable) != ("loss_avg", COMPUTE)]
+    draw_compute_laws(tmp_path / "6.png", RUNS, replace(FIT, laws=tuple(without)))
+    (figure,) = drawn
+    mains = figure.axes[::2]
+    assert len(mains) == len(METRICS)
+    for axes in mains:
+        curves = [line for line in axes.lines if line.get_marker() == "o"]
+        assert len(curves) == len(RUNS)
+        assert np.array_equal(curves[0].get_xdata(), RUNS[0].compute("exact"))
+    assert [axes.get_legend() is None for axes in mains] == [False, True, False, False]
+    assert np.array_equal(mains[1].lines[0].get_ydata(), RUNS[0].metrics["loss_avg"])
+
+
+def test_a_figure_is_a_png_whose_text_is_not_cut_off(
+    tmp_path: Path, drawn: list[Figure], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw_size_laws(tmp_path / "5.png", RUNS, only("loss_last"))
+    monkeypatch.undo()
+    monkeypatch.setattr(scaling_figures, "DPI", 50)
+    scaling_figures._save(drawn[0], tmp_path / "new" / "5.png")
+    with Image.open(tmp_path / "new" / "5.png") as picture:
+        assert picture.format == "PNG" and picture.width == 50 * drawn[0].get_figwidth()
+    assert_text_is_inside(drawn[0])
+
+
+@pytest.mark.slow
+def test_the_text_of_all_panels_and_sizes_fits(tmp_path: Path, drawn: list[Figure]) -> None:
+    runs = planted_runs(noise=1e-3)
+    draw_size_laws(tmp_path / "5.png", runs, planted_fit(runs))
+    draw_compute_laws(tmp_path / "6.png", runs, planted_fit(runs))
+    for figure in drawn:
+        figure.draw_without_rendering()
+        assert_text_is_inside(figure)
+
+
+def test_without_a_law_in_parameters_there_is_no_figure_5(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no law in parameters was found"):
+        draw_size_laws(tmp_path / "5.png", RUNS, replace(FIT, laws=()))
+    assert not (tmp_path / "5.png").exists()
+
+
+def test_an_equation_has_five_digits_and_no_constant_of_zero() -> None:
+    law = next(law for law in FIT.laws if (law.metric, law.variable) == ("loss_avg", PARAMETERS))
+    law = replace(law, law=PowerLaw(exponent=-0.1968764, scale=2.4792173e-5, irreducible=5.3245296), pearson=-0.99971)
+    assert equation(law).startswith(r"$L_{\mathrm{avg}} = 5.3245 + (2.4792\cdot 10^{-5}\,N)^{-0.19688}$")
+    error = replace(law, metric="error_last", law=PowerLaw(-0.01567, 345.429, 0.0), variable=COMPUTE)
+    assert equation(error).startswith(r"$Err_{\mathrm{last}} = (345.43\,C_{\min})^{-0.01567}$")
+    assert "r = -0.99971" in equation(law)

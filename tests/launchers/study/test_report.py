@@ -1,0 +1,190 @@
+"""The report: what it says follows the runs and the fits, also where they say something unwelcome."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from study_examples import planted_fit, planted_run, planted_runs, planted_study, study_config, write_run
+from tiny import command
+
+from launchers.study import report as study_report
+from launchers.study.config import StudyConfig
+from launchers.study.fitting import FittedStudy, read_fit
+from launchers.study.reading import Source, Study
+from launchers.study.report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
+from models.var import VARConfig
+from training.flops import FLOPS_PER_PFLOP, training_flops
+from training.laws.study_fit import COMPUTE
+from training.tracking.record import TrackingConfig
+
+RUNS = planted_runs((6, 8, 10, 12), noise=1e-4)
+STUDY, FIT = planted_study(RUNS), planted_fit(RUNS)
+UNTRACKED = TrackingConfig(mlflow=False)
+
+
+def with_model(study: Study, **changes: object) -> Study:
+    """The study as if its models had been others."""
+    runs = [replace(run, config=replace(run.config, model=replace(run.config.model, **changes))) for run in study.runs]
+    return replace(study, runs=tuple(runs))
+
+
+def test_the_report_has_all_that_a_reader_needs_to_judge_the_laws() -> None:
+    report = compose_report(FittedStudy(STUDY, FIT), study_config(Path("runs/mine"), RUNS))
+    assert report.startswith("# Scaling study mine\n")
+    for wanted in (
+        *("y = E + (beta x)^alpha", "not per second", "18,492,580", "15,925,248", "fig5.png", "fig6.png"),
+        *("runs test", "The gate", "2.50%", "How the exponent moves with E", "three estimators", "L(N, D)"),
+        *("Noise between seeds", "Training and validation", "A note of the fit.", "points.csv"),
+    ):
+        assert wanted in report, wanted
+    assert report.index("## What this shows") < report.index("## What this does not show") < report.index("points.csv")
+
+
+def test_a_report_without_laws_says_so_and_shows_the_rest() -> None:
+    bare = replace(FIT, laws=(), frontiers=(), parametric=(), seeds=())
+    report = compose_report(FittedStudy(STUDY, bare), study_config(Path("mine"), RUNS))
+    assert report.count("No law was found; the notes say why.") == 2 and "18,492,580" in report
+
+
+def test_gates_are_counted() -> None:
+    failed = replace(FIT.laws[0], held_out=(replace(FIT.laws[0].held_out[0], passed=False, share=0.25),))
+    sentences = shown(STUDY, replace(FIT, laws=(failed, *FIT.laws[1:])))
+    assert any("Against parameters, 3 of 4 predictions" in each and "25.00%" in each for each in sentences)
+    assert any("Against compute, 4 of 4 predictions" in each for each in sentences)
+
+
+def test_a_loss_that_does_not_fall_is_said_not_to() -> None:
+    assert any(each.startswith("loss_avg falls with every size") for each in shown(STUDY, FIT))
+    worse = replace(RUNS[2], metrics=RUNS[2].metrics | {"loss_avg": RUNS[2].metrics["loss_avg"] + 0.5})
+    runs = [worse if run is RUNS[2] else run for run in RUNS]
+    assert any(
+        "loss_avg does NOT fall with every size: not from" in each and "d10" in each
+        for each in shown(planted_study(runs), FIT)
+    )
+
+
+def test_a_model_below_the_entropy_is_a_leak() -> None:
+    ends = {"loss_last": min(run.metrics["loss_last"].min() for run in RUNS), "loss_avg": 1.0}
+    at_it = replace(STUDY, source=Source(ends))
+    assert sum("lies below the entropy" in each for each in shown(at_it, FIT)) == 2
+    above = replace(STUDY, source=Source(ends | {"loss_last": ends["loss_last"] + 1e-6}))
+    assert any("loss_last of d12-seed0 went BELOW the entropy" in each for each in shown(above, FIT))
+    sampled = replace(STUDY, source=Source(ends, {"loss_last": ends["loss_last"] + 1e-6}))  # the sharper bound
+    assert any("went BELOW what the source itself loses" in each for each in shown(sampled, FIT))
+
+
+def test_a_fitted_constant_is_held_against_the_entropy() -> None:
+    inside, outside = (replace(STUDY, source=Source({"loss_avg": entropy})) for entropy in (5.05, 4.8))
+    said = [each for each in shown(inside, FIT) if "the E that was fitted to loss_avg, 5, agrees with" in each]
+    assert len(said) == 2  # against parameters and against compute
+    assert any("does NOT agree with the entropy, 4.8: its interval is 4.9" in each for each in shown(outside, FIT))
+    assert not any("that was fitted" in each for each in shown(STUDY, FIT))
+
+
+def test_the_limits_are_those_of_the_runs() -> None:
+    said = " ".join(not_shown(STUDY))
+    assert "below 18,492,580 or above 133,186,960 parameters" in said
+    assert f"{max(run.compute('exact')[-1] for run in RUNS):.6g} PFLOP" in said
+    assert "seen up to 200.0 times" in said and "Learning rates decay" in said and "differ between sizes" not in said
+    metrics = {name: values[:1] for name, values in RUNS[0].metrics.items()}
+    once = replace(RUNS[0], images=np.array([768]), metrics=metrics)
+    assert "laws in tokens are of repeated" not in " ".join(not_shown(planted_study([once])))
+
+
+def test_only_the_papers_format_is_taken_for_the_papers() -> None:
+    assert "format is that of ImageNet at 256 px, without d14, d16" in not_shown(STUDY)[-1]
+    last = not_shown(with_model(STUDY, num_classes=10, patch_nums=(1, 2, 4)))[-1]
+    assert "not the paper's data (10 classes, 21 tokens an image)" in last
+    d30 = training_flops(VARConfig(30)) * 200 * 1_281_167 / FLOPS_PER_PFLOP
+    low = float(last.split("between ")[1].split(" ")[0].replace(",", ""))
+    assert d30 < low < 4 * d30
+
+
+def test_report_writes_its_files_and_hands_them_to_mlflow_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    published: list[StudyConfig] = []
+    drawn: list[tuple[str, int]] = []
+    monkeypatch.setattr(study_report, "publish", published.append)
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT))
+    for name in ("draw_size_laws", "draw_compute_laws"):
+        monkeypatch.setattr(study_report, name, lambda path, runs, fit: drawn.append((path.name, len(runs))))
+    config = study_config(tmp_path, RUNS, tracking=UNTRACKED)
+    launch_report(command(config))
+    assert drawn == [(FIGURE_5, len(RUNS)), (FIGURE_6, len(RUNS))] and (tmp_path / REPORT).is_file() and not published
+    tracked = replace(config, tracking=TrackingConfig())
+    launch_report(command(tracked))
+    assert published == [tracked] and "wrote" in capsys.readouterr().out
+
+
+def test_a_study_without_a_law_in_parameters_has_a_report_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit = replace(FIT, laws=tuple(law for law in FIT.laws if law.variable == COMPUTE))
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, fit))
+    (tmp_path / FIGURE_5).write_bytes(b"of an earlier report")
+    launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FIGURE_6, REPORT]
+    text = (tmp_path / REPORT).read_text()
+    assert FIGURE_5 not in text and FIGURE_6 in text and "No law was found; the notes say why." in text
+    assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_fit_that_the_report_has_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool) -> None:
+    for name in ("draw_size_laws", "draw_compute_laws"):
+        monkeypatch.setattr(study_report, name, lambda *_: None)
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT, is_new))
+    launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
+    written = {"fit.json", "points.csv"} if is_new else set()
+    assert {path.name for path in tmp_path.iterdir()} == {REPORT} | written
+    assert not is_new or read_fit(tmp_path) == FIT
+
+
+@pytest.mark.parametrize(
+    "label_drop, depths, words",
+    [
+        (0.1, (6, 8), "with labels dropped and blocks skipped at random, which"),
+        (0.0, (6, 8), "with blocks skipped at random, which"),
+        (0.1, (1, 1), "with labels dropped at random, which"),
+        (0.0, (1, 1), "with weights that still change, which"),
+    ],
+)
+def test_training_differs_from_validation_by_what_the_runs_did(
+    label_drop: float, depths: tuple[int, int], words: str
+) -> None:
+    runs = tuple(
+        replace(run, config=replace(run.config, label_drop=label_drop, model=VARConfig(depth)))
+        for run, depth in zip(STUDY.runs, depths)
+    )
+    assert words in compose_report(FittedStudy(replace(STUDY, runs=runs), FIT), study_config(Path("mine"), RUNS))
+
+
+def test_an_unfinished_study_is_named_by_its_folder_and_says_once_what_is_absent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path / "mine")
+    report = compose_report(FittedStudy(replace(STUDY, absent=("d14-seed0",)), FIT), study_config(Path("."), RUNS))
+    assert report.startswith("# Scaling study mine\n") and report.count("d14-seed0") == 1
+
+
+@pytest.mark.slow
+def test_a_report_is_made_from_run_folders_alone(tmp_path: Path) -> None:
+    runs = planted_runs(noise=1e-3)
+    for run in runs:
+        write_run(tmp_path, run)
+    launch_report(command(study_config(tmp_path, runs, tracking=UNTRACKED)))
+    assert all((tmp_path / name).stat().st_size > 10_000 for name in (REPORT, FIGURE_5, FIGURE_6))
+    report = (tmp_path / REPORT).read_text()
+    assert "loss_last falls with every size" in report and "nan" not in report
+
+
+def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_run(tmp_path, planted_run(6))
+    launch_report(command(study_config(tmp_path, [planted_run(6), planted_run(8)]), dry_run=True))
+    assert "not there yet: d8-seed0; would write report.md" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["d6-seed0"]

@@ -1,0 +1,87 @@
+"""The report's tables: every number as it was measured, aligned, and no table of nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from study_examples import planted_fit, planted_runs, planted_study
+
+from launchers.study import tables
+from launchers.study.reading import Source
+from training.laws.study_data import METRICS
+from training.laws.study_fit import COMPUTE, PARAMETERS, Interval
+
+RUNS = planted_runs((6, 8, 10), noise=1e-3)
+STUDY, FIT = planted_study(RUNS), planted_fit(RUNS)
+
+
+def cells(table: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
+
+
+def test_numbers_have_six_digits_and_what_is_none_is_a_dash() -> None:
+    assert [tables.text(value) for value in (1234567, 0.123456789, 1e-5, math.nan, None, True, "d6")] == [
+        *("1,234,567", "0.123457", "1e-05", "–", "–", "yes", "d6")
+    ]
+    assert tables.text(Interval(-0.25, -0.125)) == "-0.25 to -0.125"
+
+
+def test_all_tables_are_rectangular() -> None:
+    laws = tables.laws_of(FIT, PARAMETERS)
+    study = replace(STUDY, source=Source({"loss_last": 4.2, "loss_avg": 5.0}, {}))
+    found = [
+        *(tables.runs_table(STUDY), tables.metrics_table(STUDY), tables.compute_table(STUDY), tables.laws_table(laws)),
+        *(tables.trust_table(laws), tables.held_out_table(laws), tables.sensitivity_table(laws)),
+        *(tables.frontier_table(FIT), tables.parametric_table(FIT), tables.seeds_table(FIT)),
+        *(tables.gap_table(STUDY), tables.entropy_table(study), tables.irreducible_table(study, FIT)),
+    ]
+    for table in found:
+        assert table is not None and len({len(row) for row in cells(table)}) == 1 and len(cells(table)) > 2
+
+
+def test_what_was_not_measured_has_no_table() -> None:
+    nothing = replace(FIT, frontiers=(), parametric=(), seeds=())
+    untrained = replace(STUDY, runs=tuple(replace(run, training={}) for run in STUDY.runs))
+    assert tables.frontier_table(nothing) is tables.parametric_table(nothing) is tables.seeds_table(nothing) is None
+    assert tables.held_out_table(()) is tables.sensitivity_table(()) is tables.gap_table(untrained) is None
+    assert tables.entropy_table(STUDY) is tables.irreducible_table(STUDY, FIT) is None
+
+
+def test_compute_is_counted_four_ways() -> None:
+    row = cells(tables.compute_table(STUDY))[2]
+    totals = [RUNS[0].compute(name)[-1] for name in ("exact", "dense_mask", "six_nt", "paper")]
+    assert row[0] == "d6-seed0" and [float(cell) for cell in row[2:6]] == pytest.approx(totals, rel=1e-5)
+    assert float(row[7]) == pytest.approx(totals[2] / totals[0], rel=1e-5)
+
+
+def test_the_gap_is_validation_minus_training() -> None:
+    for run, row in zip(RUNS, cells(tables.gap_table(STUDY) or "")[2:], strict=True):
+        assert row[0] == run.name and float(row[3]) == float(row[5]) == pytest.approx(0.05)
+
+
+def test_a_reason_is_said_once_for_all_its_sizes_and_metrics() -> None:
+    laws = [law for law in FIT.laws if law.variable == COMPUTE]
+    common = ("d6: too early", "d8: too early", "12 points lie outside")
+    laws = [replace(law, left_out=common + (("d8: odd",) if law.metric == "loss_avg" else ())) for law in laws]
+    assert tables.left_out_lines(laws) == [
+        *("d6, d8: too early (all metrics)", "12 points lie outside (all metrics)", "d8: odd (loss_avg)")
+    ]
+
+
+def test_the_lowest_loss_of_each_run_stands_beside_the_entropy() -> None:
+    source = Source({"loss_last": 6.0, "loss_avg": 6.5}, {"loss_last": 6.01})
+    rows = cells(tables.entropy_table(replace(STUDY, source=source)) or "")[2:]
+    assert len(rows) == 2 * len(RUNS)
+    lowest = np.nanmin(RUNS[0].metrics["loss_last"])
+    assert float(rows[0][5]) == pytest.approx(lowest - 6.0, abs=1e-5)
+    assert float(rows[0][6]) == pytest.approx(lowest - 6.01, abs=1e-5) and rows[-1][6] == "–"
+
+
+def test_a_failed_gate_stands_out() -> None:
+    law = FIT.laws[0]
+    failed = replace(law, held_out=(replace(law.held_out[0], passed=False, nats=-0.02, share=0.03, share_of_gain=0.5),))
+    row = cells(tables.held_out_table([failed]) or "")[2]
+    assert row[-4:] == ["-0.020000", "3.000%", "50.0%", "**failed**"] and set(METRICS) >= {row[0]}

@@ -1,0 +1,232 @@
+"""One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops.
+
+Everything runs in one world, because starting one costs seconds. As a program: distributed_worker.py OUT, one rank.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data_pipeline.loading.loader import train_batches, validation_batches
+from data_pipeline.shards.storage import Storage
+from models.autoencoder import AutoencoderConfig
+from models.discriminator import PatchDiscriminator
+from models.quantizer import QuantizerConfig
+from models.var import VARConfig
+from models.vqvae import VQVAEConfig
+from training.checkpoints.checkpoint import Checkpoints, Retention, TrainState
+from training.engine.distributed import World, agree_on_error, barrier, end_process, join_world, leave_world
+from training.engine.engine import Engine, EngineConfig
+from training.loop import Loop, LoopConfig
+from training.losses import ReconstructionLossConfig
+from training.optim import OptimizerConfig, build_optimizer
+from training.stage import Stage
+from training.supervision.history import History
+from training.tokenizer_loop import CodebookCareConfig, TokenizerStage, build_tokenizer
+from training.tracking.record import RunRecord
+from training.var_loop import VARStage, build_var
+
+PATCH_NUMS = (1, 2, 4)
+TOKENIZER = VQVAEConfig(
+    PATCH_NUMS,
+    AutoencoderConfig(width=32, multipliers=(1, 1), num_res_blocks=1, code_width=8),
+    QuantizerConfig(vocab_size=17, code_width=8, num_phi=0),
+)
+# 17: parameters whose elements two ranks cannot share evenly
+TRANSFORMER = VARConfig(depth=2, patch_nums=PATCH_NUMS, vocab_size=17, code_width=8, num_classes=4, init_gamma=0.5)
+OPTIMIZER = OptimizerConfig(base_lr=1e-3 * 256 / 16, ema_decay=0.5)
+GLOBAL_BATCH, NUM_SAMPLES = 16, 22
+
+
+class InMemory:
+    """A data set of images or codes, each a function of its number alone."""
+
+    index = SimpleNamespace(shards=())
+    storage = Storage("nowhere")
+    max_bad = 0
+    read_together = 1
+
+    def __init__(self, *, images: bool) -> None:
+        self.images = images
+        self.shard_sizes = (9, NUM_SAMPLES - 9)
+
+    def __len__(self) -> int:
+        return NUM_SAMPLES
+
+    def twin(self) -> InMemory:
+        return self
+
+    def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[()]]:
+        return torch.stack([self._one(int(i)) for i in ids]), torch.from_numpy(ids % 4), ()
+
+    def _one(self, number: int) -> Tensor:
+        generator = torch.Generator().manual_seed(number)
+        if self.images:
+            return torch.rand(3, 8, 8, generator=generator) * 2 - 1
+        return torch.randint(16, (TRANSFORMER.scales.num_tokens,), generator=generator)
+
+
+def var_stage(world: World, engine: EngineConfig) -> VARStage:
+    model = build_var(TRANSFORMER, engine, seed=0).to(world.device)
+    optimizer = build_optimizer(model, OPTIMIZER, undecayed=model.names_without_weight_decay())
+    tokenizer = build_tokenizer(TOKENIZER, seed=0).eval().requires_grad_(False)
+    return VARStage(
+        Engine(model, optimizer, engine, global_batch=GLOBAL_BATCH, world=world),
+        TRANSFORMER,
+        tokenizer.to(world.device),
+        label_drop=0.3,
+        global_batch=GLOBAL_BATCH,
+        seed=5,
+        world=world,
+        validation=lambda: validation_batches(
+            InMemory(images=False), batch_size=4, rank=world.rank, world_size=world.world_size
+        ),
+    )
+
+
+def tokenizer_stage(world: World, engine: EngineConfig, *, adversarial: bool = False) -> TokenizerStage:
+    model = build_tokenizer(TOKENIZER, seed=0).to(world.device)
+    judge = PatchDiscriminator(width=8, num_layers=1, seed=0).to(world.device)
+    start = partial(Engine, config=engine, global_batch=GLOBAL_BATCH, world=world)
+    return TokenizerStage(
+        start(model, build_optimizer(model, OPTIMIZER)),
+        model,
+        ReconstructionLossConfig(lpips_weight=0, adversarial_weight=0.4 if adversarial else 0, adversarial_start=0.3),
+        CodebookCareConfig(restart_every=2, restart_until=1.0),
+        discriminator=start(judge, build_optimizer(judge, OPTIMIZER)) if adversarial else None,
+        global_batch=GLOBAL_BATCH,
+        seed=5,
+        world=world,
+        validation=lambda: validation_batches(
+            InMemory(images=True), batch_size=4, rank=world.rank, world_size=world.world_size
+        ),
+    )
+
+
+def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool, stop_after: int = 0) -> list[dict]:
+    """Run a stage for 6 steps, or on from its checkpoint; what it recorded."""
+    config = LoopConfig(
+        global_batch=GLOBAL_BATCH,
+        epochs=6 * GLOBAL_BATCH / NUM_SAMPLES,
+        log_every=4,
+        validate_every=2,
+        checkpoint_every=100,
+        stop_after_steps=stop_after,
+    )
+    checkpoints = Checkpoints(
+        folder / "checkpoints", retention=Retention(), world=world, model_config=model, identity={}
+    )
+    state = checkpoints.resume(stage.engines) or TrainState()
+    record = RunRecord(folder)
+    dataset = InMemory(images=images)
+    history = History(folder)
+    loop = Loop(stage, config, OPTIMIZER, world, NUM_SAMPLES, record, None, checkpoints, lambda text: None, history)
+
+    def make_batches(samples_seen: int) -> Iterator[Any]:
+        place = {"rank": world.rank, "world_size": world.world_size}
+        return train_batches(dataset, batch_size=4, samples_seen=samples_seen, seed=3, workers=0, **place)
+
+    loop.run(state, make_batches)
+    barrier(world)
+    return record.read()
+
+
+def train_in_parts(make_stage: Callable[[], Stage], world: World, folder: Path, **kinds: Any) -> list[dict]:
+    """Like `train`, but stopped after 3 steps and started again with everything built anew."""
+    train(make_stage(), world, folder, stop_after=3, **kinds)
+    return train(make_stage(), world, folder, **kinds)
+
+
+def resume_elsewhere(half: Path, stage: Stage, world: World, folder: Path, **kinds: Any) -> list[dict]:
+    """Go on from a copy of a run that was stopped under another ZeRO stage or world size; what is recorded in all."""
+    if world.is_rank_zero:
+        shutil.copytree(half, folder)
+    barrier(world)
+    return train(stage, world, folder, **kinds)
+
+
+def float32(zero_stage: int) -> EngineConfig:
+    return EngineConfig(
+        zero_stage=zero_stage,
+        precision="fp32",
+        micro_batch=4,
+        activation_checkpointing="full" if zero_stage == 3 else "none",
+        reduce_bucket_size=1_000_000,
+        prefetch_bucket_size=100_000,
+        persistence_threshold=1000,
+    )
+
+
+def run_all(world: World, out: Path) -> dict[str, Any]:
+    results: dict[str, Any] = {}
+    codes, pictures = {"model": TRANSFORMER, "images": False}, {"model": TOKENIZER, "images": True}
+    for zero_stage in (0, 1, 2, 3):
+        name, make_stage = f"stage{zero_stage}", partial(var_stage, world, float32(zero_stage))
+        results[name] = train(make_stage(), world, out / name, **codes)
+        train(make_stage(), world, out / f"{name}_half", stop_after=3, **codes)
+        halves = {f"{name}_parts": out / f"{name}_half"}
+        if world.world_size > 1:
+            halves[f"{name}_other_world"] = out.parent / "world1" / f"{name}_half"
+        if zero_stage:
+            halves[f"{name}_other_stage"] = out / f"stage{zero_stage - 1}_half"
+        for part, half in halves.items():
+            results[part] = resume_elsewhere(half, make_stage(), world, out / part, **codes)
+    half = out / "stage3_half"
+    results["stage0_other_stage"] = resume_elsewhere(
+        half, var_stage(world, float32(0)), world, out / "stage0_other_stage", **codes
+    )
+    stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
+    make_stage = partial(tokenizer_stage, world, stage_1)
+    results["tokenizer"] = train(make_stage(), world, out / "tokenizer", **pictures)
+    results["tokenizer_parts"] = train_in_parts(make_stage, world, out / "tokenizer_parts", **pictures)
+    make_stage = partial(tokenizer_stage, world, stage_1, adversarial=True)
+    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
+    results["adversarial_parts"] = train_in_parts(make_stage, world, out / "adversarial_parts", **pictures)
+    for zero_stage in (1, 3):
+        bf16 = EngineConfig(zero_stage=zero_stage, precision="bf16", micro_batch=4, reduce_bucket_size=1_000_000)
+        name, make_stage = f"bf16_stage{zero_stage}", partial(var_stage, world, bf16)
+        results[f"{name}_initial_error"] = initial_error(make_stage(), world)
+        results[name] = train(make_stage(), world, out / name, **codes)
+        results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
+    results["error"] = shared_error(world)
+    return results
+
+
+def initial_error(stage: VARStage, world: World) -> float:
+    """How far the engine's float32 weights are from those the model was given, at the worst."""
+    wanted = build_var(TRANSFORMER, EngineConfig(), seed=0).state_dict()
+    found = {name: value.to("cpu", copy=True) for name, value in stage.engines["model"].state.tensors()}
+    return max(float((found[f"weight/{name}"] - wanted[name]).abs().max()) for name in wanted)
+
+
+def shared_error(world: World) -> str:
+    """What every rank hears when only the last one fails."""
+    try:
+        agree_on_error(OSError("disk full") if world.rank == world.world_size - 1 else None, world)
+    except (OSError, ValueError) as error:
+        return str(error)
+    return "nothing"
+
+
+def main(out: str) -> None:
+    world = join_world(timeout_seconds=120)
+    torch.set_num_threads(1)  # these tensors are too small to share
+    results = run_all(world, Path(out))
+    (Path(out) / f"rank{world.rank}.json").write_text(json.dumps(results))
+    leave_world()
+
+
+if __name__ == "__main__":
+    main(sys.argv[-1])
+    end_process(0)

@@ -1,0 +1,111 @@
+"""What the ranks of forked worlds do while faults are injected: write checkpoints, or train as the launcher does."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tiny import VAR_CONFIG, PlainEngine
+from torch import Tensor, nn
+
+from data_pipeline.loading import loader
+from data_pipeline.loading.datasets import CodeDataset
+from launchers import train as train_launcher
+from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
+from training.engine.distributed import World, join_world, leave_world
+from training.seams import reach
+
+
+def make_engine() -> PlainEngine:
+    """A few numbers that two or three ranks cannot share evenly."""
+    model = nn.Linear(7, 3)
+    model.register_buffer("count", torch.zeros(()))
+    return PlainEngine(model)
+
+
+def set_step(engine: PlainEngine, step: int) -> None:
+    """Make everything that a checkpoint holds a function of the step."""
+    shapes = {name: tensor.shape for name, tensor in engine.state.tensors()}
+    engine.state.load(lambda name: torch.full(shapes[name], step + len(name) / 100))
+    engine.state.load_scalars({"step": float(step)})
+
+
+def content(engine: PlainEngine) -> dict[str, Any]:
+    """Everything that a checkpoint must bring back, as plain data."""
+    return {name: tensor.flatten().tolist() for name, tensor in engine.state.tensors()} | engine.state.scalars()
+
+
+def content_at(step: int) -> dict[str, Any]:
+    """The content of the checkpoint of a step."""
+    engine = make_engine()
+    set_step(engine, step)
+    return content(engine)
+
+
+def open_checkpoints(root: Path, world: World, said: list[str]) -> Checkpoints:
+    return Checkpoints(
+        root, retention=Retention(last=2), world=world, model_config=VAR_CONFIG, identity={"seed": 0}, say=said.append
+    )
+
+
+def save_checkpoints(root: str, saves: int) -> dict[str, Any]:
+    """Resume, then go on for `saves` steps with a checkpoint of each, whether or not one fails."""
+    world = join_world(timeout_seconds=60)
+    outcome: dict[str, Any] = {"resumed": None, "content": None, "said": [], "failures": [], "saved": []}
+    engine = make_engine()
+    checkpoints = open_checkpoints(Path(root), world, outcome["said"])
+    state = checkpoints.resume({"model": engine})
+    if state is not None:
+        outcome |= {"resumed": state.step, "content": content(engine)}
+    state = state or TrainState()
+    for _ in range(saves):
+        state.step += 1
+        set_step(engine, state.step)
+        try:
+            outcome["saved"].append(checkpoints.save({"model": engine}, state).name)
+        except CheckpointFailed as failure:
+            outcome["failures"].append(str(failure))
+    leave_world()
+    return outcome
+
+
+def train(arguments: list[str], attempt: int, samples: str) -> None:
+    """launchers/train.py with a command line. Notes which samples this rank reads in `samples`, before each step.
+
+    A line holds the attempt, the rank, and the numbers and epochs of the samples of one micro-batch.
+    """
+    read = CodeDataset.read_narrow
+
+    def noting_read(dataset: CodeDataset, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
+        if Path(dataset.folder).name == "train":
+            line = {"attempt": attempt, "rank": int(os.environ["RANK"]), "ids": ids.tolist(), "epochs": epochs.tolist()}
+            with open(samples, "a") as file:
+                file.write(json.dumps(line) + "\n")
+        return read(dataset, ids, epochs)
+
+    CodeDataset.read_narrow = noting_read
+    loader._in_thread = lambda batches, device, workers, ahead: batches  # what is read ahead is not what a step takes
+    CodeDataset.read_together = 1  # nor what is read with it
+    CodeDataset.try_one = lambda dataset: None  # reads a sample that no step sees
+    sys.argv = ["train.py", *arguments]
+    train_launcher.main()
+
+
+def start_a_process(seconds: int) -> int:
+    """For tests of the harness: start a process that outlives this rank, and return its number."""
+    return subprocess.Popen(["sleep", str(seconds)], start_new_session=True).pid
+
+
+def say_hello(numbers: list[int]) -> dict[str, Any]:
+    """For tests of the harness: pass two seams for each number, and return what came out."""
+    return {
+        "rank": os.environ["RANK"],
+        "argument": numbers,
+        "passed": [[reach("hello.first", number), reach("hello.second", number)] for number in numbers],
+    }

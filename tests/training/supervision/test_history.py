@@ -1,0 +1,54 @@
+"""What happened to a run is remembered, also by a process that was killed while it wrote."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from training.supervision.history import CHECKPOINT, START, History
+
+
+def test_a_run_without_history_was_never_started_or_saved(tmp_path: Path) -> None:
+    history = History(tmp_path / "run")
+    assert history.first_start() is None and history.saved_step() is None
+
+
+def test_the_first_start_and_the_last_save_count(tmp_path: Path) -> None:
+    history = History(tmp_path / "run")
+    history.note(START, step=0)
+    first = history.first_start()
+    for step in (10, 20):
+        history.note(CHECKPOINT, step=step)
+    history.note(START, step=20)
+    assert History(tmp_path / "run").first_start() == first
+    assert history.saved_step() == 20
+    assert [event["step"] for event in history.events(START)] == [0, 20]
+
+
+def test_a_line_that_was_cut_is_left_out_and_the_rest_stays(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history.note(CHECKPOINT, step=1)
+    with history.path.open("a") as file:
+        file.write('{"event": "checkpoint", "st')
+    assert history.saved_step() == 1
+    history.note(CHECKPOINT, step=2)
+    assert history.saved_step() == 2
+
+
+def test_damaged_lines_are_no_events_whatever_they_hold(tmp_path: Path) -> None:
+    history = History(tmp_path)
+    history.note(START, step=0)
+    with history.path.open("ab") as file:
+        for line in (b"\xff\xfe", b"[" * 10**5, b'{"event": "start", "time": NaN}', b'{"event": "checkpoint"}'):
+            file.write(line + b"\n")
+        file.write(b'{"event": "checkpoint", "pad": "' + b"x" * 3 * 2**20 + b'"}\n')
+    history.note(CHECKPOINT, step=7)
+    with history.path.open("ab") as file:
+        file.write(b'{"event": "checkpoint"}\n{"event": "checkpoint", "step": [1]}\n')
+    assert history.saved_step() == 7 and isinstance(history.first_start(), float)
+    assert len(history.events(START)) == 1
+
+
+def test_a_history_that_is_no_file_is_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "history.jsonl")
+    assert History(tmp_path).first_start() is None

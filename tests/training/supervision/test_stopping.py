@@ -1,0 +1,179 @@
+"""A request to stop reaches all ranks at the same step, however often it is made; the impatient get what they want."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from training.engine.distributed import World
+from training.supervision import stopping as module
+from training.supervision.stopping import SIGNALS, Stopped, Stopping
+
+
+@pytest.fixture
+def stopping(tmp_path: Path) -> Iterator[Stopping]:
+    installed = Stopping(tmp_path, World())
+    installed.install()
+    yield installed
+    installed.remove()
+
+
+def test_nobody_asks_where_no_signal_is_listened_for(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    assert Stopping(tmp_path, World()).agreed() == ""
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+def test_a_signal_asks_for_a_stop_in_one_line(
+    stopping: Stopping, number: signal.Signals, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert stopping.agreed() == ""
+    os.kill(os.getpid(), number)
+    assert stopping.agreed() == f"{number.name} on rank 0"
+    said = capfd.readouterr().err
+    assert said.startswith(f"rank 0: {number.name}: training stops") and said.count("\n") == 1
+
+
+def test_echoes_of_the_first_signal_are_the_same_request(stopping: Stopping, capfd: pytest.CaptureFixture[str]) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+        os.kill(os.getpid(), number)
+    assert stopping.agreed() == "SIGINT on rank 0"
+    assert capfd.readouterr().err.count("\n") == 1
+
+
+def ended(child: Callable[[], None]) -> int:
+    """The exit code of a forked process that runs `child`."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            child()
+        finally:
+            os._exit(99)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+def test_a_second_signal_ends_the_process_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
+) -> None:
+    monkeypatch.setattr(module, "SAME_REQUEST_SECONDS", 0.05)
+
+    def impatient() -> None:
+        Stopping(tmp_path, World()).install()
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)
+        os.kill(os.getpid(), number)
+        time.sleep(5)
+
+    assert ended(impatient) == code
+
+
+def test_signals_that_a_parent_had_ignored_are_heard(tmp_path: Path) -> None:
+    def ignored() -> None:
+        signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        stopping = Stopping(tmp_path, World())
+        stopping.install()
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os._exit(0 if stopping.agreed() == "SIGUSR1 on rank 0" else 1)
+
+    assert ended(ignored) == 0
+
+
+def test_handlers_of_before_come_back(tmp_path: Path) -> None:
+    before = [signal.getsignal(number) for number in SIGNALS]
+    stopping = Stopping(tmp_path, World())
+    stopping.install()
+    assert [signal.getsignal(number) for number in SIGNALS] != before
+    stopping.remove()
+    stopping.remove()
+    assert [signal.getsignal(number) for number in SIGNALS] == before
+
+
+def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> None:
+    stopping = Stopping(tmp_path, World())
+    assert stopping.agreed() == ""
+    (tmp_path / "stop").touch()
+    time.sleep(module.LOOK_SECONDS)
+    assert stopping.agreed() == f"{tmp_path / 'stop'} was made"
+    stopping.finished()
+    assert not (tmp_path / "stop").exists()
+    assert Stopping(tmp_path, World()).agreed() == ""
+    stopping.finished()
+
+
+def test_a_stop_file_that_stays_is_pointed_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "stop").mkdir()
+    Stopping(tmp_path, World()).finished()
+    said = capsys.readouterr().err
+    assert said.startswith(f"{tmp_path / 'stop'}: ") and "remove it before the next start" in said
+
+
+def test_what_stopped_a_run_is_one_line_with_the_checkpoint() -> None:
+    stopped = Stopped("SIGTERM on rank 3", Path("runs/a/checkpoints/step-00000012"))
+    assert "SIGTERM on rank 3" in str(stopped) and "step-00000012" in str(stopped) and "\n" not in str(stopped)
+
+
+def answers_of_two_ranks(folder: Path, rank: int, port: int) -> None:
+    """Rank 1 is signaled in step 2; in step 5 rank 0 sees the stop file too. Answers go to a file for each rank."""
+    world = World(rank=rank, world_size=2)
+    meeting = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    stopping = Stopping(folder, world)
+    stopping.install()
+    answers = []
+    for step in range(7):
+        if step == 2 and rank == 1:
+            os.kill(os.getpid(), signal.SIGUSR1)
+        if step == 5 and rank == 0:
+            (folder / "stop").touch()
+            time.sleep(module.LOOK_SECONDS)
+        answers.append(stopping.agreed())
+    (folder / f"answers{rank}").write_text("\n".join(answers))
+    os._exit(0)
+
+
+def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    children = []
+    for rank in range(2):
+        children.append(os.fork())
+        if children[-1] == 0:
+            try:
+                answers_of_two_ranks(tmp_path, rank, port)
+            finally:
+                os._exit(1)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
+    first, second = ((tmp_path / f"answers{rank}").read_text().split("\n") for rank in range(2))
+    assert first == second == [""] * 3 + ["SIGUSR1 on rank 1"] * 4
+
+
+def test_a_stop_file_reaches_ranks_that_do_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stop").touch()
+    wishes: list[int] = []
+    monkeypatch.setattr(module, "_Reduction", lambda wish, world: wishes.append(wish) or Granted(max(wishes)))
+    monkeypatch.setattr(module.dist, "new_group", lambda backend: "a group")
+    first, second = (Stopping(tmp_path, World(rank=rank, world_size=2)) for rank in range(2))
+    for answer in ("", f"{tmp_path / 'stop'} was made"):
+        assert (first.agreed(), second.agreed()) == (answer, answer)
+    assert wishes[0] > 0 and wishes[1] == 0
+
+
+class Granted:
+    """A reduction that has ended."""
+
+    def __init__(self, number: int) -> None:
+        self._number = number
+
+    def result(self) -> int:
+        return self._number

@@ -1,0 +1,91 @@
+"""Which numbers of a record are drawn, where, and that compute takes the place of the step in `curve/*`."""
+
+from __future__ import annotations
+
+import pytest
+from trackers import train_record
+
+from training.tracking.curves import CURVES, Point, compute_step, flatten_metrics, points_of
+from training.tracking.record import CURVE_UNITS, Record, TrackingConfig
+
+FOUR = {"loss_last": 5.5, "loss_avg": 6.5, "error_last": 0.95, "error_avg": 0.9}
+
+
+def validation(step: int, pflop: float, **values: float) -> Record:
+    return {"kind": "validation", "step": step, "time": 9.0, "pflop": pflop} | values
+
+
+def curve(record: Record, unit: str = "TFLOP") -> list[Point]:
+    return [point for point in points_of(record, TrackingConfig(curve_unit=unit)) if point[0].startswith("curve/")]
+
+
+def test_what_is_not_finite_is_left_out_of_its_series() -> None:
+    drawn = flatten_metrics({"kind": "train", "step": 1, "gradient_norm": None, "error": [0.5, None]})
+    assert drawn == {"progress/train_step": 1.0, "scales/train_error_01": 0.5}
+
+
+def test_metrics_stand_in_sections_and_are_numbered_by_scale() -> None:
+    entry = {"kind": "train", "step": 3, "time": 9.0, "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0, 3.0]}
+    assert flatten_metrics(entry) == {
+        "progress/train_step": 3.0,
+        "progress/train_samples_seen": 24.0,
+        "loss/train_loss_avg": 2.0,
+        "scales/train_loss_01": 1.0,
+        "scales/train_loss_02": 2.0,
+        "scales/train_loss_03": 3.0,
+    }
+
+
+def test_the_step_is_a_metric_by_which_trackers_say_how_far_they_are_and_the_time_is_none() -> None:
+    drawn = flatten_metrics({"kind": "validation", "step": 3, "time": 9.0, "epoch": 0.5, "loss_avg": 2.0})
+    assert drawn == {"progress/validation_step": 3.0, "loss/validation_loss_avg": 2.0}
+
+
+def test_a_kind_of_record_that_came_later_is_drawn_too() -> None:
+    assert flatten_metrics({"kind": "goodput", "step": 3, "time": 9.0, "goodput": 0.9}) == {
+        "progress/goodput_step": 3.0,
+        "speed/goodput_goodput": 0.9,
+    }
+
+
+def test_validation_is_drawn_against_compute_and_compute_beside_it() -> None:
+    points = curve(validation(40, 1.2344, **FOUR))
+    assert points == [(f"curve/{name}", value, 9000, 1234) for name, value in (FOUR | {"pflop": 1.2344}).items()]
+    assert [name for name, *_ in points] == [f"curve/{name}" for name in CURVES]
+
+
+@pytest.mark.parametrize("unit", CURVE_UNITS)
+def test_the_step_of_a_curve_is_its_compute_in_units(unit: str) -> None:
+    for pflop in (7.0, 123.4567, 2.6e6):
+        [*_, (_, drawn, _, step)] = curve(validation(1, pflop, **FOUR), unit)
+        assert drawn == pflop and isinstance(step, int)
+        assert abs(step / CURVE_UNITS[unit] - pflop) <= 0.5 / CURVE_UNITS[unit] * (1 + 1e-9)
+        assert step < 2**53  # what a browser counts exactly
+
+
+def test_compute_that_rounding_errors_put_below_a_whole_unit_is_that_unit() -> None:
+    assert [compute_step(step * 64 * 1e-3 / 64, "TFLOP") for step in range(1, 1000)] == list(range(1, 1000))
+
+
+def test_what_no_logarithm_shows_is_not_drawn() -> None:
+    assert curve(validation(1, 4e-4, **FOUR)) == []
+    assert len(curve(validation(1, 4e-4, **FOUR), "GFLOP")) == len(CURVES)
+
+
+def test_only_validation_records_with_losses_and_compute_have_a_curve() -> None:
+    assert curve({"kind": "train", "step": 5, "time": 9.0, "pflop": 3.0} | FOUR) == []
+    assert curve({"kind": "validation", "step": 5, "time": 9.0} | FOUR) == []
+    assert curve(validation(5, 3.0, psnr=22.0)) == []
+
+
+def test_of_training_records_only_multiples_are_drawn_and_of_all_others_all() -> None:
+    config = TrackingConfig(every=50)
+    drawn = [step for step in range(1, 201) if points_of(train_record(step), config)]
+    assert drawn == [50, 100, 150, 200]
+    assert points_of(validation(7, 1.0, **FOUR), config) == points_of(validation(7, 1.0, **FOUR), TrackingConfig())
+
+
+def test_the_step_comes_last() -> None:
+    for record in (train_record(3, epoch=0.5), validation(3, 1.0, **FOUR)):
+        last = (f"progress/{record['kind']}_step", 3.0, int(record["time"] * 1000), 3)
+        assert points_of(record, TrackingConfig())[-1] == last

@@ -1,0 +1,196 @@
+"""metrics.jsonl is the record: whole lines only, on disk when written, never silently shortened."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trackers import train_record
+
+from training import seams
+from training.tracking.record import Place, RunRecord, TrackingConfig, absolute_uri, artifact_folder
+
+
+@pytest.fixture
+def record(tmp_path: Path) -> RunRecord:
+    return RunRecord(tmp_path / "run")
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """A disk that takes half a line and then no more."""
+
+    def refuse(site: str, file: Any) -> Any:
+        if site == "record.write":
+            file.write(b'{"kind": "tra')
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return file
+
+    seams.install(refuse)
+    yield
+    seams.install(None)
+
+
+def test_what_is_written_is_read_back_in_order(record: RunRecord) -> None:
+    written = [train_record(step, error=[0.5, 0.25]) for step in (1, 2, 3)]
+    record.write(written[:2])
+    record.write(written[2:])
+    assert record.read() == written
+    assert len(record.path.read_text().splitlines()) == 3
+
+
+def test_numbers_that_json_does_not_have_are_written_as_null(record: RunRecord) -> None:
+    record.write([train_record(1, gradient_norm=float("inf"), error=[0.5, float("nan")])])
+    assert record.read()[0]["gradient_norm"] is None
+    assert record.read()[0]["error"] == [0.5, None]
+
+
+@pytest.mark.parametrize(
+    "wrong, said",
+    [
+        ({"every": 0}, "tracking.every is 0; it is a number of steps, 1 or more"),
+        ({"curve_unit": "FLOP"}, "tracking.curve_unit is FLOP; accepted: PFLOP, TFLOP, GFLOP, MFLOP"),
+        ({"study": "it's"}, "tracking.study is it's; it must hold no quotation mark"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(wrong: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{said}$"):
+        TrackingConfig(**wrong)
+
+
+def test_a_record_that_does_not_exist_yet_is_empty(record: RunRecord) -> None:
+    assert record.read() == []
+
+
+def test_a_last_line_cut_by_a_crash_is_left_out(record: RunRecord) -> None:
+    record.write([train_record(1), train_record(2)])
+    whole = record.path.read_bytes()
+    record.path.write_bytes(whole[:-5])
+    assert record.read() == [train_record(1)]
+
+
+def test_steps_after_the_checkpoint_are_forgotten(record: RunRecord) -> None:
+    record.write([train_record(step) for step in (1, 2, 3, 4)])
+    record.forget_after(2)
+    assert [entry["step"] for entry in record.read()] == [1, 2]
+
+
+def test_a_resumed_run_writes_on_after_a_cut_line(record: RunRecord) -> None:
+    record.write([train_record(1), train_record(2)])
+    record.path.write_bytes(record.path.read_bytes()[:-5])
+    record.forget_after(1)
+    record.write([train_record(2)])
+    assert [entry["step"] for entry in record.read()] == [1, 2]
+
+
+def test_a_new_run_that_forgets_everything_has_an_empty_record(record: RunRecord) -> None:
+    record.write([train_record(1)])
+    record.forget_after(0)
+    assert record.read() == []
+
+
+def test_what_is_forgotten_is_forgotten_whole_or_not_at_all(record: RunRecord) -> None:
+    record.write([train_record(step) for step in (1, 2, 3, 4)])
+
+    def refuse(site: str, value: Any) -> Any:
+        if site == "record.replace":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return value
+
+    seams.install(refuse)
+    try:
+        with pytest.raises(OSError):
+            record.forget_after(2)
+    finally:
+        seams.install(None)
+    assert [entry["step"] for entry in record.read()] == [1, 2, 3, 4]
+    assert [path.name for path in record.path.parent.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_damaged_line_is_named_once_and_stays(record: RunRecord, capsys: pytest.CaptureFixture[str]) -> None:
+    record.write([train_record(step) for step in (1, 2, 3, 4)])
+    lines = record.path.read_bytes().splitlines(keepends=True)
+    lines[1] = lines[1].replace(b"{", b"\xff")
+    record.path.write_bytes(b"".join(lines))
+    assert [entry["step"] for entry in record.read()] == [entry["step"] for entry in record.read()] == [1, 3, 4]
+    assert capsys.readouterr().out.count(f"{record.path}: line 2 is damaged") == 1
+    RunRecord(record.path.parent).forget_after(3)
+    assert record.path.read_bytes() == b"".join(lines[:3])
+    assert "line 2 is damaged" in capsys.readouterr().out
+
+
+NONE = [
+    *("7", "{}", '{"step": 3}', '{"kind": "train", "step": "3"}', "[" * 9, "[" * 10**5, '{"kind": [], "step": 3}'),
+    *('{"kind": "train", "step": -1}', '{"kind": "train", "step": true}', '{"kind": "train", "step": 3, "loss": NaN}'),
+    *('{"kind": "train", "step": 3, "step": 4}', '{"kind": "train", "step": ' + "9" * 5000 + "}"),
+]
+
+
+@pytest.mark.parametrize("line", NONE)
+def test_a_line_that_is_json_but_no_record_is_damaged_too(
+    record: RunRecord, line: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.write([train_record(1)])
+    with record.path.open("a") as file:
+        file.write(f"{line}\n")
+    record.write([train_record(2)])
+    assert [entry["step"] for entry in record.read()] == [1, 2]
+    assert "line 2 is damaged" in capsys.readouterr().out
+
+
+def test_a_reader_goes_on_where_it_was_and_starts_anew_when_the_record_was_replaced(record: RunRecord) -> None:
+    record.write([train_record(1), train_record(2)])
+    *_, (_, place) = record.read_after(Place())
+    record.write([train_record(3)])
+    assert [entry["step"] for entry, _ in record.read_after(place)] == [3]
+    record.forget_after(1)
+    record.write([train_record(step) for step in (2, 3, 4)])  # longer than it was
+    assert [entry["step"] for entry, _ in record.read_after(place)] == [1, 2, 3, 4]
+
+
+def test_a_full_disk_costs_one_line_and_no_record(
+    record: RunRecord, full_disk: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record.write([train_record(1)])
+    record.write([train_record(2), train_record(3)])
+    assert record.path.read_bytes() == b""
+    seams.install(None)
+    record.write([train_record(4)])
+    assert [entry["step"] for entry in record.read()] == [1, 2, 3, 4]
+    said = capsys.readouterr().out.splitlines()
+    assert ["No space left" in said[0], "written again, with 4 records" in said[1], len(said)] == [True, True, 2]
+
+
+def test_a_disk_that_stays_full_ends_the_run(
+    record: RunRecord, full_disk: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.tracking.record.MAX_UNWRITTEN", 3)
+    record.write([train_record(step) for step in (1, 2, 3)])
+    with pytest.raises(OSError):
+        record.write([train_record(4)])
+
+
+def test_what_a_crash_has_left_of_a_line_is_written_over(record: RunRecord) -> None:
+    record.write([train_record(1)])
+    with record.path.open("a") as file:
+        file.write('{"kind": "train", "st' + "9" * 10_000)
+    record.write([train_record(2)])
+    assert record.read() == [train_record(1), train_record(2)]
+
+
+def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert absolute_uri("sqlite:///runs/mlflow.db") == f"sqlite:///{tmp_path}/runs/mlflow.db"
+    assert not (tmp_path / "runs").exists()
+    assert absolute_uri("http://host:5000") == "http://host:5000"
+
+
+def test_only_a_database_file_has_a_folder_of_pictures_beside_it() -> None:
+    assert artifact_folder("sqlite:////data/mlflow.db") == "/data/mlflow_artifacts"
+    assert artifact_folder("http://host:5000") is None

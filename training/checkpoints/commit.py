@@ -1,0 +1,233 @@
+"""Folders that are whole or absent: the rules by which checkpoints are written, verified and forgotten.
+
+A folder is written under a temporary name. Every file is hashed as it is written and forced to disk; a manifest lists
+the files with size and sha256 and is sealed with a hash of its own; then the folder is renamed to its final name, which
+is the commit. What is not listed, or not as listed, is damage. Nothing here knows of ranks or of what the files mean.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files.atomic import file_sha256, fsync
+from data_pipeline.files.strict_json import MAX_BYTES, parse_json, read_regular_file
+from training.seams import reach
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+KEEP = "keep"  # the manifest does not list it, so that people may add it and take it away
+SEAL = "seal"
+TEMPORARY, DOOMED, DAMAGED = ".tmp-", ".old-", ".damaged-"  # prefixes of folders that are no checkpoints
+# what the manifest of every checkpoint says, besides a list of its files
+FACTS = {
+    "format": int,
+    "step": int,
+    "samples_seen": int,
+    "useful_seconds": float,
+    "world_size": int,
+    "model": dict,
+    "identity": dict,
+    "config": dict,
+    "engines": dict,
+    "files": dict,
+}
+FILE_NAME = re.compile(r"(?:\w[\w.-]*/){0,2}\w[\w.-]*")  # in this folder or below it, never above
+SHA256 = re.compile(r"[0-9a-f]{64}")
+Entry = dict[str, Any]  # of a manifest: {"bytes": ..., "sha256": ...}
+
+
+class DamagedCheckpoint(ValueError):
+    """A checkpoint that is not as it was written, or is gone."""
+
+
+def make_room(root: Path, temporary: Path) -> None:
+    """Remove what an interrupted save or removal has left behind, and make the folder to write to."""
+    for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DOOMED}*")]:
+        shutil.rmtree(leftover)
+    reach("checkpoint.mkdir")
+    temporary.mkdir(parents=True)
+
+
+def write_file(path: Path, content: bytes, what: str) -> Entry:
+    """Write a file and force it to disk; its entry in the manifest, of the bytes that were meant to be written.
+
+    what: names the file in the seams that tests reach, "checkpoint.WHAT.open" and so on.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    reach(f"checkpoint.{what}.open")
+    with path.open("wb") as file:
+        half = len(content) // 2
+        file.write(memoryview(content)[:half])
+        file.flush()
+        reach(f"checkpoint.{what}.torn")
+        file.write(memoryview(content)[half:])
+        file.flush()
+        reach(f"checkpoint.{what}.fsync")
+        os.fsync(file.fileno())
+    reach(f"checkpoint.{what}.written")
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a folder whose files are all there, and rename the folder into place: the commit.
+
+    Raises:
+        OSError: something could not be written; `final` is as it was before.
+        ValueError: a listed file is not there, or not as large: this process does not see what another one wrote.
+    """
+    for name, entry in manifest["files"].items():
+        file = temporary / name
+        if not file.is_file() or file.stat().st_size != entry["bytes"]:
+            raise ValueError(f"{file} was written but is not seen by rank 0; the run folder must be on shared storage")
+    write_file(temporary / MANIFEST, sealed(manifest), "manifest")
+    for folder in {(temporary / name).parent for name in manifest["files"]} | {temporary}:
+        fsync(folder)
+    reach("checkpoint.rename")
+    os.rename(temporary, final)
+
+
+def settle(root: Path) -> None:
+    """Force the names of what was renamed in a folder to disk."""
+    reach("checkpoint.renamed")
+    fsync(root)
+    reach("checkpoint.committed")
+
+
+def sealed(manifest: dict[str, Any]) -> bytes:
+    """A manifest as bytes, with a hash over the rest, so that a single flipped bit in it shows."""
+    return _to_bytes(manifest | {SEAL: hashlib.sha256(_to_bytes(manifest)).hexdigest()})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a checkpoint, without its seal.
+
+    Raises:
+        DamagedCheckpoint: it is not there, or not what was written.
+        ValueError: another version of this program wrote it.
+    """
+    path = folder / MANIFEST
+    try:
+        content = read_regular_file(path, max_bytes=MAX_BYTES, follow_links=False)
+        manifest = parse_json(content)
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{path} is missing") from None
+    except ValueError as error:
+        raise DamagedCheckpoint(f"{path} {error}") from None
+    except OSError as error:
+        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+    if not isinstance(manifest, dict):
+        raise DamagedCheckpoint(f"{path} holds no manifest")
+    if SEAL not in manifest and manifest.get("format") == 1:
+        raise ValueError(f"{folder}: checkpoint format 1, this version reads {FORMAT}; go on with the version it is of")
+    manifest.pop(SEAL, None)
+    if sealed(manifest) != content:
+        raise DamagedCheckpoint(f"{path} does not fit its seal")
+    if type(manifest.get("format")) is int and manifest["format"] != FORMAT:
+        raise ValueError(f"{folder}: checkpoint format {manifest['format']}, this version reads {FORMAT}")
+    if nonsense := _nonsense(manifest):
+        raise DamagedCheckpoint(f"{path} is sealed, but {nonsense}")
+    return manifest
+
+
+def _nonsense(manifest: dict[str, Any]) -> str:
+    """What in a manifest this program never writes; empty: nothing. Anybody can seal anything."""
+    for name, kind in FACTS.items():
+        value = manifest.get(name)
+        if type(value) is not kind and not (kind is float and type(value) is int):
+            return f"{name} is {str(value)[:40]!r}, expected {kind.__name__}"
+        if kind in (int, float) and value < 0:
+            return f"{name} is {value}, expected 0 or more"
+    for tag, scalars in manifest["engines"].items():
+        if not isinstance(scalars, dict):
+            return f"engine {tag[:40]!r} is no mapping"
+    for name, entry in manifest["files"].items():
+        if not FILE_NAME.fullmatch(name) or name in (MANIFEST, KEEP):
+            return f"lists a file {name[:80]!r}"
+        is_entry = isinstance(entry, dict) and type(entry.get("bytes")) is int and entry["bytes"] >= 0
+        if not is_entry or not SHA256.fullmatch(str(entry.get("sha256"))):
+            return f"does not say size and sha256 of {name}"
+    return ""
+
+
+def structural_damage(folder: Path) -> str:
+    """What is wrong with a checkpoint apart from the contents of its listed files; empty: nothing."""
+    try:
+        manifest = read_manifest(folder)
+    except DamagedCheckpoint as damage:
+        return str(damage)
+    if folder.name != folder_name(manifest["step"]):
+        return f"{folder / MANIFEST} is that of step {manifest['step']}"
+    listed = set(manifest["files"])
+    inside = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    for path in inside:
+        if path.is_symlink() or not path.is_file():
+            return f"{path} is no regular file"
+    found = {str(path.relative_to(folder)) for path in inside} - {MANIFEST, KEEP}
+    for name in sorted(listed - found):
+        return f"{folder / name} is missing"
+    for name in sorted(found - listed):
+        return f"{folder / name} does not belong there"
+    return ""
+
+
+def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> str:
+    """What is wrong with the contents of some of the listed files; empty: nothing."""
+    for name in names:
+        entry, file = manifest["files"].get(name), folder / name
+        if entry is None:
+            return f"{folder / MANIFEST} does not list {name}"
+        try:
+            if file.stat().st_size != entry["bytes"]:
+                return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
+            if file_sha256(file) != entry["sha256"]:
+                return f"{file} is damaged (sha256)"
+        except OSError as error:
+            return f"{file} cannot be read ({error.strerror})"
+    return ""
+
+
+def folder_name(step: int) -> str:
+    """The name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def candidates(root: Path) -> list[Path]:
+    """All folders that claim to be checkpoints, the newest first."""
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint out of the way, for somebody to look at; its new place."""
+    number = 0
+    while (target := folder.with_name(f"{DAMAGED}{folder.name}-{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    fsync(folder.parent)
+    return target
+
+
+def forget_old(root: Path, *, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` checkpoints, kept ones, and those of every `keep_every`-th step (0: none)."""
+    passing = [path for path in candidates(root) if not _stays(path, keep_every)]
+    for old in passing[keep:]:
+        doomed = old.with_name(f"{DOOMED}{old.name}")
+        reach("checkpoint.forget.rename")
+        os.rename(old, doomed)
+        reach("checkpoint.forget.remove")
+        shutil.rmtree(doomed)
+        reach("checkpoint.forgotten")
+
+
+def _stays(folder: Path, keep_every: int) -> bool:
+    step = folder.name.removeprefix("step-")
+    return (folder / KEEP).exists() or (keep_every > 0 and step.isdigit() and int(step) % keep_every == 0)
+
+
+def _to_bytes(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()

@@ -1,0 +1,204 @@
+"""Who this process is among the processes of a run, and the few collectives that the loops need.
+
+Everything else in `training` takes a `World` as an argument; nothing looks at the environment again. A single process
+is the same code with `world_size` 1. Collectives go through torch.distributed, which DeepSpeed's engine shares.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from training.engine import slurm
+from training.engine.host_memory import keep_freed_memory
+
+
+@dataclass(frozen=True)
+class World:
+    """The place of this process: `rank` of `world_size`, `local_rank` of `local_world_size` on its node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_rank_zero(self) -> bool:
+        return self.rank == 0
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """Read the variables of the deepspeed launcher and torchrun, else those of `srun`, else a world of one."""
+        if environment.get("RANK"):
+            place = _place_by_launcher(environment)
+        elif slurm.is_srun_task(environment):
+            place = slurm.read_place(environment)
+        else:
+            place = slurm.Place(0, 1, 0, 1)
+        return cls(*place, _device(place.local_rank, environment))
+
+
+def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
+    """The place that the deepspeed launcher or torchrun gave; ValueError if no launcher can have set it so."""
+    place = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    if not all(value.isdecimal() for value in place.values()):
+        said = ", ".join(f"{name}={value}" for name, value in place.items())
+        raise ValueError(f"{said}: launchers set all three to numbers; unset RANK, or start with deepspeed or srun")
+    rank, world_size, local_rank = map(int, place.values())
+    if not rank < world_size:
+        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size}: ranks count from 0; unset both, or correct them")
+    if slurm.is_srun_task(environment) and world_size < int(environment["SLURM_STEP_NUM_TASKS"]):
+        raise ValueError(  # each task would be a run of its own, and all would write to one folder
+            f"RANK={rank} and WORLD_SIZE={world_size} are set, but srun started {environment['SLURM_STEP_NUM_TASKS']} "
+            "tasks; unset RANK to let srun count, or start one task a node with a launcher in it"
+        )
+    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or str(world_size)
+    if not local_world_size.isdecimal() or int(local_world_size) < 1:
+        raise ValueError(f"LOCAL_WORLD_SIZE={local_world_size}: it is the number of ranks on this node; unset it")
+    return slurm.Place(rank, world_size, local_rank, int(local_world_size))
+
+
+def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
+    if not torch.cuda.is_available() or environment.get("DS_ACCELERATOR") == "cpu":  # to which DeepSpeed listens
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each process one GPU only
+
+
+def join_world(timeout_seconds: float = 600.0) -> World:
+    """Find this process's place, join the process group (NCCL on GPUs, gloo on CPUs) and share the cores fairly.
+
+    timeout_seconds: after which a collective that not all ranks have entered is an error.
+
+    Raises:
+        ValueError: the processes could not find each other: no address or port to meet at is known.
+    """
+    world = World.from_environment()
+    by_srun = not os.environ.get("RANK") and slurm.is_srun_task(os.environ)
+    _export_for_deepspeed(world)
+    _export_meeting_point(world, by_srun)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    else:
+        torch.set_num_threads(_share_of_cores(world, by_srun))
+        keep_freed_memory()
+    if not dist.is_initialized():
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        timeout = timedelta(seconds=timeout_seconds)
+        dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
+    return world
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor of the host on `device`. A GPU copies it by itself, from pinned memory, and nobody waits for it."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _export_meeting_point(world: World, by_srun: bool) -> None:
+    """See to MASTER_ADDR and MASTER_PORT, where rank 0 listens; what is set already stays."""
+    if world.world_size == 1:
+        address, port = slurm.THIS_HOST, 0
+    elif by_srun:
+        address = os.environ.get("MASTER_ADDR") or slurm.meeting_address(os.environ)
+        port = slurm.meeting_port(os.environ)
+    elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        raise ValueError(
+            f"{' and '.join(missing)} not set, but this is rank {world.rank} of {world.world_size}; start with "
+            "`deepspeed`, `torchrun` or `srun`, or export MASTER_ADDR and MASTER_PORT of the first node"
+        )
+    else:
+        return
+    os.environ["MASTER_ADDR"] = os.environ.get("MASTER_ADDR") or address
+    os.environ["MASTER_PORT"] = os.environ.get("MASTER_PORT") or str(port)
+
+
+def _share_of_cores(world: World, by_srun: bool) -> int:
+    """The number of this process's own cores; srun may have bound it to them or not, but says how many they are."""
+    if by_srun and os.environ.get("SLURM_CPUS_PER_TASK"):
+        return int(os.environ["SLURM_CPUS_PER_TASK"])
+    return max(1, len(os.sched_getaffinity(0)) // world.local_world_size)
+
+
+def _export_for_deepspeed(world: World) -> None:
+    """DeepSpeed reads these names only, whichever launcher started us; without a GPU it must be told to use the CPU."""
+    os.environ["RANK"], os.environ["WORLD_SIZE"] = str(world.rank), str(world.world_size)
+    on_cpu = world.device.type == "cpu"
+    os.environ["LOCAL_RANK"] = str(world.local_rank if on_cpu else world.device.index)  # which it takes for the GPU's
+    os.environ.setdefault("LOCAL_SIZE", str(world.local_world_size))
+    if on_cpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+
+
+def leave_world() -> None:
+    """Leave the process group, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def end_process(exit_code: int) -> NoReturn:
+    """End this rank at once, its output written.
+
+    An ordinary exit takes the interpreter down while gloo's threads may still want it, and now and then such a rank is
+    aborted (SIGABRT) after its work is done and saved.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)
+
+
+def barrier(world: World) -> None:
+    if world.world_size > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(values: Tensor, world: World) -> Tensor:
+    """The sum of `values` over all ranks, on every rank; any shape, the same on all ranks."""
+    if world.world_size > 1:
+        values = values.clone()
+        dist.all_reduce(values)
+    return values
+
+
+def gather_objects(value: Any, world: World) -> list[Any]:
+    """What every rank passed as `value`, plain data, in the order of ranks."""
+    if world.world_size == 1:
+        return [value]
+    values: list[Any] = [None] * world.world_size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree_on_error(error: Exception | None, world: World) -> None:
+    """Turn an error on any rank into the same one-line error on all, so that nobody waits for a rank that has left.
+
+    Raises:
+        ValueError: naming the ranks and what they said.
+    """
+    if world.world_size == 1:
+        if error is not None:
+            raise error
+        return
+    said = gather_objects(None if error is None else str(error), world)
+    failures = {rank: text for rank, text in enumerate(said) if text is not None}
+    if failures:
+        texts = sorted(set(failures.values()))
+        raise ValueError(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}")
+
+
+def agree_on_value(value: Any, what: str, world: World) -> None:
+    """Raise ValueError on all ranks if they do not all have the same `value`: most often their disks are not shared."""
+    values = gather_objects(value, world)
+    for rank, other in enumerate(values):
+        if other != values[0]:
+            raise ValueError(
+                f"rank 0 and rank {rank} do not see the same in {what}: {values[0]} and {other}; "
+                "the run folder must be on storage that all nodes share"
+            )
