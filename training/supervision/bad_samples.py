@@ -10,7 +10,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from training.engine.distributed import World, agree_on_error, gather_objects
 
@@ -21,6 +21,8 @@ Fact = dict[str, Any]
 
 class TooManyBadSamples(ValueError):
     """More samples are damaged than the run was told to bear."""
+
+    exit_code: ClassVar[int] = 65
 
 
 class BadSamples:
