@@ -164,3 +164,10 @@ def test_checkpoints_that_keep_failing_end_the_run(
     run.checkpoints.failures = failures
     with pytest.raises(CheckpointsFailing, match=message):
         run.go()
+
+
+def test_a_history_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    run = CountedRun(tmp_path, checkpoint_every=4)
+    (tmp_path / "history.jsonl").mkdir()
+    run.go()
+    assert run.checkpoints.steps == [4, 8, 10]
