@@ -10,8 +10,7 @@ import time
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.making.verification import folders_of, verify_shards
-from data_pipeline.shards.index import Index
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Index, Storage
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.data_config import VerifyConfig
 
