@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.files.urls import without_query
 from data_pipeline.making.indexing import expand_shards, index_shards
-from data_pipeline.remote.remote import ShardCache, without_query
+from data_pipeline.remote.cache import ShardCache
 from data_pipeline.shards.index import Index, Storage, is_complete
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.data_config import IndexConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from data_pipeline.images.labels import JSON_KEY
 from data_pipeline.loading.datasets import STRICT, bad_sample_limit
 from data_pipeline.loading.plan import WINDOW_SAMPLES
-from data_pipeline.remote.remote import CacheConfig
+from data_pipeline.remote.cache import CacheConfig
 
 
 @dataclass(frozen=True)

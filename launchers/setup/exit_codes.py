@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.loading.read_ahead import WorkerFailed
-from data_pipeline.remote.remote import RemoteError
+from data_pipeline.remote.open import RemoteError
 from launchers.setup.config_files import one_line
 from training.checkpoints.checkpoint import CheckpointsFailing
 from training.checkpoints.commit import DamagedCheckpoint
