@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from data_pipeline.images.labels import JSON_KEY
+from data_pipeline.images.decoding import JSON_KEY
 from data_pipeline.loading.datasets import STRICT, bad_sample_limit
 from data_pipeline.loading.plan import WINDOW_SAMPLES
 from data_pipeline.remote.remote import CacheConfig
