@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from training.accounting import FLOPS_PER_PFLOP
 from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, CheckpointsFailing, TrainState
 from training.engine.distributed import World, agree_on_error, gather_objects
-from training.flops import FLOPS_PER_PFLOP
 from training.loop_config import LoopConfig
 from training.optim import OptimizerConfig, learning_rate_factor, weight_decay_at
 from training.seams import reach
