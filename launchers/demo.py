@@ -28,8 +28,7 @@ from launchers.setup.config_files import load_config
 from launchers.setup.settings import TokenizerConfig, TrainConfig
 from models.editing import box_in_tokens
 from models.generation import edit, known_part
-from training.checkpoints.commit import read_manifest
-from training.checkpoints.model_on_disk import latest_checkpoint
+from training.checkpoints.commit import latest_checkpoint, read_manifest
 from training.engine.distributed import World
 from training.tracking.record import absolute_uri
 

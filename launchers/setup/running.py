@@ -64,7 +64,7 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
         model_config=config.model,
         identity=order_of_data | identity,
         config=asdict(config),
-        say=say if world.is_rank_zero else say_nothing,
+        report=say if world.is_rank_zero else say_nothing,
     )
     if newest:
         checkpoints.refuse_misfit(newest)

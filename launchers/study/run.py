@@ -47,7 +47,7 @@ from launchers.study.state import (
     row_of,
     saved_step,
 )
-from training.checkpoints.model_on_disk import latest_checkpoint
+from training.checkpoints.commit import latest_checkpoint
 from training.engine.distributed import World
 from training.supervision.stopping import Stopped, Stopping
 
