@@ -31,8 +31,8 @@ FRONTIER = (
     "compute has reached a lower value. Curves are interpolated between their evaluations, so the frontier has more "
     "points than were measured; its intervals are drawn over sizes. The draws do not know the estimator's own bias, "
     "0.2 to 0.7 % of the exponent on planted studies of twelve sizes. Therefore the bootstrap's interval of an "
-    "exponent is widened on both sides by its distance to the exponent of L(N, D), or of the non-dominated evaluations without "
-    "L(N, D). Student's interval, the bands and the interval of beta leave the bias out."
+    "exponent is widened on both sides by its distance to the exponent of L(N, D), or of the non-dominated evaluations "
+    "without L(N, D). Student's interval, the bands and the interval of beta leave the bias out."
 )
 GATE = (
     "The gate: laws fitted without the largest sizes, and what they say of them. A prediction passes if its error is "

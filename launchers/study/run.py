@@ -73,7 +73,7 @@ def launch_run(command: Command[StudyConfig]) -> None:
         refuse_changed_settings(run)
     study = TrainedStudy(config, runs)
     if command.dry_run:
-        say(table(COLUMNS, study.rows()))
+        say(table(COLUMNS, study.rows(), left=3))
         for run in study.unfinished():
             say(shlex.join(command_line(config.start, run)))
         return
@@ -174,7 +174,7 @@ class Display:
 
     def show(self, rows: Sequence[Sequence[str]]) -> None:
         """Show the table if it is time to."""
-        lines, states = table(COLUMNS, rows).splitlines(), [row[2] for row in rows]
+        lines, states = table(COLUMNS, rows, left=3).splitlines(), [row[2] for row in rows]
         is_new, waited = states != self._states, time.monotonic() - self._drawn_time
         width, height = shutil.get_terminal_size()
         is_live = sys.stdout.isatty() and len(lines) < height

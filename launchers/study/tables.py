@@ -19,14 +19,15 @@ from training.laws.study_fit import Interval, LawFit, StudyFit
 Row = Sequence[Any]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out text in columns: those that begin with a digit or are empty to the right, the others to the left."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    is_number = [all(cell[:1].isdigit() or not cell for cell in column[1:]) for column in columns]
+def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
+    """Align rows of text under the names of their columns, for a terminal: the first `left` columns to the left."""
+    lines = [columns, *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join(
-        "  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, is_number)).rstrip()
-        for line in [header, *rows]
+        "  ".join(
+            cell.ljust(w) if place < left else cell.rjust(w) for place, (cell, w) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
     )
 
 

@@ -46,11 +46,6 @@ def test_all_tables_are_rectangular_and_without_rows_there_is_none() -> None:
             assert len({len(row) for row in cells(table)}) == 1 and len(cells(table)) > 2
 
 
-def test_columns_of_text_are_aligned_numbers_to_the_right() -> None:
-    shown = tables.table(("size", "step", "what"), [("d6", "1,000", "best"), ("d10", "", "-")])
-    assert shown.splitlines() == ["size   step  what", "d6    1,000  best", "d10          -"]
-
-
 def test_compute_is_counted_four_ways() -> None:
     row = cells(tables.compute_table(STUDY))[2]
     totals = [RUNS[0].compute(name)[-1] for name in ("exact", "dense_mask", "six_nt", "paper")]
