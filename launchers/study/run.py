@@ -116,8 +116,7 @@ def command_line(start: Sequence[str], run: PlannedRun) -> list[str]:
     """
     if not start:
         raise ValueError("start is empty; give the command before launchers/train.py: deepspeed, or python")
-    beside = Path(sys.executable).with_name(start[0])
-    program = str(beside) if beside.is_file() else shutil.which(start[0])
+    program = shutil.which(start[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         raise ValueError(f"start is {' '.join(start)}, but {start[0]} is not found; install it, or start with python")
     return [program, *start[1:], str(TRAIN), *run.arguments]
@@ -152,9 +151,7 @@ def start_training(start: Sequence[str], run: PlannedRun) -> subprocess.Popen[by
 
 def last_words(run: PlannedRun) -> str:
     """Return why a run has ended, by its log: the last line that is an error, else the last line."""
-    with (run.folder / LOG).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
-        text = file.read().decode(errors="replace").rpartition(HEADING)[2]
+    text = (run.folder / LOG).read_bytes()[-LAST_BYTES:].decode(errors="replace").rpartition(HEADING)[2]
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # the first is the heading's
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no word of its own"])[-1]

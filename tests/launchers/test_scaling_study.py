@@ -59,18 +59,7 @@ def test_every_verb_is_explained(monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert "sbatch  (several text)" in said and "fit.irreducible" in said
 
 
-def test_a_verb_gets_its_config_with_the_overrides(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    config = StudyConfig(folder=str(tmp_path), sizes=("a.yaml",))
-    (tmp_path / STUDY).write_text(to_yaml(config))
-    assert call(monkeypatch, "plan", str(tmp_path), "plan.gpu_days=2", "--print-config") == 0
-    assert "gpu_days: 2.0" in capsys.readouterr().out
-    assert call(monkeypatch, "run", str(tmp_path)) == 64
-    assert capsys.readouterr().err.startswith("error: a.yaml: no such config file")
-
-
-@pytest.mark.parametrize("name", ["other", "007", "a b", "true"])
+@pytest.mark.parametrize("name", ["other", "007", "a b"])
 def test_a_study_that_was_moved_works_in_its_new_folder(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:

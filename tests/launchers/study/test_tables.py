@@ -11,7 +11,6 @@ from study_examples import planted_fit, planted_runs, planted_study
 
 from launchers.study import tables
 from launchers.study.reading import Source
-from training.laws.study_data import METRICS
 from training.laws.study_fit import COMPUTE, PARAMETERS, Interval
 
 RUNS = planted_runs((6, 8, 10), noise=1e-3)
@@ -74,10 +73,3 @@ def test_the_lowest_loss_of_each_run_stands_beside_the_entropy() -> None:
     lowest = np.nanmin(RUNS[0].metrics["loss_last"])
     assert float(rows[0][5]) == pytest.approx(lowest - 6.0, abs=1e-5)
     assert float(rows[0][6]) == pytest.approx(lowest - 6.01, abs=1e-5) and rows[-1][6] == "–"
-
-
-def test_a_failed_gate_stands_out() -> None:
-    law = FIT.laws[0]
-    failed = replace(law, held_out=(replace(law.held_out[0], passed=False, nats=-0.02, share=0.03, share_of_gain=0.5),))
-    row = cells(tables.held_out_table([failed]))[2]
-    assert row[-4:] == ["-0.020000", "3.000%", "50.0%", "**failed**"] and set(METRICS) >= {row[0]}
