@@ -42,7 +42,7 @@ from launchers.study.state import (
     saved_step,
 )
 from launchers.study.tables import table
-from training.checkpoints.model_on_disk import latest_checkpoint
+from training.checkpoints.commit import latest_checkpoint
 from training.engine.distributed import World
 from training.supervision.stopping import STOP_FILE, Stopped, Stopping
 

@@ -17,9 +17,8 @@ from workers import content
 from data_pipeline.loading.datasets import CodeDataset
 from launchers import synthesize_codes
 from launchers.setup.config_files import load_config
-from launchers.setup.data_config import DataConfig
 from launchers.setup.loading import load_tokenizer
-from launchers.setup.settings import TrainConfig
+from launchers.setup.settings import DataConfig, TrainConfig
 from launchers.study.config import StudyConfig
 from launchers.study.tree_source import TreeSource, TreeSourceConfig
 from launchers.synthesize_codes import SynthesizeConfig
