@@ -22,6 +22,7 @@ from data_pipeline.files.locks import take_lock
 from launchers.setup.command_line import Command, say
 from launchers.setup.config_files import to_yaml
 from launchers.setup.loading import refuse_several_ranks
+from launchers.setup.tables import table
 from launchers.study.config import STUDY, StudyConfig
 from launchers.study.page import close_parent, open_parent
 from launchers.study.slurm import refuse_queued, submit
@@ -41,7 +42,6 @@ from launchers.study.state import (
     row_of,
     saved_step,
 )
-from launchers.study.tables import table
 from training.checkpoints.commit import latest_checkpoint
 from training.engine.distributed import World
 from training.supervision.stopping import STOP_FILE, Stopped, Stopping

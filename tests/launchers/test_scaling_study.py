@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from repository import ROOT
 
 from launchers import scaling_study
 from launchers.scaling_study import VERBS, take_verb
@@ -76,3 +78,13 @@ def test_a_study_that_was_moved_works_in_its_new_folder(
 def test_the_papers_laws_need_no_settings(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert call(monkeypatch, "paper") == 0
     assert "note: " in capsys.readouterr().out
+
+
+def test_config_and_laws_import_neither_torch_nor_scipy_nor_matplotlib() -> None:
+    """--help and an error of a config show at once; scipy and matplotlib wait for the verbs that need them."""
+    laws = ", ".join(f"training.laws.{file.stem}" for file in (ROOT / "training" / "laws").glob("[a-z]*.py"))
+    program = (
+        f"import launchers.study.config, {laws}, sys; print({{'torch', 'scipy', 'matplotlib'}} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout == "set()\n", done.stderr
