@@ -162,7 +162,15 @@ def force_scales(models: Models, config: CompareSizesConfig) -> KnownTokens | No
         return None
     train = training_config(models, config)
     folder = config.data or train.data.validation
-    dataset = open_codes_or_images(folder, train, models.tokenizer.config, models.tokenizer_sha256, random_views=False)
+    dataset = open_codes_or_images(
+        folder,
+        models.tokenizer.config,
+        models.tokenizer_sha256,
+        train.data,
+        num_classes=train.model.num_classes,
+        seed=train.seed,
+        random_views=False,
+    )
     ids = first_of_classes(dataset, config.classes)
     data, _ = dataset.read(ids, np.zeros_like(ids))
     codes = data if data.ndim == 2 else models.tokenizer.encode(data)

@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError
 
@@ -34,6 +34,8 @@ class CheckpointFailed(OSError):
 
 class CheckpointsFailing(OSError):
     """Checkpoints fail again and again, or the last one of a run did."""
+
+    exit_code: ClassVar[int] = 74
 
 
 @dataclass

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipeline.files.atomic import file_sha256, fsync
 from data_pipeline.files.strict_json import MAX_BYTES, parse_json, read_regular_file
@@ -44,6 +44,8 @@ Entry = dict[str, Any]  # of a manifest: {"bytes": ..., "sha256": ...}
 
 class DamagedCheckpoint(ValueError):
     """A checkpoint that is not as it was written, or is gone."""
+
+    exit_code: ClassVar[int] = 65
 
 
 def make_room(root: Path, temporary: Path) -> None:
