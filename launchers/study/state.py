@@ -14,9 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files.nested import flatten
-from launchers.setup.config_files import load_config, nearest, read_settings
+from launchers.setup.config_files import load_config, nearest, parse_yaml, read_settings
 from launchers.setup.settings import TrainConfig
-from launchers.setup.yaml_files import parse_yaml
 from launchers.study.config import StudyConfig
 from training.checkpoints.commit import candidates, structural_damage
 from training.step_metrics import format_duration
