@@ -127,11 +127,12 @@ class DivergenceGuard:
 
 
 def typical_loss(record: Record) -> float:
-    """The one loss of a step that is watched: the average over the tokens where there is one per scale."""
-    return record.get("loss_avg", record["loss"])
+    """Return the one loss of a step that is watched: the average over the tokens where there is one per scale."""
+    loss: float = record["loss_avg"] if "loss_avg" in record else record["loss"]
+    return loss
 
 
 def is_finite(value: float | list[float] | None) -> bool:
-    """Whether a metric is a finite number, or all of a list are; None stands for one that was not when recorded."""
+    """Return whether a metric is a finite number, or all of a list are; None is one that was not when recorded."""
     numbers = value if isinstance(value, list) else [value]
     return all(number is not None and math.isfinite(number) for number in numbers)

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
 from training.supervision import stopping as module
-from training.supervision.stopping import SIGNALS, Stopped, Stopping
+from training.supervision.stopping import Stopped, Stopping
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def stopping(tmp_path: Path) -> Iterator[Stopping]:
 
 
 def test_nobody_asks_where_no_signal_is_listened_for(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert Stopping(tmp_path, World()).agreed() == ""
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_asks_for_a_stop_in_one_line(
     stopping: Stopping, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -89,13 +90,13 @@ def test_signals_that_a_parent_had_ignored_are_heard(tmp_path: Path) -> None:
 
 
 def test_handlers_of_before_come_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     stopping = Stopping(tmp_path, World())
     stopping.install()
-    assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     stopping.remove()
     stopping.remove()
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> None:
