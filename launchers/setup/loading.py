@@ -15,7 +15,7 @@ from torch import Tensor
 
 from data_pipeline.files.nested import flatten
 from launchers.setup.config_files import build_config, load_config
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import RunConfig, TrainConfig
 from models.reference import tokenizer_from_state_dict, tokenizer_to_state_dict, var_from_state_dict, var_to_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import VAR, VARConfig
@@ -161,7 +161,7 @@ def refuse_several_ranks(launcher: str) -> None:
         raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
 
 
-def initialize(model: VAR | VQVAE, config: TrainConfig | TokenizerConfig, checkpoints: Checkpoints) -> None:
+def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) -> None:
     """Put the weights of config.init_from into a model about to be trained; a run with a checkpoint goes on from that.
 
     Raises ValueError for a model of other sizes.

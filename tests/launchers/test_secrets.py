@@ -19,7 +19,8 @@ import launchers.setup.config_files as config_files
 from launchers import train
 from launchers.setup.command_line import Command, run_launcher
 from launchers.setup.running import supervise
-from launchers.setup.settings import SyncConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.sync_mlflow import SyncConfig
 from training.engine.distributed import World
 from training.tracking import mlflow_tracker, mlflow_view
 from training.tracking.mlflow_tracker import log_picture

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from data_pipeline.shards.storage import Storage
 from launchers.setup.assembly import RunData
-from launchers.setup.data_config import DataConfig
+from launchers.setup.settings import DataConfig
 from models.autoencoder import AutoencoderConfig
 from models.discriminator import PatchDiscriminator
 from models.quantizer import QuantizerConfig
