@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.files.damage import DamagedData
+from data_pipeline.files.hashing import hash_uniform
 from data_pipeline.images.decoding import (
     JSON_KEY,
     NUM_THREADS,
@@ -30,7 +31,7 @@ from data_pipeline.images.decoding import (
     read_header,
 )
 from data_pipeline.images.tensors import floats_of, pixels_of
-from data_pipeline.loading.plan import Stream, hash_uniform
+from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, shard_of
 from data_pipeline.making.progress import Progress
 from data_pipeline.shards.codes import CodeFormat
