@@ -18,12 +18,11 @@ from launchers.figures.model_cards import (
     model_card,
 )
 from launchers.setup.assembly import load_models
-from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import (
     checkpoint_of,
     find_whole,
     load_tokenizer,
-    refuse_several_ranks,
     run_of,
     tokenizer_of,
     write_public,

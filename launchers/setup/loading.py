@@ -24,7 +24,6 @@ from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 from training.checkpoints.weights import read_weights
-from training.engine.distributed import World
 
 Model = TypeVar("Model", VAR, VQVAE)
 # settings on which weights do not depend once they are there
@@ -154,12 +153,6 @@ def refuse_file(folder: Path) -> None:
     """Raise ValueError if a folder to be written to is a file."""
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; choose another folder with --out")
-
-
-def refuse_several_ranks(launcher: str) -> None:
-    """Raise ValueError if a launcher that writes one folder has been started more than once."""
-    if World.from_environment().world_size > 1:
-        raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
 
 
 def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) -> None:
