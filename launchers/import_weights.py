@@ -32,6 +32,7 @@ class ImportConfig:
 
 
 def launch(command: Command[ImportConfig]) -> None:
+    """Write the folder, or say what would be written."""
     config, out = command.config, Path(command.config.out)
     refuse_several_ranks("import_weights.py")
     refuse_occupied(out)
@@ -59,6 +60,7 @@ def launch(command: Command[ImportConfig]) -> None:
 
 
 def origin(files: list[str]) -> list[str]:
+    """Return what is known of where imported weights come from, as sentences."""
     return [
         f"Imported from {' and '.join(files)}, in the format of the public VAR code.",
         "How the weights were trained is not in the files.",
@@ -66,6 +68,7 @@ def origin(files: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """Run the command line."""
     run_launcher(ImportConfig, launch, __doc__)
 
 

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Storage
 from launchers.setup.assembly import RunData
 from launchers.setup.command_line import end_process
 from launchers.setup.settings import DataConfig

@@ -7,7 +7,8 @@ is the same code with `world_size` 1. Collectives go through torch.distributed, 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -156,6 +157,17 @@ def agree_on_error(error: Exception | None, world: World) -> None:
     if failures:
         texts = sorted(set(failures.values()))
         raise ValueError(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}")
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Run a block that may fail on some ranks, and let its OSError or ValueError end all of them: a collective."""
+    problem: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        problem = error
+    agree_on_error(problem, world)
 
 
 def agree_on_value(value: Any, what: str, world: World) -> None:
