@@ -19,9 +19,8 @@ from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.locks import take_lock
-from launchers.setup.command_line import Command, say
+from launchers.setup.command_line import Command, refuse_several_ranks, say
 from launchers.setup.config_files import to_yaml
-from launchers.setup.loading import refuse_several_ranks
 from launchers.setup.tables import table
 from launchers.study.config import STUDY, StudyConfig
 from launchers.study.page import close_parent, open_parent
