@@ -11,7 +11,6 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import names_of_step, train_batches, validation_batches
 from data_pipeline.shards.index import Index, Storage
-from launchers.setup.data_config import DataConfig, ViewConfig
 from launchers.setup.loading import (
     is_weights_file,
     load_tokenizer,
@@ -21,7 +20,7 @@ from launchers.setup.loading import (
     tokenizer_of,
     trained_tokenizer_sha256,
 )
-from launchers.setup.settings import RunConfig
+from launchers.setup.settings import DataConfig, RunConfig, ViewConfig
 from models.generation import check_configs_agree
 from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig

@@ -13,10 +13,9 @@ from PIL import Image
 from tiny import ONE_TO_ONE, VAR_CONFIG, VQVAE_CONFIG, Study, command, make_tokenizer, train_var
 
 from launchers import compare_sizes
-from launchers.compare_sizes import default_classes, draw_images, find_snapshot, force_scales
+from launchers.compare_sizes import CompareSizesConfig, default_classes, draw_images, find_snapshot, force_scales
 from launchers.setup.assembly import Models, load_models, open_images
-from launchers.setup.data_config import DataConfig
-from launchers.setup.settings import CompareSizesConfig
+from launchers.setup.settings import DataConfig
 from models.var import VAR, VARConfig
 from training.checkpoints.model_on_disk import describe, write_model
 
@@ -152,21 +151,6 @@ def test_without_a_run_the_data_to_force_from_must_be_named(imported: Path) -> N
 def test_a_class_that_the_model_does_not_know_is_refused(run: Path) -> None:
     with pytest.raises(ValueError, match="classes has 3; this model knows 0 to 2"):
         compare_sizes.launch(command(figure_config(run, classes=(0, 3), forced_scales=0)))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"runs": ()}, "runs is empty"),
-        ({"stages": (0.5, 1.2)}, "stages has 1.2"),
-        ({"tolerance": -0.1}, "tolerance is -0.1"),
-        ({"forced_scales": -1}, "forced_scales is -1"),
-        ({"out": "figure.jpg"}, "out is 'figure.jpg'; it must be the name of a .png file"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CompareSizesConfig(**({"runs": ("r",), "out": "f.png"} | change))
 
 
 def test_more_scales_than_there_are_cannot_be_forced(run: Path) -> None:

@@ -14,8 +14,8 @@ from PIL import Image
 from tiny import VAR_CONFIG, Study, command, train_var
 
 from launchers import edit
+from launchers.edit import EditConfig
 from launchers.setup.assembly import load_models
-from launchers.setup.settings import EditConfig
 
 PICTURE = Image.new("RGB", (40, 20), "white")  # the model sees columns 10 to 30
 LEFT, RIGHT = [[True, False]] * 2, [[False, True]] * 2
@@ -145,23 +145,6 @@ def test_a_dry_run_writes_nothing(settings: Settings, capsys: pytest.CaptureFixt
     edit.launch(command(settings(), dry_run=True))
     assert "inpaint: 50% of" in capsys.readouterr().out
     assert not Path(settings().out).exists()
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"task": "erase"}, "task is erase; accepted: inpaint, outpaint, edit"),
-        ({"box": (0.0, 1.0, 2.0)}, "box has 3 numbers"),
-        ({"box": ()}, "neither box nor mask"),
-        ({"box": (0.0, 0.0, 4.0, 4.0), "mask": "m.png"}, "both box and mask"),
-        ({"variants": 0}, "variants is 0; it must be 1 or more"),
-        ({"precision": "fp64"}, "precision is fp64"),
-        ({"feather": -1}, "feather is -1"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: Settings, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**change)
 
 
 @pytest.mark.parametrize(

@@ -24,8 +24,8 @@ from tiny import (
 )
 
 from launchers import sample
+from launchers.sample import SampleConfig
 from launchers.sampling.files import NpzFiles, PngFiles
-from launchers.setup.settings import SampleConfig
 from models.var import VAR, VARConfig
 from training.checkpoints.model_on_disk import describe, write_model
 from training.engine.engine import PRECISIONS
@@ -254,19 +254,6 @@ def test_guidance_may_be_given_per_scale(run: str, tmp_path: Path) -> None:
     launch(run, tmp_path / "ramp", cfg=3.0)
     launch(run, tmp_path / "listed", guidance=(0.0, 3.0))
     assert contents(tmp_path / "ramp" / "png") == contents(tmp_path / "listed" / "png")
-
-
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"format": "gif"}, "format is gif; accepted: png, npz"),
-        ({"precision": "fp8"}, "precision is fp8; accepted: fp32, bf16, fp16"),
-        ({"smooth": True, "format": "npz"}, "smoothed images are never to be measured: use format=png"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SampleConfig(run="r", **settings)
 
 
 def test_a_run_is_not_sampled_with_another_tokenizer(run: str, tmp_path: Path) -> None:
