@@ -5,6 +5,7 @@ The same command again resumes from the newest checkpoint of the run folder.
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -15,14 +16,26 @@ from launchers.setup.assembly import RunData, describe_one_batch, open_images
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import initialize
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
-from launchers.setup.settings import TokenizerConfig
+from launchers.setup.settings import RunConfig
 from models.discriminator import PatchDiscriminator
+from models.vqvae import VQVAEConfig
 from training.checkpoints.checkpoint import TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.engine.engine import Engine, EngineConfig, accumulation_steps
 from training.flops import tokenizer_training_flops
+from training.losses import ReconstructionLossConfig
 from training.optim import build_optimizer
-from training.tokenizer_loop import TokenizerStage, build_tokenizer
+from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, TokenizerStage, build_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(RunConfig):
+    """launchers/train_tokenizer.py: stage 1."""
+
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    codebook: CodebookCareConfig = field(default_factory=CodebookCareConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
 def launch(command: Command[TokenizerConfig]) -> None:

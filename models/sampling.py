@@ -47,7 +47,7 @@ class Sampling:
         return self.top_k == 1
 
     def schedule(self, num_scales: int) -> tuple[float, ...]:
-        """Return the guidance t of each of K scales. Raises ValueError if it was given for another number of scales."""
+        """Return the guidance t of each of K scales. Raises ValueError if `guidance` has another length."""
         if not self.guidance:
             return guidance_schedule(self.cfg, num_scales)
         if len(self.guidance) != num_scales:

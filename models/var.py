@@ -15,7 +15,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from models.attention import PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, Scales
@@ -206,7 +206,7 @@ class VAR(nn.Module):
         """Predict all scales from the true codes: -> logits (B, L, V), in the precision of the weights.
 
         inputs: (B, L - p_1^2, C), the quantiser's teacher-forcing inputs. labels: (B,) int64, null_class where dropped.
-        residual_scale: (depth, 2, B), see AdaLNBlock; None keeps every branch. Raises ValueError if inputs have another shape.
+        residual_scale: (depth, 2, B), see AdaLNBlock; None keeps every branch.
         """
         wanted = (labels.shape[0], self.scales.num_tokens - self.scales.first_tokens, self.config.code_width)
         if tuple(inputs.shape) != wanted:
@@ -277,7 +277,6 @@ class VAR(nn.Module):
     ) -> Tensor:
         if self.checkpointing == NO_CHECKPOINTING or not torch.is_grad_enabled():
             return block(x, condition, attend=attend, residual_scale=residual_scale)
-        chosen: dict[str, Any] = {"context_fn": keep_products} if self.checkpointing == SELECTIVE_CHECKPOINTING else {}
         return checkpoint(
             block,
             x,
@@ -285,9 +284,9 @@ class VAR(nn.Module):
             attend=attend,
             residual_scale=residual_scale,
             use_reentrant=False,
-            preserve_rng_state=False,
-            **chosen,
-        )  # the blocks draw no random numbers
+            preserve_rng_state=False,  # the blocks draw no random numbers
+            context_fn=keep_products if self.checkpointing == SELECTIVE_CHECKPOINTING else noop_context_fn,
+        )
 
 
 def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:

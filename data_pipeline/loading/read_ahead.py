@@ -13,11 +13,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NoReturn, TypeVar
+from typing import ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
+
+from data_pipeline.files.signals import STOP_SIGNALS
 
 TIMEOUT_SECONDS = 300.0  # a worker that is silent for longer is an error, not a wait without end
 LOOK_SECONDS = 1.0  # between two looks whether the workers are alive, while there is nothing to receive
@@ -30,6 +32,8 @@ Result = TypeVar("Result")
 
 class WorkerFailed(OSError):
     """A worker process died, or does not answer; not an error in the data, which comes as it was raised."""
+
+    exit_code: ClassVar[int] = 71
 
 
 class ReadAhead(Iterator[Result]):
@@ -131,7 +135,7 @@ def _unchanged(result: Result) -> Result:
 
 def _serve(trainer: int, worker: int) -> None:
     # Schedulers signal every process of a job; the trainer decides when to stop, and needs its workers until then.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # A worker in the middle of a read would not notice by itself that there is nobody left to read for.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

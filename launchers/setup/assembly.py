@@ -10,9 +10,7 @@ from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import names_of_step, train_batches, validation_batches
-from data_pipeline.shards.index import Index
-from data_pipeline.shards.storage import Storage
-from launchers.setup.data_config import DataConfig, ViewConfig
+from data_pipeline.shards.index import Index, Storage
 from launchers.setup.loading import (
     is_weights_file,
     load_tokenizer,
@@ -22,7 +20,7 @@ from launchers.setup.loading import (
     tokenizer_of,
     trained_tokenizer_sha256,
 )
-from launchers.setup.settings import RunConfig
+from launchers.setup.settings import DataConfig, RunConfig, ViewConfig
 from models.generation import check_configs_agree
 from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig

@@ -1,11 +1,12 @@
-"""Faults by name: `kill@checkpoint.share.write:rank=1:count=2` kills rank 1 the second time it reaches that seam.
+"""Faults by name: `kill@disk.fsync.manifest.json:rank=1:count=2` kills rank 1 the second time it gets there.
 
 A fault is written `kind@site[:rank=r][:count=n][:times=t][:seconds=s]`. `site` may end in `*` and is then every site
 that begins so; count is the n-th time that this rank reaches any of them. Before a fault acts it appends a line to a
 log and forces it to disk, so that a test can assert that its fault fired: a fault that never fires proves nothing.
 
-The kind `record` does nothing but list every site that is reached. That is how a sweep begins: ask which seams are
-passed, then fail the first, the second, the third, until none is left.
+Sites are the seams of the program, and the calls that change the disk below a folder `checkpoints`: `watch_disk` wraps
+these, so that `disk.CALL.NAME` is reached just before the call. The kind `record` does nothing but list every site that
+is reached. That is how a sweep begins: ask which sites are passed, then fail the first, the second, the third.
 """
 
 from __future__ import annotations
@@ -26,18 +27,6 @@ from typing import Any
 from training import seams
 
 FOREVER = 3600.0  # seconds; longer than any test
-SPIKE = 1000.0
-SIGNALS = {
-    "kill": signal.SIGKILL,
-    "term": signal.SIGTERM,
-    "int": signal.SIGINT,
-    "usr1": signal.SIGUSR1,
-    "stop": signal.SIGSTOP,
-}
-ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "eacces": errno.EACCES}
-FACTORS = {"nan": math.nan, "inf": math.inf, "spike": SPIKE}
-OTHERS = ("exit0", "abort", "segv", "exception", "sleep", "lock", "record")
-KINDS = (*SIGNALS, *ERRORS, *FACTORS, *OTHERS)
 
 
 class InjectedFault(RuntimeError):
@@ -68,14 +57,10 @@ class Fault:
         """Read what `str` writes. Raises ValueError."""
         kind, _, rest = text.partition("@")
         site, *options = rest.split(":")
-        return cls(kind, site, **dict(cls._option(text, option) for option in options))
-
-    @staticmethod
-    def _option(text: str, option: str) -> tuple[str, float]:
-        name, _, value = option.partition("=")
-        if name not in OPTIONS:
-            raise ValueError(f"fault '{text}' has option '{option}'; accepted: {', '.join(OPTIONS)}, as name=number")
-        return name, float(value) if name == "seconds" else int(value)
+        values = dict(option.split("=") for option in options)
+        if unknown := values.keys() - OPTIONS.keys():
+            raise ValueError(f"fault '{text}' has option {unknown}; accepted: {', '.join(OPTIONS)}, as name=number")
+        return cls(kind, site, **{name: (float if name == "seconds" else int)(text) for name, text in values.items()})
 
     def __str__(self) -> str:
         changed = [f"{name}={getattr(self, name)}" for name in OPTIONS if getattr(self, name) != OPTIONS[name]]
@@ -114,6 +99,35 @@ def install(faults: Iterable[str], *, rank: int, log: Path) -> None:
     seams.install(_Injector(meant, rank, log) if meant else None)
 
 
+def watch_disk() -> None:
+    """Let the calls of this process that change the disk below a folder `checkpoints` each reach a site first.
+
+    os.fsync of `.../checkpoints/step-1/manifest.json` reaches `disk.fsync.manifest.json`, with its descriptor. Folders
+    that any rank may make are left out: which one does is chance.
+    """
+    for name in ("fsync", "mkdir", "rename", "rmdir"):
+        setattr(os, name, _watched(name, getattr(os, name)))
+
+
+def _watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(*arguments: Any, **options: Any) -> Any:
+        path = _path_of(*arguments, **options)
+        is_shared = name == "mkdir" and (path.exists() or not path.name.startswith("."))
+        if "checkpoints" in path.parts and not is_shared:
+            seams.reach(f"disk.{name}.{path.name}", arguments[0])
+        return call(*arguments, **options)
+
+    return watched
+
+
+def _path_of(*arguments: Any, dir_fd: int | None = None, **_: Any) -> Path:
+    """The path that a call of os.fsync, mkdir, rename or rmdir is about; a rename is about its target."""
+    if isinstance(arguments[0], int):
+        return Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+    place = Path(os.readlink(f"/proc/self/fd/{dir_fd}")) if dir_fd is not None else Path()
+    return place / [argument for argument in arguments if not isinstance(argument, int)][-1]
+
+
 class _Injector:
     """What is installed at the seams of one process."""
 
@@ -128,7 +142,8 @@ class _Injector:
         for number, fault in enumerate(self._faults):
             if fault.is_at(site) and self._is_due(number):
                 self._testify(fault, site)
-                value = act(fault, site, value)
+                outcome = KINDS[fault.kind](fault, value)
+                value = outcome if fault.kind == "nan" else value
         return value
 
     def _is_due(self, number: int) -> bool:
@@ -148,30 +163,17 @@ class _Injector:
             os.close(descriptor)
 
 
-def act(fault: Fault, site: str, value: Any) -> Any:
-    """Do what the fault's kind says; what passes the seam comes back, for the kinds that let the process go on."""
-    if fault.kind in SIGNALS:
-        os.kill(os.getpid(), SIGNALS[fault.kind])
-    elif fault.kind in ERRORS:
-        raise OSError(ERRORS[fault.kind], os.strerror(ERRORS[fault.kind]))
-    elif fault.kind in FACTORS:
-        return _multiplied(site, value, FACTORS[fault.kind])
-    else:
-        ACTIONS[fault.kind](fault)
-    return value
+def _tear(fault: Fault, descriptor: int) -> None:
+    """Lose the second half of a file that is being forced to disk, and the process with it."""
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _multiplied(site: str, value: Any, factor: float) -> Any:
-    if value is None:
-        raise TypeError(f"no number passes the seam '{site}', so there is none to falsify; choose another site")
-    return value * factor
+def _raise(error: Exception) -> Any:
+    raise error
 
 
-def _raise(fault: Fault) -> None:
-    raise InjectedFault(f"injected: {fault}")
-
-
-def _hold_interpreter_lock(fault: Fault) -> None:
+def _hold_interpreter_lock(fault: Fault, value: Any) -> None:
     """Wait in C without giving the lock back, deaf to every signal that can be blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -180,12 +182,21 @@ def _hold_interpreter_lock(fault: Fault) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-ACTIONS: dict[str, Callable[[Fault], Any]] = {
-    "exit0": lambda fault: os._exit(0),
-    "abort": lambda fault: os.abort(),
-    "segv": lambda fault: ctypes.string_at(0),
-    "exception": _raise,
-    "sleep": lambda fault: time.sleep(fault.seconds),
+# What a fault does at its site, with the value that passes there; another value may pass instead.
+KINDS: dict[str, Callable[[Fault, Any], Any]] = {
+    "kill": lambda fault, value: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda fault, value: os.kill(os.getpid(), signal.SIGTERM),
+    "int": lambda fault, value: os.kill(os.getpid(), signal.SIGINT),
+    "usr1": lambda fault, value: os.kill(os.getpid(), signal.SIGUSR1),
+    "enospc": lambda fault, value: _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "eio": lambda fault, value: _raise(OSError(errno.EIO, os.strerror(errno.EIO))),
+    "exception": lambda fault, value: _raise(InjectedFault(f"injected: {fault}")),
+    "nan": lambda fault, value: value * math.nan,
+    "tear": _tear,
+    "exit0": lambda fault, value: os._exit(0),
+    "abort": lambda fault, value: os.abort(),
+    "segv": lambda fault, value: ctypes.string_at(0),
+    "sleep": lambda fault, value: time.sleep(fault.seconds),
     "lock": _hold_interpreter_lock,
-    "record": lambda fault: None,
+    "record": lambda fault, value: None,
 }

@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.shards.codes import CodeFormat
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Storage
 from data_pipeline.shards.writer import Sample, write_shards
 from launchers import encode_codes, pack_images, train
+from launchers.encode_codes import EncodeConfig
+from launchers.pack_images import PackConfig
 from launchers.setup.command_line import Command
-from launchers.setup.data_config import DataConfig, ViewConfig
 from launchers.setup.running import Supervision
-from launchers.setup.settings import EncodeConfig, PackConfig, TrainConfig
+from launchers.setup.settings import DataConfig, TrainConfig, ViewConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.reference import tokenizer_to_state_dict, var_to_state_dict

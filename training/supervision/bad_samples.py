@@ -1,18 +1,17 @@
 """The bad samples of a run: counted over all ranks, listed in RUN/bad_samples.jsonl, refused above a limit.
 
-The loader replaces a bad sample and says so; here every rank learns of what any rank has met. Facts are plain mappings
-about a sample: "shard" and "sample" say which one it is, "substitute" which one was shown, "reason" why.
+The loader replaces a bad sample and says so; here every rank learns of what any rank has met. A fact is a plain mapping
+about one sample: "shard" and "sample" say which it is, "substitute" which one was shown instead, "reason" why.
 """
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from training.engine.distributed import World, agree_on_error, gather_objects
+from data_pipeline.files.json_lines import append_lines, read_lines
+from training.engine.distributed import World, failing_together, gather_objects
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -22,35 +21,34 @@ Fact = dict[str, Any]
 class TooManyBadSamples(ValueError):
     """More samples are damaged than the run was told to bear."""
 
+    exit_code: ClassVar[int] = 65
+
 
 class BadSamples:
-    """What is known on all ranks; the same number everywhere after each `share`."""
+    """The distinct bad samples of a run, the same on all ranks after each `share`."""
 
     def __init__(self, run: Path, limit: int, world: World, take: Callable[[], list[Fact]]) -> None:
-        """limit: distinct samples that are borne. take: this rank's facts since it was last called.
+        """Read what earlier starts of the run have met: a collective.
 
-        A collective: the samples that the run has met before count, too.
+        limit: distinct samples that are borne. take: returns this rank's facts since it was last called.
         """
         self.path = Path(run) / BAD_SAMPLES
         self.limit = limit
         self.world = world
         self.take = take
         known: list[Fact] = []
-        problem = None
-        try:
-            known = _read(self.path) if world.is_rank_zero else []
-        except OSError as error:
-            problem = error
-        agree_on_error(problem, world)
+        with failing_together(world):
+            if world.is_rank_zero:
+                known = _read(self.path)
         self._known = {_name(fact) for fact in gather_objects(known, world)[0]}
 
     @property
     def count(self) -> int:
-        """Distinct bad samples of the whole run so far."""
+        """The number of distinct bad samples of the whole run so far."""
         return len(self._known)
 
-    def share(self, say: Callable[[str], None]) -> dict[str, int]:
-        """Let all ranks know what each has met, list and say what is new to the run; a metric: how many in all.
+    def share(self, report: Callable[[str], None]) -> dict[str, int]:
+        """Let all ranks know what each has met; list and report what is new; return the metric "bad_samples".
 
         A collective. Raises an error on all ranks if the list cannot be written.
         """
@@ -58,15 +56,11 @@ class BadSamples:
         for facts in gather_objects(self.take(), self.world):
             new |= {_name(fact): fact for fact in facts if _name(fact) not in self._known}
         self._known |= set(new)
-        problem = None
-        if new and self.world.is_rank_zero:
-            try:
-                _append(self.path, list(new.values()))
-            except OSError as error:
-                problem = error
-        agree_on_error(problem, self.world)
+        with failing_together(self.world):
+            if new and self.world.is_rank_zero:
+                append_lines(self.path, list(new.values()))
         for fact in new.values():
-            say(f"warning: a bad sample was replaced by sample {fact['substitute']}: {fact['reason']}")
+            report(f"warning: a bad sample was replaced by sample {fact['substitute']}: {fact['reason']}")
         return {"bad_samples": self.count}
 
     def refuse_too_many(self) -> None:
@@ -81,35 +75,19 @@ class BadSamples:
 class NoBadSamples:
     """For runs in which a bad sample is an error where it is met: nothing to share, no metric, no collective."""
 
-    def share(self, say: Callable[[str], None]) -> dict[str, int]:
+    def share(self, report: Callable[[str], None]) -> dict[str, int]:
+        """Return no metric."""
         return {}
 
     def refuse_too_many(self) -> None:
-        """There are none."""
+        """Refuse nothing: there are none."""
 
 
 def _name(fact: Fact) -> tuple[str, int]:
     return fact["shard"], fact["sample"]
 
 
-def _append(path: Path, facts: list[Fact]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(max(0, file.tell() - 1))
-        cut_off = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a kill left half a line
-        file.write(cut_off + b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read(path: Path) -> list[Fact]:
-    """The facts in a list; a last line that a kill has cut off is none."""
-    facts = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            fact = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(fact, dict) and isinstance(fact.get("shard"), str) and isinstance(fact.get("sample"), int):
-            facts.append(fact)
-    return facts
+    """Read the facts in a list; a damaged line is none."""
+    facts = [line.value for line in read_lines(path) if line.value]
+    return [fact for fact in facts if isinstance(fact.get("shard"), str) and isinstance(fact.get("sample"), int)]

@@ -18,11 +18,11 @@ from launchers.setup.loading import (
     place_tokenizer,
     public_tokenizer,
     public_var,
-    refuse_several_ranks,
     tokenizer_of,
     trained_tokenizer_sha256,
 )
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.train_tokenizer import TokenizerConfig
 from models.reference import var_to_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512
 from models.var import VAR
@@ -163,14 +163,6 @@ def test_without_a_model_to_start_from_nothing_is_touched(tmp_path: Path) -> Non
     model = VAR(VAR_CONFIG, seed=5)
     initialize(model, replace(train_config(tmp_path), init_from=""), no_checkpoints(tmp_path, model))
     assert torch.equal(model.head.weight, VAR(VAR_CONFIG, seed=5).head.weight)
-
-
-def test_a_launcher_that_writes_one_folder_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_several_ranks("import_weights.py")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="import_weights.py runs on one process"):
-        refuse_several_ranks("import_weights.py")
 
 
 @pytest.mark.parametrize("kinds", [{"codes"}, {"images"}, {"codes", "images"}])

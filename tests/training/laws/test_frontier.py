@@ -11,25 +11,20 @@ from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
 from training.laws.frontier import GRID_POINTS, interior_minima, non_dominated, widened
 from training.laws.parametric_law import fit_parametric
 from training.laws.power_law import bootstrap, fit_power_law, percentiles
-from training.laws.study_curves import SizeCurve
+from training.laws.study_data import SizeCurve
 from training.laws.study_fit import Interval
 
 
 def drawn(name: str, x: list[float], y: list[float]) -> SizeCurve:
-    return SizeCurve(name, 1, 1.0, np.asarray(x), np.asarray(x), {"loss_avg": np.asarray(y)}, {})
+    return SizeCurve(name, 1.0, np.asarray(x), np.asarray(x), {"loss_avg": np.asarray(y)}, {})
 
 
 def test_a_frontier_drawn_by_hand() -> None:
-    small, large = drawn("small", [1, 2, 4, 8], [9, 7, 6, 5.5]), drawn("large", [3, 4, 6, 8], [8, 6, 5, 4])
+    small, large = drawn("small", [1, 2, 2.5, 4, 8], [9, 7, 7.5, 6, 5.5]), drawn("large", [3, 4, 6, 8], [8, 6, 5, 4])
     points = non_dominated([small, large], "loss_avg")
     assert points.x.tolist() == [1, 2, 4, 6, 8]
     assert points.y.tolist() == [9, 7, 6, 5, 4]
     assert (points.groups[0], points.groups[-1]) == ("small", "large")
-
-
-def test_a_curve_that_rises_adds_nothing_to_the_frontier() -> None:
-    points = non_dominated([drawn("only", [1, 2, 3, 4], [5, 3, 4, 6])], "loss_avg")
-    assert points.y.tolist() == [5, 3]
 
 
 def test_interior_minima_leave_out_the_smallest_and_the_largest_size() -> None:

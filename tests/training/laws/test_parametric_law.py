@@ -10,11 +10,10 @@ from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
-from training.laws.law_fit import Trust
 from training.laws.parametric_law import compute_exponents, fit_parametric, hold_out_surface, parametric_frontier
 from training.laws.power_law import percentiles
-from training.laws.study_curves import SizeCurve
-from training.laws.study_fit import ParametricFit
+from training.laws.study_data import SizeCurve
+from training.laws.study_fit import FitConfig, ParametricFit
 
 
 def fit(sizes: list[SizeCurve], irreducible: float | None = None) -> ParametricFit:
@@ -29,6 +28,13 @@ def numbers(found: ParametricFit) -> tuple[float, ...]:
         found.token_factor,
         found.token_exponent,
     )
+
+
+def test_a_surface_falls_to_its_irreducible_part_in_both_directions() -> None:
+    law = ParametricFit("loss_avg", 1.7, 0.4, 0.34, 0.5, 0.28, 0.1535, draws=(), num_points=9, r_squared=1.0)
+    ends = [float(law(*arguments)) for arguments in ((1.0, 1.0), (1e30, 1.0), (1.0, 1e40))]
+    assert ends == pytest.approx([1.7 + 0.4 + 0.5, 1.7 + 0.5, 1.7 + 0.4])
+    assert law(np.ones(3), np.ones(3)).shape == (3,)
 
 
 @pytest.mark.parametrize("irreducible", [None, SURFACE[0]])
@@ -63,15 +69,6 @@ def test_the_minimum_is_that_of_l_bfgs_from_many_starts() -> None:
     assert numbers(found)[2::2] == pytest.approx(best.x[2::2], rel=0.02)
 
 
-def test_the_draws_lie_around_the_fit() -> None:
-    found = fit(curves(noise=1e-3))
-    draws = np.asarray(found.draws)
-    assert draws.shape == (100, 5)
-    interval = percentiles(compute_exponents(draws[:, 2], draws[:, 4]))
-    assert interval.low < found.compute_exponent < interval.high
-    assert 0 < interval.high - interval.low < 0.02
-
-
 @pytest.mark.slow
 def test_the_intervals_hold_the_truth_about_so_often() -> None:
     """Of 60 studies with noise of 0.1 %, E fitted: 95 % are 57, and by chance 52 or fewer in 1 of 100."""
@@ -90,23 +87,15 @@ def test_the_intervals_hold_the_truth_about_so_often() -> None:
 
 
 def test_a_surface_predicts_the_ends_of_the_sizes_it_has_not_seen() -> None:
-    trust = Trust(held_out=2, gate=0.025, gate_of_gain=0.2, draws=100)
+    config = FitConfig()
     sizes = curves(noise=1e-4)
-    checks = hold_out_surface(sizes, "loss_avg", None, fit(sizes), trust=trust)
+    checks = hold_out_surface(sizes, "loss_avg", None, fit(sizes), config=config)
     assert [check.name for check in checks] == list(NAMES[-2:]) and all(check.passed for check in checks)
     spoilt = sizes[-1].metrics["loss_avg"] + 0.2  # a largest size that is not as good as the law has it
     sizes[-1] = replace(sizes[-1], metrics={"loss_avg": spoilt})
-    failed = hold_out_surface(sizes, "loss_avg", None, fit(sizes), trust=trust)[-1]
+    failed = hold_out_surface(sizes, "loss_avg", None, fit(sizes), config=config)[-1]
     assert not failed.passed and failed.share > 0.025 and failed.measured == spoilt[-1]
-    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes[:4]), trust=trust) == ()
-
-
-def test_a_broken_evaluation_hardly_moves_the_law() -> None:
-    sizes = curves(noise=1e-4)
-    values = sizes[5].metrics["loss_avg"].copy()
-    values[10] *= 1.5
-    sizes[5] = replace(sizes[5], metrics={"loss_avg": values})
-    assert numbers(fit(sizes)) == pytest.approx(SURFACE, rel=0.02)
+    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes[:4]), config=config) == ()
 
 
 def test_the_frontier_of_a_surface_is_its_minimum_at_each_compute() -> None:
