@@ -16,9 +16,9 @@ from launchers.bench.machine_limits import synchronize
 from launchers.bench.timing import Contestant, Row, time_in_turns
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
+from models.var import HEAD_DIM
 from training.flops import attention_pairs
 
-HEAD_DIM = 64
 PRODUCTS = 6  # q k^T and the weighted sum of v, and two more of each in the backward pass
 MOVED = 12  # q, k, v and the output; in the backward pass those, the output's gradient and the gradients of q, k, v
 SCHEDULES = ((PATCH_NUMS_256, 4, 8), (PATCH_NUMS_512, 1, 8), (PATCH_NUMS_1024, 1, 2))  # sides, images, heads
