@@ -16,7 +16,7 @@ from repository import ROOT
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.loading.read_ahead import WorkerFailed
-from data_pipeline.remote.remote import RemoteError
+from data_pipeline.remote.open import RemoteError
 from launchers.setup import exit_codes
 from launchers.setup.exit_codes import EXIT_ERROR, EXIT_LOST_PEERS, describe, exit_code, lost_its_peers
 from training.checkpoints.checkpoint import CheckpointsFailing
