@@ -44,7 +44,8 @@ DOORS = {
     "sklearn": {"launchers/demo.py", "data_pipeline/making"},
 }
 MODELS_MAY_IMPORT = {
-    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "__future__",
+    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "typing",
+    "__future__",
 }  # fmt: skip
 
 
