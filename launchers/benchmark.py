@@ -14,7 +14,6 @@ from launchers.bench.attention import benchmark_attention
 from launchers.bench.config import OURS, BenchmarkConfig
 from launchers.bench.data import benchmark_data
 from launchers.bench.machine_limits import device_type
-from launchers.bench.memory import benchmark_memory
 from launchers.bench.report import begin_report, write_report
 from launchers.bench.sample import benchmark_sample
 from launchers.bench.suite import benchmark_suite, plan_suite, title_of
@@ -31,7 +30,6 @@ BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "tokenizer": benchmark_tokenizer,
     "data": benchmark_data,
     "attention": benchmark_attention,
-    "memory": benchmark_memory,
 }
 
 

@@ -11,7 +11,7 @@ from models.scales import PATCH_NUMS_256, Scales
 from models.var import CHECKPOINTINGS, NO_CHECKPOINTING
 from training.engine.engine import PRECISIONS
 
-BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention", "memory", "suite")
+BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention", "suite")
 ALL, OURS = "all", "ours"  # contestants of a training step
 OF_THE_SUITE = ("what", "against", "repeats", "out")  # it chooses all others itself
 

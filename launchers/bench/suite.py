@@ -79,7 +79,7 @@ def title_of(settings: Settings) -> str:
 
 def cpu_suite(config: BenchmarkConfig) -> list[Settings]:
     """d8 in float32, as the README's figures are."""
-    names = ("train", "switches", "sample", "tokenizer", "memory", "attention", "data")
+    names = ("train", "switches", "sample", "tokenizer", "attention", "data")
     more = {"sample": {"batches": [1, 2]}}
     return [common(config, what) | more.get(what, {}) for what in names]
 
@@ -104,7 +104,6 @@ def gpu_suite(config: BenchmarkConfig) -> list[Settings]:
     others: list[Settings] = [
         switches,
         {"what": "attention"},
-        {"what": "memory", "depth": 16, "batch": 32},
         {"what": "tokenizer", "batch": 8},
         {"what": "sample", "depth": 16, "batch": MANY_AT_ONCE, "compile": True},  # late: public caches may not fit
         {"what": "data"},  # needs no GPU
