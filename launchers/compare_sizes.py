@@ -24,17 +24,49 @@ from launchers.setup.assembly import Models, load_models, open_codes_or_images
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import load_config
 from launchers.setup.loading import refuse_several_ranks
-from launchers.setup.settings import CompareSizesConfig, TrainConfig
+from launchers.setup.settings import TrainConfig, refuse_below_zero, refuse_no_png
 from models.generation import KnownTokens, generate_scales
 from models.sampling import Sampling
 from models.var import VARConfig
-from training.checkpoints.commit import read_manifest
-from training.checkpoints.model_on_disk import ModelOnDisk, committed_checkpoints
+from training.checkpoints.commit import committed_checkpoints, read_manifest
+from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World
 from training.tracking.mlflow_tracker import log_picture
 from training.tracking.record import RunRecord
 
 PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of Fig. 7
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompareSizesConfig:
+    """launchers/compare_sizes.py: images of several sizes at several stages of their training."""
+
+    runs: tuple[str, ...]  # run folders, one row each; an imported, exported or public model has the last stage alone
+    stages: tuple[float, ...] = (0.2, 0.6, 1.0)  # shares of a run's training tokens, one column each
+    tolerance: float = 0.05  # how far a checkpoint may lie from its stage
+    classes: tuple[int, ...] = ()  # one image each; empty: the paper's nine for 1000 classes, else the first nine
+    out: str  # the PNG to write
+    tokenizer: str = ""  # empty: the one the runs were trained with
+    patch_nums: tuple[int, ...] = ()  # for public files with a schedule of their own
+    mlflow: bool = True  # log the figure to the first run's MLflow run
+    data: str = ""  # validation shards to force tokens from; empty: those of the first run's config.yaml
+    forced_scales: int = 1  # how many scales are those of a real image of the class; 0: none
+    cfg: float = 1.5
+    top_k: int = 900  # 0: off
+    top_p: float = 0.96  # 1: off
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("runs", "stages"):
+            if not getattr(self, name):
+                raise ValueError(f"{name} is empty; it needs at least one")
+        for stage in self.stages:
+            if not 0 < stage <= 1:
+                raise ValueError(f"stages has {stage}; it holds shares of the training, above 0 and up to 1")
+        if not 0 <= self.tolerance < 1:
+            raise ValueError(f"tolerance is {self.tolerance}; it is a share of the training, from 0 to below 1")
+        refuse_below_zero(forced_scales=self.forced_scales)
+        refuse_no_png(self.out)
 
 
 @dataclass(frozen=True)
@@ -130,7 +162,15 @@ def force_scales(models: Models, config: CompareSizesConfig) -> KnownTokens | No
         return None
     train = training_config(models, config)
     folder = config.data or train.data.validation
-    dataset = open_codes_or_images(folder, train, models.tokenizer.config, models.tokenizer_sha256, random_views=False)
+    dataset = open_codes_or_images(
+        folder,
+        models.tokenizer.config,
+        models.tokenizer_sha256,
+        train.data,
+        num_classes=train.model.num_classes,
+        seed=train.seed,
+        random_views=False,
+    )
     ids = first_of_classes(dataset, config.classes)
     data, _ = dataset.read(ids, np.zeros_like(ids))
     codes = data if data.ndim == 2 else models.tokenizer.encode(data)

@@ -25,11 +25,11 @@ from launchers.sampling.pictures import save_grid, to_uint8
 from launchers.setup.assembly import Models, load_models, load_tokenizer, open_images
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import load_config
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.train_tokenizer import TokenizerConfig
 from models.editing import box_in_tokens
 from models.generation import edit, known_part
-from training.checkpoints.commit import read_manifest
-from training.checkpoints.model_on_disk import latest_checkpoint
+from training.checkpoints.commit import latest_checkpoint, read_manifest
 from training.engine.distributed import World
 from training.tracking.record import absolute_uri
 

@@ -26,7 +26,7 @@ from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import Models, load_models
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import refuse_file, refuse_several_ranks
-from launchers.setup.settings import EditConfig
+from launchers.setup.settings import refuse_below_zero, refuse_unknown
 from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels
 from models.generation import KnownTokens, generate_scales, known_part
 from models.sampling import Sampling
@@ -38,6 +38,46 @@ from training.tracking.mlflow_tracker import log_picture
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel
 WHITE = 128  # and brighter, of 255, in a mask
+EDIT_TASKS = ("inpaint", "outpaint", "edit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditConfig:
+    """launchers/edit.py: parts of a picture drawn anew. Sampling defaults: those of the public notebook."""
+
+    run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
+    tokenizer: str = ""  # empty: the one the run was trained with
+    patch_nums: tuple[int, ...] = ()  # for a public file with a schedule of its own
+    image: str
+    task: str  # inpaint: the box is drawn anew; outpaint: the box stays; edit: the box is drawn anew as class `label`
+    box: tuple[float, ...] = ()  # Y0 X0 Y1 X1, pixels of the image file
+    mask: str = ""  # instead of a box: a picture of the image's size, white where the box would be
+    label: int | None = None  # the class to draw; without it none is asked for
+    out: str = ""  # folder; empty: one in RUN/edits named after picture, task, place and class
+    variants: int = 4  # results, each with a seed of its own
+    cfg: float = 3.0
+    top_k: int = 900  # 0: off
+    top_p: float = 0.95  # 1: off
+    smooth: bool = False  # Gumbel-softmax smoothing, which the public notebook has on
+    keep_coarsest: bool = True  # the 1x1 scale, a mean of the whole picture, is the original's, as in the notebook
+    keep_pixels: bool = False  # put the original's pixels back where the picture stays
+    feather: int | None = None  # pixels over which they then fade out into what is drawn; null: half a token
+    precision: str = "fp32"  # of the transformer, or bf16 or fp16
+    batch: int = 8  # results at once; memory limits it
+    seed: int = 0
+    mlflow: bool = True  # log the panel to the run's MLflow run
+
+    def __post_init__(self) -> None:
+        refuse_unknown(EDIT_TASKS, task=self.task)
+        refuse_unknown(PRECISIONS, precision=self.precision)
+        if bool(self.box) == bool(self.mask):
+            raise ValueError(f"{'both box and' if self.box else 'neither box nor'} mask given; give one of them")
+        if self.box and len(self.box) != 4:
+            raise ValueError(f"box has {len(self.box)} numbers; it is Y0 X0 Y1 X1, in pixels of the image")
+        for name in ("variants", "batch"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be 1 or more")
+        refuse_below_zero(feather=self.feather or 0, seed=self.seed)
 
 
 @dataclass(frozen=True)

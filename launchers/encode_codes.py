@@ -8,6 +8,7 @@ folders, takes the next shard that nobody works on. Killed ones are simply start
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -19,9 +20,22 @@ from data_pipeline.making.encoding import Encoding, Recipe, is_encoded
 from data_pipeline.shards.index import Index
 from launchers.setup.assembly import image_transform, load_tokenizer
 from launchers.setup.command_line import Command, run_launcher, say, say_nothing
-from launchers.setup.settings import EncodeConfig
+from launchers.setup.settings import ViewConfig
 from models.vqvae import VQVAE
 from training.engine.distributed import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """launchers/encode_codes.py: image shards to code shards, with a trained tokenizer."""
+
+    tokenizer: str
+    images: str
+    out: str
+    views: int = 16  # random crops a training image; validation images get one centre crop
+    view: ViewConfig = field(default_factory=ViewConfig)
+    batch: int = 64
+    seed: int = 0
 
 
 def launch(command: Command[EncodeConfig]) -> None:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_folder, refuse_occupied
@@ -27,7 +28,7 @@ from launchers.setup.loading import (
     tokenizer_of,
     write_public,
 )
-from launchers.setup.settings import ExportConfig
+from launchers.setup.settings import refuse_unknown
 from models.reference import check_public
 from models.var import VAR
 from models.vqvae import VQVAE
@@ -36,6 +37,20 @@ from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, des
 from training.tracking.record import RunRecord
 
 POSITION = ("step", "time", "epoch", "samples_seen", "pflop")  # of a validation record; the rest is what was measured
+EXPORT_FORMATS = ("safetensors", "reference")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    """launchers/export_weights.py: a run's weights, with its tokenizer, to a folder to hand on."""
+
+    run: str
+    out: str
+    format: str = "safetensors"  # or "reference": files that the public code loads
+    tokenizer: str = ""  # empty: the one the run was trained with
+
+    def __post_init__(self) -> None:
+        refuse_unknown(EXPORT_FORMATS, format=self.format)
 
 
 def launch(command: Command[ExportConfig]) -> None:

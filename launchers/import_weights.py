@@ -5,16 +5,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_folder, refuse_occupied
 from launchers.figures.model_cards import describe_sizes, how_to_use_here, model_card
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import public_tokenizer, public_var, refuse_several_ranks
-from launchers.setup.settings import ImportConfig
 from models.generation import check_configs_agree
 from models.scales import PATCH_NUMS_256
 from training.checkpoints.model_on_disk import describe, write_model
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    """launchers/import_weights.py: public .pth files to a folder that every launcher takes. One of the two will do."""
+
+    tokenizer: str = ""
+    var: str = ""
+    out: str
+    patch_nums: tuple[int, ...] = ()  # empty: known by the transformer's length; of a tokenizer alone, that of 256 px
+
+    def __post_init__(self) -> None:
+        if not (self.tokenizer or self.var):
+            raise ValueError("nothing to import; give --var FILE, --tokenizer FILE, or both")
 
 
 def launch(command: Command[ImportConfig]) -> None:

@@ -5,14 +5,33 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.images.labels import JSON_KEY
 from data_pipeline.making.indexing import expand_shards, index_shards
-from data_pipeline.remote.remote import ShardCache, without_query
+from data_pipeline.remote.remote import CacheConfig, ShardCache, without_query
 from data_pipeline.shards.index import Index, is_complete
 from data_pipeline.shards.storage import Storage
 from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.data_config import IndexConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+    """launchers/index_shards.py: an index for WebDataset tars that lie somewhere, which stay as they are."""
+
+    shards: tuple[str, ...]  # paths or URLs, with {000..127} for many; or one .txt file with one of them in each line
+    out: str  # the folder for index and tables
+    classes: int | None = None  # how many there are; none: as many as the labels found need
+    json_label: str = JSON_KEY  # the field that is the class number, where a sample has json and no cls
+    decode: bool = False  # decode every image, and list those that cannot be
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if not self.shards:
+            raise ValueError("shards is empty; give paths or URLs of .tar files")
+        if self.classes is not None and self.classes < 1:
+            raise ValueError(f"classes is {self.classes}; it must be 1 or more")
 
 
 def launch(command: Command[IndexConfig]) -> None:

@@ -11,6 +11,7 @@ the shards that nobody works on. It leaves report.json and contact_sheet.png bes
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.making.claims import forget_finished_work
@@ -18,8 +19,20 @@ from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
 from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
 from launchers.setup.command_line import Command, run_launcher, say, say_nothing
-from launchers.setup.settings import PackConfig
 from training.engine.distributed import World
+
+
+@dataclass(frozen=True, kw_only=True)
+class PackConfig:
+    """launchers/pack_images.py: a folder of images, or the word `digits`, to image shards."""
+
+    source: str
+    out: str
+    val_fraction: float = 0.0  # held out of `source` when it has no train/ and val/ of its own
+    # pixels, to which longer short sides are scaled down: 1.125 times the crops of the official recipe; null: none are
+    resize_short_side: int | None = 288
+    samples_per_shard: int = 10_000
+    seed: int = 0
 
 
 def launch(command: Command[PackConfig]) -> None:

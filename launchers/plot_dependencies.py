@@ -8,6 +8,7 @@ Beside the picture goes a JSON file with the numbers; training/laws/dependency.p
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,32 @@ from launchers.figures.plots import AttentionMap, draw_attention
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import open_images
 from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.data_config import DataConfig
 from launchers.setup.loading import load_tokenizer, refuse_several_ranks
-from launchers.setup.settings import DependencyConfig
+from launchers.setup.settings import DataConfig, ViewConfig, refuse_below_zero, refuse_no_png
 from training.engine.distributed import World
 from training.laws.dependency import bidirectionality, later_share
 from training.tracking.mlflow_tracker import log_picture
+
+MAX_DEPENDENCY_IMAGES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class DependencyConfig:
+    """launchers/plot_dependencies.py: which tokens of a tokenizer's encoder depend on which."""
+
+    tokenizer: str
+    images: str  # a folder of image shards
+    num_images: int = 4
+    out: str  # the PNG to write; the numbers go beside it as JSON
+    views: ViewConfig = field(default_factory=ViewConfig)
+    seed: int = 0  # of the choice of images
+    mlflow: bool = True  # log the figure to the tokenizer's MLflow run
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.num_images <= MAX_DEPENDENCY_IMAGES:
+            raise ValueError(f"num_images is {self.num_images}; accepted: 1 to {MAX_DEPENDENCY_IMAGES}")
+        refuse_below_zero(seed=self.seed)
+        refuse_no_png(self.out)
 
 
 def launch(command: Command[DependencyConfig]) -> None:

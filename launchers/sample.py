@@ -10,7 +10,7 @@ A model without classes has nothing to guide towards: the default cfg stands for
 from __future__ import annotations
 
 import hashlib
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,44 @@ from launchers.sampling.sampler import Sampler, draw_all, speed_up
 from launchers.setup.assembly import Models, load_models
 from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from launchers.setup.loading import refuse_file
-from launchers.setup.settings import SampleConfig
+from launchers.setup.settings import refuse_unknown
 from models.sampling import Sampling
 from models.var import VARConfig
 from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World, agree_on_error, agree_on_value, join_world, leave_world
+from training.engine.engine import PRECISIONS
 from training.tracking.mlflow_tracker import log_picture
+
+SAMPLE_FORMATS = ("png", "npz")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+    """launchers/sample.py: images from a run or a public checkpoint. Defaults: those of the released models' FID."""
+
+    run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
+    tokenizer: str = ""  # empty: the one the run was trained with
+    patch_nums: tuple[int, ...] = ()  # for a public file with a schedule of its own
+    out: str = ""  # folder; empty: RUN/samples, and samples/NAME for a file NAME.pth
+    format: str = "png"  # one file per image; or "npz": one file of all for the ADM evaluator
+    per_class: int = 10
+    classes: tuple[int, ...] = ()  # empty: all
+    cfg: float = 1.5  # guidance at the last scale, growing from 0 at the first; 0: off
+    guidance: tuple[float, ...] = ()  # instead of cfg: the strength at every scale
+    top_k: int = 900  # 0: off
+    top_p: float = 0.96  # 1: off
+    smooth: bool = False  # Gumbel-softmax smoothing: better to look at, worse to measure
+    precision: str = "fp32"  # of the transformer, or bf16 (then also that of the decoder) or fp16
+    compile: bool = False  # compile the transformer's steps, and a GPU's decoder: a slow start, for many images
+    batch: int = 50  # images at once; memory limits it: in fp32 50 take 8 GiB of cache at d16, 29 at d30, 138 at 512 px
+    seed: int = 0
+    mlflow: bool = True  # log the grid to the run's MLflow run
+
+    def __post_init__(self) -> None:
+        refuse_unknown(SAMPLE_FORMATS, format=self.format)
+        refuse_unknown(PRECISIONS, precision=self.precision)
+        if self.smooth and self.format == "npz":
+            raise ValueError("smooth is on and format is npz; smoothed images are never to be measured: use format=png")
 
 
 def launch(command: Command[SampleConfig]) -> None:

@@ -7,13 +7,13 @@ that the tracker does not know is made there. What is there already is not sent 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import read_settings
 from launchers.setup.loading import refuse_several_ranks
-from launchers.setup.settings import SyncConfig
 from training.tracking.curves import points_of
 from training.tracking.mlflow_state import read_state
 from training.tracking.mlflow_tracker import Tracker
@@ -21,6 +21,15 @@ from training.tracking.mlflow_uploader import QUIET_AND_QUICK, how_it_ended, sen
 from training.tracking.record import RunRecord, TrackingConfig, absolute_uri
 
 OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
+
+
+@dataclass(frozen=True, kw_only=True)
+class SyncConfig:
+    """launchers/sync_mlflow.py: to MLflow what it lacks of a run. `run` may be given without its name."""
+
+    run: str = field(metadata={"is_bare": True})
+    uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
+    experiment: str = ""  # empty: likewise
 
 
 def launch(command: Command[SyncConfig]) -> None:

@@ -6,18 +6,17 @@ The same command again resumes from the newest checkpoint of the run folder.
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
-from launchers.setup.assembly import (
-    describe_one_batch,
-    open_codes_or_images,
-    validation_source,
-)
+from launchers.setup.assembly import Dataset, RunData, describe_one_batch, open_codes_or_images
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import initialize, load_tokenizer, place_tokenizer
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
 from launchers.setup.settings import TrainConfig
 from models.generation import check_configs_agree
 from models.var import CHECKPOINTINGS
+from models.vqvae import VQVAEConfig
+from training.checkpoints.checkpoint import TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.engine.engine import Engine, accumulation_steps
 from training.flops import training_flops
@@ -28,38 +27,50 @@ from training.var_loop import VARStage, build_var
 
 
 def launch(command: Command[TrainConfig]) -> None:
+    """Train, or for --dry-run tell what training would need."""
+    config, world = command.config, World.from_environment()
     if command.dry_run:
-        dry_run(command.config, command.world_size or World.from_environment().world_size)
-    else:
-        with supervise(command.config) as supervision:
-            train(command.config, supervision)
+        dry_run(config, command.world_size or world.world_size)
+        return
+    with supervise(Path(config.run), config.watch, world) as supervision:
+        train(config, world, supervision)
 
 
-def train(config: TrainConfig, supervision: Supervision) -> None:
+def train(config: TrainConfig, world: World, supervision: Supervision) -> TrainState:
+    """Train the transformer of a config to its end, in its run folder; the state there."""
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     check_configs_agree(config.model, tokenizer.config)
-    dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
-    validation = open_codes_or_images(config.data.validation, config, tokenizer.config, sha256, random_views=False)
-    checkpoints = open_checkpoints(
-        config, World.from_environment(), tokenizer_sha256=sha256, data=dataset.index.fingerprint
-    )
+    training, validation = (open_data(config, tokenizer.config, sha256, part) for part in ("train", "validation"))
+    data = RunData.of(config, world, training, validation)
+    checkpoints = open_checkpoints(config, world, tokenizer_sha256=sha256, data=data.fingerprint)
     model = build_var(config.model, config.engine, seed=config.seed)
     initialize(model, config, checkpoints)
-    world = join_world(timeout_seconds=config.watch.start_seconds)
+    join_world(world, timeout_seconds=config.watch.start_seconds)
     model.to(world.device)
     optimizer = build_optimizer(model, config.optimizer, undecayed=model.names_without_weight_decay())
     stage = VARStage(
         Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world),
-        config.model,
-        place_tokenizer(tokenizer, world.device, kinds={dataset.index.kind, validation.index.kind}),
+        place_tokenizer(tokenizer, world.device, kinds=data.kinds),
         label_drop=config.label_drop,
-        global_batch=config.loop.global_batch,
         seed=config.seed,
-        world=world,
-        validation=validation_source(validation, config.engine, world),
+        validation=data.validation_batches,
     )
-    run_stage(config, stage, dataset, validation, checkpoints, world, supervision)
+    state = run_stage(config, stage, data, checkpoints, supervision)
     leave_world()
+    return state
+
+
+def open_data(config: TrainConfig, tokenizer: VQVAEConfig, sha256: str, part: str) -> Dataset:
+    """Open the part "train" or "validation" of the data; random views are for training alone."""
+    return open_codes_or_images(
+        getattr(config.data, part),
+        tokenizer,
+        sha256,
+        config.data,
+        num_classes=config.model.num_classes,
+        seed=config.seed,
+        random_views=part == "train",
+    )
 
 
 def dry_run(config: TrainConfig, world_size: int) -> None:
@@ -74,7 +85,7 @@ def dry_run(config: TrainConfig, world_size: int) -> None:
     try:
         tokenizer, sha256 = load_tokenizer(config.tokenizer)
         check_configs_agree(config.model, tokenizer.config)
-        dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
+        dataset = open_data(config, tokenizer.config, sha256, "train")
         say(f"data                {describe_one_batch(dataset, config.engine.micro_batch)}")
         if dataset.index.kind == "images":
             say("not modelled        encoding of these images in every step: encode_codes.py does it once and for all")

@@ -5,36 +5,55 @@ The same command again resumes from the newest checkpoint of the run folder.
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
 
-from launchers.setup.assembly import (
-    describe_one_batch,
-    open_images,
-    validation_source,
-)
+import torch
+from torch import nn
+
+from launchers.setup.assembly import RunData, describe_one_batch, open_images
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import initialize
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
-from launchers.setup.settings import TokenizerConfig
+from launchers.setup.settings import RunConfig
 from models.discriminator import PatchDiscriminator
+from models.vqvae import VQVAEConfig
+from training.checkpoints.checkpoint import TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.engine.engine import Engine, EngineConfig, accumulation_steps
 from training.flops import tokenizer_training_flops
+from training.losses import ReconstructionLossConfig
 from training.optim import build_optimizer
-from training.tokenizer_loop import TokenizerStage, build_tokenizer
+from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, TokenizerStage, build_tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerConfig(RunConfig):
+    """launchers/train_tokenizer.py: stage 1."""
+
+    model: VQVAEConfig = field(default_factory=VQVAEConfig)
+    loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
+    codebook: CodebookCareConfig = field(default_factory=CodebookCareConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
 
 
 def launch(command: Command[TokenizerConfig]) -> None:
-    refuse_unfit_engine(command.config.engine)
+    """Train, or for --dry-run tell what training would need."""
+    config, world = command.config, World.from_environment()
+    refuse_unfit_engine(config.engine)
     if command.dry_run:
-        dry_run(command.config, command.world_size or World.from_environment().world_size)
-    else:
-        with supervise(command.config) as supervision:
-            train(command.config, supervision)
+        dry_run(config, command.world_size or world.world_size)
+        return
+    with supervise(Path(config.run), config.watch, world) as supervision:
+        train(config, world, supervision)
 
 
 def refuse_unfit_engine(engine: EngineConfig) -> None:
-    """The nearest-code search needs float32, and the quantiser reads its codebook whole."""
+    """Raise ValueError for an engine that cannot train the tokenizer.
+
+    The nearest-code search needs float32, and the quantiser reads its codebook whole, which ZeRO-3 would cut.
+    """
     if engine.precision != "fp32":
         raise ValueError(f"engine.precision is {engine.precision}; the tokenizer trains in fp32 only")
     if engine.zero_stage == 3:
@@ -47,46 +66,44 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
             )
 
 
-def train(config: TokenizerConfig, supervision: Supervision) -> None:
-    data = config.data
-    dataset = open_images(data.train, config.model, data, seed=config.seed, random_views=True)
-    validation = open_images(data.validation, config.model, data, seed=config.seed, random_views=False)
-    adversary = str(config.discriminator) if config.loss.adversarial_weight else "none"
-    checkpoints = open_checkpoints(
-        config, World.from_environment(), data=dataset.index.fingerprint, discriminator=adversary
-    )
+def train(config: TokenizerConfig, world: World, supervision: Supervision) -> TrainState:
+    """Train the tokenizer of a config to its end, in its run folder; the state there."""
+    open_part = partial(open_images, tokenizer=config.model, data=config.data, seed=config.seed)
+    training = open_part(config.data.train, random_views=True)
+    validation = open_part(config.data.validation, random_views=False)
+    data = RunData.of(config, world, training, validation)
+    opponent = str(config.discriminator) if config.loss.adversarial_weight else "none"
+    checkpoints = open_checkpoints(config, world, data=data.fingerprint, discriminator=opponent)
     model = build_tokenizer(config.model, seed=config.seed)
     initialize(model, config, checkpoints)
-    world = join_world(timeout_seconds=config.watch.start_seconds)
-    model.to(world.device)
+    join_world(world, timeout_seconds=config.watch.start_seconds)
     stage = TokenizerStage(
         start_engine(model, config, world),
-        model,
         config.loss,
         config.codebook,
         discriminator=start_discriminator(config, world) if config.loss.adversarial_weight else None,
-        global_batch=config.loop.global_batch,
         seed=config.seed,
-        world=world,
-        validation=validation_source(validation, config.engine, world),
+        validation=data.validation_batches,
     )
-    run_stage(config, stage, dataset, validation, checkpoints, world, supervision)
+    state = run_stage(config, stage, data, checkpoints, supervision)
     leave_world()
+    return state
 
 
-def start_engine(model: object, config: TokenizerConfig, world: World) -> Engine:
-    optimizer = build_optimizer(model, config.optimizer)
+def start_engine(model: nn.Module, config: TokenizerConfig, world: World) -> Engine:
+    """Put a network on this rank's device and under DeepSpeed, with an optimiser of its own. A collective."""
+    optimizer = build_optimizer(model.to(world.device), config.optimizer)
     return Engine(model, optimizer, config.engine, global_batch=config.loop.global_batch, world=world)
 
 
 def start_discriminator(config: TokenizerConfig, world: World) -> Engine:
+    """Build the discriminator and start its engine. A collective."""
     size = config.discriminator
-    model = PatchDiscriminator(size.width, size.num_layers, seed=config.seed)
-    return start_engine(model.to(world.device), config, world)
+    return start_engine(PatchDiscriminator(size.width, size.num_layers, seed=config.seed), config, world)
 
 
 def dry_run(config: TokenizerConfig, world_size: int) -> None:
-    """Say what a run would need, without allocating the model."""
+    """Tell what a run would need, without allocating the model; read one batch if the shards are there."""
     accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
     with torch.device("meta"):
         number = sum(parameter.numel() for parameter in build_tokenizer(config.model, seed=0).parameters())

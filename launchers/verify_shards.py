@@ -7,15 +7,25 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import dataclass, field
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.making.verification import folders_of, verify_shards
+from data_pipeline.remote.remote import CacheConfig
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.storage import Storage
 from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.data_config import VerifyConfig
 
 PROGRESS_SECONDS = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyConfig:
+    """launchers/verify_shards.py: every byte of a packed folder against its index; `folder=` may be left out."""
+
+    folder: str = field(metadata={"is_bare": True})  # with an index.json, or with such folders in it; or a URL
+    decode: bool = False  # decode every image, and unpack every code
+    cache: CacheConfig = field(default_factory=CacheConfig)
 
 
 def launch(command: Command[VerifyConfig]) -> None:

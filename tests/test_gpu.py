@@ -66,13 +66,10 @@ def test_no_forward_or_backward_pass_of_a_step_waits_for_the_gpu() -> None:
     device = torch.device("cuda")
     var, tokenizer = VAR(TRANSFORMER, seed=0).to(device), build_tokenizer(TOKENIZER, seed=0).to(device)
     stage = VARStage(
-        PlainEngine(var, accumulation=2),
-        TRANSFORMER,
+        PlainEngine(var, accumulation=2, global_batch=8, world=World(device=device)),
         tokenizer,
         label_drop=0.1,
-        global_batch=8,
         seed=0,
-        world=World(device=device),
         validation=lambda: (),
     )
     batch = code_batch(TRANSFORMER, 4).pinned()

@@ -1,4 +1,4 @@
-"""What a stage of training is to the loop: one optimiser step and one validation pass, and the batches they take."""
+"""What the loop asks of a stage of training, and of the data: a stage takes steps on batches and validates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,11 @@ from training.tracking.record import Record
 
 @dataclass(frozen=True)
 class StepContext:
-    """Where a step stands: its first global stream position, progress in [0, 1), and this step's schedule."""
+    """Where a step stands, and its learning rate and weight decay.
+
+    samples_seen: the position in the global stream of samples at which it starts. progress: the share of the run that
+    lies behind, in [0, 1).
+    """
 
     samples_seen: int
     progress: float
@@ -34,6 +38,16 @@ class Batch(Protocol):
     def to(self, device: torch.device) -> Batch: ...
 
 
+class TrainingData(Protocol):
+    """The training samples as one rank reads them, by position in the global stream of samples."""
+
+    def batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Return this rank's endless micro-batches from a position on."""
+
+    def names(self, first_sample: int) -> list[str]:
+        """Return what this rank's samples are called in the step that starts at a position."""
+
+
 class Stage(Protocol):
     """What a stage supplies to the loop."""
 
@@ -42,13 +56,20 @@ class Stage(Protocol):
     tokens_per_image: int
 
     def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
-        """One optimiser step on this rank's micro-batches; metrics as device tensors, means over this rank's images."""
+        """Take one optimiser step on this rank's next micro-batches. A collective.
+
+        Returns metrics as tensors on the device, each the mean over this rank's images; "loss" and "gradient_norm" are
+        among them.
+        """
 
     def window_metrics(self) -> dict[str, Any]:
-        """Metrics over the steps since the last call, already the same on all ranks. A collective."""
+        """Return metrics over the steps since the last call, the same on all ranks. A collective."""
 
     def validate(self, beat: Callable[[str], None]) -> dict[str, Any]:
-        """Metrics over the whole validation set, the same on all ranks; `beat` at every batch. A collective."""
+        """Return metrics over the whole validation set, the same on all ranks. A collective.
+
+        beat: called before and after every wait for a batch, with what begins then.
+        """
 
     def headline(self, record: Record) -> str:
-        """The part of the progress line that only this stage knows."""
+        """Write the part of the progress line that only this stage knows."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from models.vqvae import VQVAE, Reconstruction, VQVAEConfig
-from training.engine.distributed import World, sum_over_ranks
+from training.engine.distributed import sum_over_ranks
 from training.engine.engine import Engine
 from training.flops import tokenizer_training_flops
 from training.losses import (
@@ -25,7 +25,6 @@ from training.losses import (
     load_lpips,
     pixel_loss,
 )
-from training.seams import reach
 from training.stage import Batch, StepContext
 from training.step_metrics import TimedIterator
 from training.tracking.record import Record
@@ -72,49 +71,50 @@ def build_tokenizer(config: VQVAEConfig, *, seed: int) -> VQVAE:
 
 
 class TokenizerStage:
-    """The stage that `training.loop.Loop` drives; `discriminator` is None without the adversarial term."""
+    """Stage 1 for `training.loop.Loop`: `engine` drives a VQVAE, `discriminator` its opponent.
+
+    Without the adversarial term the discriminator is None.
+    """
 
     def __init__(
         self,
         engine: Engine,
-        model: VQVAE,
         loss: ReconstructionLossConfig,
         care: CodebookCareConfig,
         *,
         discriminator: Engine | None,
-        global_batch: int,
         seed: int,
-        world: World,
         validation: Callable[[], Iterable[Batch]],
     ) -> None:
+        """validation: starts a pass over this rank's validation images."""
+        self.engine = engine
+        self.model: VQVAE = engine.model
+        self.discriminator = discriminator
         self.engines = {"model": engine} | ({"discriminator": discriminator} if discriminator else {})
-        self.model = model
+        self.world = engine.world
         self.loss = loss
         self.care = care
-        self.discriminator = discriminator
-        self.global_batch = global_batch
         self.seed = seed
-        self.world = world
         self.validation = validation
-        self.lpips = load_lpips(loss.lpips_backbone).to(world.device) if loss.lpips_weight else None
-        self.flops_per_image = tokenizer_training_flops(model.config)
-        self.tokens_per_image = model.scales.num_tokens
+        self.lpips = load_lpips(loss.lpips_backbone).to(self.world.device) if loss.lpips_weight else None
+        self.flops_per_image = tokenizer_training_flops(self.model.config)
+        self.tokens_per_image = self.model.scales.num_tokens
         self._hits = self._no_hits()
 
     def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
-        engine = self.engines["model"]
-        engine.train()
+        """See `Stage.train_step`."""
+        self.engine.train()
         adversarial = self.discriminator is not None and context.progress >= self.loss.adversarial_start
-        restarting = self.care.is_due(context.progress, context.samples_seen, self.global_batch)
+        restarting = self.care.is_due(context.progress, context.samples_seen, self.engine.global_batch)
         hits = self._no_hits()
         parts: list[dict[str, Tensor]] = []
         seen: list[SeenImages] = []
-        for _ in range(engine.accumulation):
+        for _ in range(self.engine.accumulation):
             batch = next(batches)
             images = batch.to(self.world.device).data  # (B, 3, H, H)
-            reconstruction = engine(images)
+            reconstruction = self.engine(images)
             parts.append(self._backward(images, reconstruction, adversarial))
-            norm = engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
+            norm = self.engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
             if self.discriminator is not None:
                 parts[-1] |= self._discriminator_step(images, reconstruction.images.detach(), adversarial, context)
             self._count(reconstruction.codes, hits)
@@ -141,8 +141,8 @@ class TokenizerStage:
             loss = loss + self.loss.adversarial_weight * balance * parts["adversarial_loss"]
         elif self.discriminator is not None:
             parts["adversarial_loss"] = torch.zeros((), device=self.world.device)
-        loss = reach("loop.loss", loss + self.loss.quantization_weight * reconstruction.quantization_loss)
-        self.engines["model"].backward(loss)
+        loss = loss + self.loss.quantization_weight * reconstruction.quantization_loss
+        self.engine.backward(loss)
         return {"loss": loss.detach()} | {name: value.detach() for name, value in parts.items()}
 
     def _judge(self, images: Tensor) -> Tensor:
@@ -174,9 +174,9 @@ class TokenizerStage:
         if len(unused) == 0:
             return
         generator = np.random.Generator(np.random.Philox(key=[self.seed, context.samples_seen]))
-        images = torch.from_numpy(generator.integers(self.global_batch, size=len(unused)))
+        images = torch.from_numpy(generator.integers(self.engine.global_batch, size=len(unused)))
         tokens = torch.from_numpy(generator.integers(self.tokens_per_image, size=len(unused)))
-        codebook = self.engines["model"].full_parameter(self.model.quantizer.codebook).detach().clone()
+        codebook = self.engine.full_parameter(self.model.quantizer.codebook).detach().clone()
         vectors = torch.zeros_like(codebook[unused])  # (n, C)
         for part in seen:
             wanted, rows = (images[:, None] == part.numbers[None, :]).nonzero(as_tuple=True)
@@ -184,7 +184,7 @@ class TokenizerStage:
                 targets = quantization_targets(self.model, part.images, part.codes)  # (B, L, C)
                 vectors[wanted.to(vectors.device)] = targets[rows, tokens[wanted]]
         codebook[unused] = sum_over_ranks(vectors, self.world)
-        self.engines["model"].set_full_parameter(self.model.quantizer.codebook, codebook)
+        self.engine.set_full_parameter(self.model.quantizer.codebook, codebook)
 
     def _no_hits(self) -> Tensor:
         size = self.model.scales.num_scales, self.model.config.quantizer.vocab_size
@@ -203,13 +203,12 @@ class TokenizerStage:
     @torch.no_grad()
     def validate(self, beat: Callable[[str], None] = lambda doing: None) -> dict[str, Any]:
         """Squared error, PSNR and codebook use over the validation set, every image once."""
-        engine = self.engines["model"]
-        engine.train(False)
+        self.engine.train(False)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # squared error, PSNR, images
         hits = self._no_hits()
         for batch in TimedIterator(iter(self.validation()), beat):
             batch = batch.to(self.world.device)
-            reconstruction = engine(batch.data)
+            reconstruction = self.engine(batch.data)
             error = (reconstruction.images.clamp(-1, 1) - batch.data).square().mean((1, 2, 3)).double()  # (B,)
             psnr = 10 * torch.log10(4 / error.clamp(min=1e-10))  # images span 2
             weights = batch.weights.double()

@@ -108,13 +108,10 @@ def trainer(config: BenchmarkConfig, tokenizer: VQVAE, world: World) -> Contesta
     settings = EngineConfig(precision="fp32", micro_batch=config.batch, zero_stage=0)
     stage = TokenizerStage(
         Engine(model, optimizer, settings, global_batch=config.batch, world=world),
-        model,
         PIXELS_ALONE,
         CodebookCareConfig(restart_every=0),
         discriminator=None,
-        global_batch=config.batch,
         seed=0,
-        world=world,
         validation=lambda: (),
     )
     batches = repeat(image_batch(var_config(config), tokenizer.config, config.batch))

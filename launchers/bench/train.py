@@ -160,12 +160,9 @@ class OurStep:
         optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
         self.stage = VARStage(
             Engine(model, optimizer, engine, global_batch=global_batch, world=world),
-            model.config,
             place_tokenizer(tokenizer, world.device, kinds={"codes"}),
             label_drop=0.1,
-            global_batch=global_batch,
             seed=0,
-            world=world,
             validation=lambda: (),
         )
         self.batch, self.global_batch = config.batch, global_batch

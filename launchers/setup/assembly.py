@@ -1,17 +1,17 @@
-"""The objects that more than one launcher puts together: a pair of models, and datasets."""
+"""What more than one launcher puts together: a pair of models, data sets, and the data of a run."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from data_pipeline.images.decoding import ImageTransform
+from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
-from data_pipeline.loading.loader import train_batches, validation_batches
+from data_pipeline.loading.loader import names_of_step, train_batches, validation_batches
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.storage import Storage
-from launchers.setup.data_config import DataConfig, ViewConfig
 from launchers.setup.loading import (
     is_weights_file,
     load_tokenizer,
@@ -21,13 +21,12 @@ from launchers.setup.loading import (
     tokenizer_of,
     trained_tokenizer_sha256,
 )
-from launchers.setup.settings import TrainConfig
+from launchers.setup.settings import DataConfig, RunConfig, ViewConfig
 from models.generation import check_configs_agree
 from models.var import VAR
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoints.model_on_disk import describe, model_sha256
 from training.engine.distributed import World
-from training.engine.engine import EngineConfig
 
 Dataset = ImageDataset | CodeDataset
 
@@ -42,7 +41,7 @@ class Models:
 
 
 def load_models(run: str, tokenizer: str = "", patch_nums: tuple[int, ...] = ()) -> Models:
-    """A transformer and the tokenizer it was trained with.
+    """Load a transformer and the tokenizer it was trained with.
 
     run: a run folder, a checkpoint, an imported or exported model, or a public .pth file. tokenizer: a folder or a
     public file; empty: the one that `run` names. patch_nums: for a public file with a schedule of its own.
@@ -80,13 +79,14 @@ def _file_or_folder(tokenizer: str, patch_nums: tuple[int, ...]) -> tuple[VQVAE,
 
 
 def image_transform(tokenizer: VQVAEConfig, views: ViewConfig) -> ImageTransform:
+    """Make the transform from a picture to a view of the size that a tokenizer takes."""
     return ImageTransform(tokenizer.image_size, resize_ratio=views.resize_ratio, flip=views.flip)
 
 
 def open_images(
     folder: str, tokenizer: VQVAEConfig, data: DataConfig, *, seed: int, random_views: bool
 ) -> ImageDataset:
-    """Image shards, here or remote, as the tokenizer wants them."""
+    """Open image shards, here or remote, whose views have the size that a tokenizer takes."""
     transform = image_transform(tokenizer, data.views)
     storage = Storage(folder, data.cache)
     dataset = ImageDataset(storage, transform, seed=seed, random_views=random_views, max_bad=data.max_bad)
@@ -95,35 +95,43 @@ def open_images(
 
 
 def open_codes_or_images(
-    folder: str, config: TrainConfig, tokenizer: VQVAEConfig, sha256: str, *, random_views: bool
+    folder: str,
+    tokenizer: VQVAEConfig,
+    sha256: str,
+    data: DataConfig,
+    *,
+    num_classes: int,
+    seed: int,
+    random_views: bool,
 ) -> Dataset:
-    """Code shards, which must be this tokenizer's, or image shards, which stage 2 then encodes at every step.
+    """Open code shards, which must be this tokenizer's, or image shards, which stage 2 then encodes at every step.
+
+    num_classes: those of a conditional transformer, which the data must have; 0 for an unconditional one.
 
     Raises:
-        ValueError: made for something else, or with another number of classes than a conditional transformer has.
+        ValueError: made for something else, or with another number of classes.
     """
-    storage = Storage(folder, config.data.cache)
+    storage = Storage(folder, data.cache)
     if Index.read(storage).kind == "images":
-        dataset: Dataset = open_images(folder, tokenizer, config.data, seed=config.seed, random_views=random_views)
+        dataset: Dataset = open_images(folder, tokenizer, data, seed=seed, random_views=random_views)
     else:
         dataset = CodeDataset(
             storage,
             patch_nums=tokenizer.patch_nums,
             vocab_size=tokenizer.quantizer.vocab_size,
             tokenizer_sha256=sha256,
-            max_bad=config.data.max_bad,
+            max_bad=data.max_bad,
         )
         dataset.try_one()
-    if config.model.is_conditional and dataset.num_classes != config.model.num_classes:
+    if num_classes and dataset.num_classes != num_classes:
         raise ValueError(
-            f"{storage}: has {dataset.num_classes} classes, model.num_classes is {config.model.num_classes}; "
-            "make them equal"
+            f"{storage}: has {dataset.num_classes} classes, model.num_classes is {num_classes}; make them equal"
         )
     return dataset
 
 
 def describe_one_batch(dataset: Dataset, micro_batch: int) -> str:
-    """Read the first training batch and say what it is; for dry runs."""
+    """Read the first training batch and describe it in words, for dry runs."""
     batches = train_batches(dataset, batch_size=micro_batch, rank=0, world_size=1, samples_seen=0, seed=0, workers=0)
     batch = next(batches)
     kind = "codes" if batch.data.ndim == 2 else "images"
@@ -131,8 +139,75 @@ def describe_one_batch(dataset: Dataset, micro_batch: int) -> str:
     return f"{len(dataset):,} samples; one batch of {kind} {tuple(batch.data.shape)}, {labels}"
 
 
-def validation_source(dataset: Dataset, engine: EngineConfig, world: World) -> Callable[[], Iterable[Any]]:
-    """A function that starts a pass over the validation set: this rank's batches, every sample once over all ranks."""
-    return lambda: validation_batches(
-        dataset, batch_size=engine.micro_batch, rank=world.rank, world_size=world.world_size
-    )
+@dataclass(frozen=True)
+class RunData:
+    """The training and validation data of a run, as one rank reads them."""
+
+    training: Dataset
+    validation: Dataset
+    settings: DataConfig
+    world: World
+    seed: int
+    global_batch: int
+    micro_batch: int
+
+    @classmethod
+    def of(cls, config: RunConfig, world: World, training: Dataset, validation: Dataset) -> RunData:
+        """Share two data sets out among the ranks as a run's settings say."""
+        batches = {"global_batch": config.loop.global_batch, "micro_batch": config.engine.micro_batch}
+        return cls(training, validation, config.data, world, config.seed, **batches)
+
+    @property
+    def num_samples(self) -> int:
+        """Training samples of one epoch."""
+        return len(self.training)
+
+    @property
+    def fingerprint(self) -> str:
+        """The identity of the training data."""
+        return self.training.index.fingerprint
+
+    @property
+    def kinds(self) -> set[str]:
+        """What the shards hold: "codes", "images", or one each."""
+        return {self.training.index.kind, self.validation.index.kind}
+
+    def batches(self, samples_seen: int) -> Iterator[Batch]:
+        """Return this rank's endless training batches from a position in the stream of samples on."""
+        return train_batches(
+            self.training,
+            batch_size=self.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            samples_seen=samples_seen,
+            seed=self.seed,
+            workers=self.settings.workers,
+            window=self.settings.window,
+            device=self.world.device,
+        )
+
+    def names(self, first_sample: int) -> list[str]:
+        """Return what this rank's samples are called in the step that starts at a stream position."""
+        return names_of_step(
+            self.training,
+            first=first_sample,
+            global_batch=self.global_batch,
+            batch_size=self.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+            seed=self.seed,
+            window=self.settings.window,
+        )
+
+    def validation_batches(self) -> Iterator[Batch]:
+        """Start a pass over the validation data: every sample once over all ranks, as many batches on each."""
+        return validation_batches(
+            self.validation,
+            batch_size=self.micro_batch,
+            rank=self.world.rank,
+            world_size=self.world.world_size,
+        )
+
+    def take_bad(self) -> list[dict[str, Any]]:
+        """Return the bad samples that this rank has met since the last call."""
+        return [asdict(bad) for dataset in (self.training, self.validation) for bad in dataset.take_bad()]

@@ -5,6 +5,7 @@ The tokenizer of a transformer lies in its folder's `tokenizer/`, or is the one 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -14,14 +15,14 @@ from torch import Tensor
 
 from data_pipeline.files.nested import flatten
 from launchers.setup.config_files import build_config, load_config
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import RunConfig, TrainConfig
 from models.reference import tokenizer_from_state_dict, tokenizer_to_state_dict, var_from_state_dict, var_to_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
-from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json
+from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 from training.checkpoints.weights import read_weights
 from training.engine.distributed import World
 
@@ -160,7 +161,7 @@ def refuse_several_ranks(launcher: str) -> None:
         raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
 
 
-def initialize(model: VAR | VQVAE, config: TrainConfig | TokenizerConfig, checkpoints: Checkpoints) -> None:
+def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) -> None:
     """Put the weights of config.init_from into a model about to be trained; a run with a checkpoint goes on from that.
 
     Raises ValueError for a model of other sizes.
@@ -184,7 +185,7 @@ def write_public(file: Path, model: VAR | VQVAE) -> None:
     file.parent.mkdir(exist_ok=True)
     entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
     torch.save({name: alone(value) for name, value in entries.items()}, file)
-    write_json(file.parent / CONFIG, describe(model.config))
+    (file.parent / CONFIG).write_text(json.dumps(describe(model.config), indent=1) + "\n")
 
 
 def alone(value: Tensor) -> Tensor:

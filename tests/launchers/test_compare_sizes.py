@@ -13,10 +13,9 @@ from PIL import Image
 from tiny import ONE_TO_ONE, VAR_CONFIG, VQVAE_CONFIG, Study, command, make_tokenizer, train_var
 
 from launchers import compare_sizes
-from launchers.compare_sizes import default_classes, draw_images, find_snapshot, force_scales
+from launchers.compare_sizes import CompareSizesConfig, default_classes, draw_images, find_snapshot, force_scales
 from launchers.setup.assembly import Models, load_models, open_images
-from launchers.setup.data_config import DataConfig
-from launchers.setup.settings import CompareSizesConfig
+from launchers.setup.settings import DataConfig
 from models.var import VAR, VARConfig
 from training.checkpoints.model_on_disk import describe, write_model
 

@@ -23,7 +23,8 @@ from launchers.demo import (
     within_class_variance,
 )
 from launchers.setup.config_files import load_config
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.train_tokenizer import TokenizerConfig
 
 
 @pytest.mark.parametrize("gpus, processes", [(0, "2"), (1, "1"), (8, "2")])

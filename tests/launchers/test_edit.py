@@ -14,8 +14,8 @@ from PIL import Image
 from tiny import VAR_CONFIG, Study, command, train_var
 
 from launchers import edit
+from launchers.edit import EditConfig
 from launchers.setup.assembly import load_models
-from launchers.setup.settings import EditConfig
 
 PICTURE = Image.new("RGB", (40, 20), "white")  # the model sees columns 10 to 30
 LEFT, RIGHT = [[True, False]] * 2, [[False, True]] * 2

@@ -11,9 +11,10 @@ import torch
 from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, command, make_tokenizer, train_var, write_public_files
 
 from launchers import export_weights, import_weights
+from launchers.export_weights import ExportConfig
+from launchers.import_weights import ImportConfig
 from launchers.setup.assembly import load_models
 from launchers.setup.loading import load_tokenizer
-from launchers.setup.settings import ExportConfig, ImportConfig
 from models.var import VAR
 from training.checkpoints.model_on_disk import describe, write_model
 from training.checkpoints.weights import read_weights

@@ -10,8 +10,8 @@ import torch
 from tiny import VAR_CONFIG, VQVAE_CONFIG, command, make_tokenizer, write_public_files
 
 from launchers import import_weights
+from launchers.import_weights import ImportConfig
 from launchers.setup.loading import load_tokenizer, load_var
-from launchers.setup.settings import ImportConfig
 from models.var import VAR
 
 

@@ -9,7 +9,7 @@ from foreign_shards import theirs, write_theirs  # noqa: F401  a fixture
 from tiny import command
 
 from launchers import index_shards
-from launchers.setup.data_config import IndexConfig
+from launchers.index_shards import IndexConfig
 
 
 def test_indexing_is_said_and_not_repeated(

@@ -15,8 +15,8 @@ from data_pipeline.images.decoding import image_of
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.reader import ShardReader
 from launchers import pack_images
+from launchers.pack_images import PackConfig
 from launchers.setup.command_line import parse
-from launchers.setup.settings import PackConfig
 
 
 def test_packing_again_does_nothing(study: Study, capsys: pytest.CaptureFixture[str]) -> None:

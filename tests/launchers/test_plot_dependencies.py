@@ -13,10 +13,10 @@ from PIL import Image
 from tiny import ONE_TO_ONE, Study, command
 
 from launchers import plot_dependencies
+from launchers.plot_dependencies import DependencyConfig
 from launchers.setup.assembly import open_images
-from launchers.setup.data_config import DataConfig
 from launchers.setup.loading import load_tokenizer
-from launchers.setup.settings import DependencyConfig
+from launchers.setup.settings import DataConfig
 from training.laws.dependency import bidirectionality
 
 

@@ -24,8 +24,8 @@ from tiny import (
 )
 
 from launchers import sample
+from launchers.sample import SampleConfig
 from launchers.sampling.files import NpzFiles, PngFiles
-from launchers.setup.settings import SampleConfig
 from models.var import VAR, VARConfig
 from training.checkpoints.model_on_disk import describe, write_model
 from training.engine.engine import PRECISIONS

@@ -19,7 +19,9 @@ import launchers.setup.config_files as config_files
 from launchers import train
 from launchers.setup.command_line import Command, run_launcher
 from launchers.setup.running import supervise
-from launchers.setup.settings import SyncConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.sync_mlflow import SyncConfig
+from training.engine.distributed import World
 from training.supervision import watch
 from training.tracking import mlflow_tracker, mlflow_view
 from training.tracking.mlflow_tracker import log_picture
@@ -79,7 +81,7 @@ def test_a_run_leaves_no_secret_in_any_file_output_or_argument(
         return popen(command, **options)
 
     def launch(command: Command[TrainConfig]) -> None:
-        with supervise(command.config):
+        with supervise(Path(command.config.run), command.config.watch, World()):
             train_var(command.config)
 
     for module in (watch, mlflow_view):

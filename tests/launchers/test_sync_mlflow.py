@@ -15,7 +15,8 @@ from data_pipeline.files.nested import flatten
 from launchers import sync_mlflow
 from launchers.setup.command_line import parse, settings_as_overrides
 from launchers.setup.config_files import load_config, read_settings, to_yaml
-from launchers.setup.settings import SyncConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.sync_mlflow import SyncConfig
 from training.tracking import mlflow_uploader
 from training.tracking.mlflow_state import ViewState, read_state
 from training.tracking.mlflow_tracker import TrackerUnavailable

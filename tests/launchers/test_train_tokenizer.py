@@ -8,7 +8,7 @@ import pytest
 from tiny import VQVAE_CONFIG, Study, command, make_tokenizer
 
 from launchers import train_tokenizer
-from launchers.setup.settings import TokenizerConfig
+from launchers.train_tokenizer import TokenizerConfig
 from training.engine.engine import EngineConfig
 
 

@@ -10,7 +10,7 @@ from tiny import Study, command
 
 from data_pipeline.files.damage import DamagedData
 from launchers import verify_shards
-from launchers.setup.data_config import VerifyConfig
+from launchers.verify_shards import VerifyConfig
 
 
 @pytest.mark.parametrize("decode", [False, True])

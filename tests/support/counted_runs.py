@@ -15,10 +15,13 @@ from training.engine.distributed import World
 from training.loop import Loop
 from training.loop_config import LoopConfig
 from training.optim import OptimizerConfig
+from training.run import Run
+from training.schedule import Schedule
 from training.stage import StepContext
 from training.supervision.divergence import DivergenceConfig
-from training.supervision.history import History
-from training.tracking.record import Record, RunRecord
+from training.supervision.stopping import Stopping
+from training.supervision.watch import Heartbeat, WatchConfig
+from training.tracking.record import Record
 
 NUM_SAMPLES = 40
 GLOBAL_BATCH = 8  # 5 steps an epoch
@@ -76,29 +79,46 @@ class RememberedCheckpoints:
         return TrainState(self.steps[-1], self.samples[self.steps[-1]]) if self.steps else None
 
 
-class Run:
-    """A loop, what it drove and what it said."""
+class CountedData:
+    """Batches that are the positions of their first samples."""
 
-    def __init__(self, folder: Path, *, divergence: DivergenceConfig = DivergenceConfig(), **config: Any) -> None:
+    def batches(self, samples_seen: int) -> Iterator[int]:
+        return count(samples_seen, GLOBAL_BATCH)
+
+    def names(self, first_sample: int) -> list[str]:
+        return [f"a.tar:{first_sample}"]
+
+
+class CountedRun:
+    """A loop in a folder, what it drove and what it reported."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        divergence: DivergenceConfig = DivergenceConfig(),
+        world: World = World(),
+        **config: Any,
+    ) -> None:
         self.stage, self.checkpoints, self.lines = CountingStage(), RememberedCheckpoints(), []
-        self.record = RunRecord(folder)
         settings = {"global_batch": GLOBAL_BATCH, "epochs": 2.0, "validate_every": 1.0} | config
-        self.loop = Loop(
-            self.stage,
-            LoopConfig(**settings),
-            OptimizerConfig(),
-            World(),
-            NUM_SAMPLES,
-            self.record,
-            None,
-            self.checkpoints,
-            self.lines.append,
-            History(folder),
-            divergence=divergence,
-        )
+        self.schedule = Schedule(LoopConfig(**settings), OptimizerConfig(), NUM_SAMPLES)
+        self.divergence = divergence
+        self.run = run_in(folder, self.checkpoints, self.lines.append, world)
 
     def go(self, state: TrainState | None = None) -> TrainState:
-        return self.loop.run(state or TrainState(), lambda samples_seen: count(samples_seen, GLOBAL_BATCH))
+        loop = Loop(self.stage, CountedData(), self.run, self.schedule, self.divergence)
+        return loop.train(state or TrainState())
 
-    def steps(self, kind: str) -> list[int]:
-        return [entry["step"] for entry in self.record.read() if entry["kind"] == kind]
+    def records(self, kind: str = "train") -> list[Record]:
+        """What was recorded of the steps, or as "validation"."""
+        return [record for record in self.run.record.read() if record["kind"] == kind]
+
+    def steps(self, kind: str = "train") -> list[int]:
+        """The steps that were recorded."""
+        return [record["step"] for record in self.records(kind)]
+
+
+def run_in(folder: Path, checkpoints: Any, report: Callable[[str], None], world: World = World()) -> Run:
+    """A run that nobody watches, and that only the file `stop` can stop."""
+    return Run(folder, world, checkpoints, Stopping(folder, world), Heartbeat(WatchConfig()), report)

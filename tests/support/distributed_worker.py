@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.loading.loader import train_batches, validation_batches
 from data_pipeline.shards.storage import Storage
+from launchers.setup.assembly import RunData
+from launchers.setup.settings import DataConfig
 from models.autoencoder import AutoencoderConfig
 from models.discriminator import PatchDiscriminator
 from models.quantizer import QuantizerConfig
@@ -28,13 +29,17 @@ from models.vqvae import VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints, Retention, TrainState
 from training.engine.distributed import World, agree_on_error, barrier, end_process, join_world, leave_world
 from training.engine.engine import Engine, EngineConfig
-from training.loop import Loop, LoopConfig
+from training.loop import Loop
+from training.loop_config import LoopConfig
 from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig, build_optimizer
+from training.run import Run
+from training.schedule import Schedule
 from training.stage import Stage
-from training.supervision.history import History
+from training.supervision.divergence import DivergenceConfig
+from training.supervision.stopping import Stopping
+from training.supervision.watch import Heartbeat, WatchConfig
 from training.tokenizer_loop import CodebookCareConfig, TokenizerStage, build_tokenizer
-from training.tracking.record import RunRecord
 from training.var_loop import VARStage, build_var
 
 PATCH_NUMS = (1, 2, 4)
@@ -77,21 +82,22 @@ class InMemory:
         return torch.randint(16, (TRANSFORMER.scales.num_tokens,), generator=generator)
 
 
+def data_of(world: World, *, images: bool) -> RunData:
+    """What a rank reads of the data set."""
+    data, settings = InMemory(images=images), DataConfig(workers=0)
+    return RunData(data, data, settings, world, seed=3, global_batch=GLOBAL_BATCH, micro_batch=4)
+
+
 def var_stage(world: World, engine: EngineConfig) -> VARStage:
     model = build_var(TRANSFORMER, engine, seed=0).to(world.device)
     optimizer = build_optimizer(model, OPTIMIZER, undecayed=model.names_without_weight_decay())
     tokenizer = build_tokenizer(TOKENIZER, seed=0).eval().requires_grad_(False)
     return VARStage(
         Engine(model, optimizer, engine, global_batch=GLOBAL_BATCH, world=world),
-        TRANSFORMER,
         tokenizer.to(world.device),
         label_drop=0.3,
-        global_batch=GLOBAL_BATCH,
         seed=5,
-        world=world,
-        validation=lambda: validation_batches(
-            InMemory(images=False), batch_size=4, rank=world.rank, world_size=world.world_size
-        ),
+        validation=data_of(world, images=False).validation_batches,
     )
 
 
@@ -101,16 +107,11 @@ def tokenizer_stage(world: World, engine: EngineConfig, *, adversarial: bool = F
     start = partial(Engine, config=engine, global_batch=GLOBAL_BATCH, world=world)
     return TokenizerStage(
         start(model, build_optimizer(model, OPTIMIZER)),
-        model,
         ReconstructionLossConfig(lpips_weight=0, adversarial_weight=0.4 if adversarial else 0, adversarial_start=0.3),
         CodebookCareConfig(restart_every=2, restart_until=1.0),
         discriminator=start(judge, build_optimizer(judge, OPTIMIZER)) if adversarial else None,
-        global_batch=GLOBAL_BATCH,
         seed=5,
-        world=world,
-        validation=lambda: validation_batches(
-            InMemory(images=True), batch_size=4, rank=world.rank, world_size=world.world_size
-        ),
+        validation=data_of(world, images=True).validation_batches,
     )
 
 
@@ -128,18 +129,11 @@ def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool,
         folder / "checkpoints", retention=Retention(), world=world, model_config=model, identity={}
     )
     state = checkpoints.resume(stage.engines) or TrainState()
-    record = RunRecord(folder)
-    dataset = InMemory(images=images)
-    history = History(folder)
-    loop = Loop(stage, config, OPTIMIZER, world, NUM_SAMPLES, record, None, checkpoints, lambda text: None, history)
-
-    def make_batches(samples_seen: int) -> Iterator[Any]:
-        place = {"rank": world.rank, "world_size": world.world_size}
-        return train_batches(dataset, batch_size=4, samples_seen=samples_seen, seed=3, workers=0, **place)
-
-    loop.run(state, make_batches)
+    run = Run(folder, world, checkpoints, Stopping(folder, world), Heartbeat(WatchConfig()), lambda text: None)
+    schedule = Schedule(config, OPTIMIZER, NUM_SAMPLES)
+    Loop(stage, data_of(world, images=images), run, schedule, DivergenceConfig()).train(state)
     barrier(world)
-    return record.read()
+    return run.record.read()
 
 
 def train_in_parts(make_stage: Callable[[], Stage], world: World, folder: Path, **kinds: Any) -> list[dict]:

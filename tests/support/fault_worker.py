@@ -6,8 +6,11 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -19,7 +22,9 @@ from data_pipeline.loading.datasets import CodeDataset
 from launchers import train as train_launcher
 from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
 from training.engine.distributed import World, join_world, leave_world
+from training.losses import TokenScores, token_scores
 from training.seams import reach
+from training.var_loop import VARStage
 
 
 def make_engine() -> PlainEngine:
@@ -50,7 +55,12 @@ def content_at(step: int) -> dict[str, Any]:
 
 def open_checkpoints(root: Path, world: World, said: list[str]) -> Checkpoints:
     return Checkpoints(
-        root, retention=Retention(last=2), world=world, model_config=VAR_CONFIG, identity={"seed": 0}, say=said.append
+        root,
+        retention=Retention(last=2),
+        world=world,
+        model_config=VAR_CONFIG,
+        identity={"seed": 0},
+        report=said.append,
     )
 
 
@@ -93,8 +103,24 @@ def train(arguments: list[str], attempt: int, samples: str) -> None:
     loader._in_thread = lambda batches, device, workers, ahead: batches  # what is read ahead is not what a step takes
     CodeDataset.read_together = 1  # nor what is read with it
     CodeDataset.try_one = lambda dataset: None  # reads a sample that no step sees
+    VARStage.train_step = faulty(VARStage.train_step)
     sys.argv = ["train.py", *arguments]
     train_launcher.main()
+
+
+def faulty(train_step: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[str, Tensor]]:
+    """A stage's step behind the seam "loop.step", and the loss of each of its forward passes behind "loop.loss"."""
+
+    def score(*arguments: Any) -> TokenScores:
+        scores = token_scores(*arguments)
+        return replace(scores, loss=reach("loop.loss", scores.loss))
+
+    def step(*arguments: Any) -> dict[str, Tensor]:
+        reach("loop.step")
+        with mock.patch("training.var_loop.token_scores", score):
+            return train_step(*arguments)
+
+    return step
 
 
 def start_a_process(seconds: int) -> int:

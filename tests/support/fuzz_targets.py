@@ -25,8 +25,8 @@ from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.members import Scan, cut_sample
 from data_pipeline.shards.tar import TarFault, bytes_reader
+from launchers.pack_images import PackConfig
 from launchers.setup.config_files import build_config
-from launchers.setup.settings import PackConfig
 from launchers.setup.yaml_files import parse_yaml, read_yaml
 from training.checkpoints.commit import MANIFEST, read_manifest, sealed, structural_damage
 

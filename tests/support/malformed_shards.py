@@ -110,7 +110,7 @@ INDEXES: dict[str, tuple[Damage, int, str]] = {
     "index of noise": (edit("index.json", lambda data: b"\xff\xfe\x00" * 99), 65, "malformed index"),
     "index a list": (edit("index.json", lambda data: b"[1]"), 65, "it holds a list"),
     "index nested deeply": (edit("index.json", lambda data: b"[" * 10**5), 65, "nested too deeply"),
-    "index with a key twice": (edit("index.json", lambda d: d[:-2] + b', "kind": "codes"}'), 65, "given twice"),
+    "index with a key twice": (edit("index.json", lambda d: d[:-2] + b', "kind": "codes"}'), 65, "gives 'kind' twice"),
     "index with NaN": (edit("index.json", lambda d: b'{"version": NaN}'), 65, "NaN, which is no number"),
     "index with endless digits": (edit("index.json", lambda d: b'{"version": ' + b"9" * 9999 + b"}"), 65, "digits"),
     "index a folder": (instead("index.json", Path.mkdir), 64, "no regular file"),

@@ -124,12 +124,9 @@ def take_steps(
     engine.recorder = recorder
     stage = VARStage(
         engine,
-        model_config,
         NoTokenizer(model_config),
         label_drop=0.1,
-        global_batch=global_batch,
         seed=0,
-        world=world,
         validation=lambda: (),
     )
     batch = code_batch(model_config, engine_config.micro_batch)

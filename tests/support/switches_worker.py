@@ -49,12 +49,9 @@ def twenty_losses(world: World, **engine_settings: Any) -> list[float]:
     optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
     stage = VARStage(
         Engine(model, optimizer, settings, global_batch=4, world=world),
-        TRANSFORMER,
         build_tokenizer(TOKENIZER, seed=0).to(world.device),
         label_drop=0.1,
-        global_batch=4,
         seed=0,
-        world=world,
         validation=lambda: (),
     )
     batches = repeat(code_batch(TRANSFORMER, 4))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -16,13 +17,12 @@ from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.storage import Storage
 from data_pipeline.shards.writer import Sample, write_shards
-from launchers import encode_codes, pack_images
-from launchers.setup.assembly import open_codes_or_images, validation_source
+from launchers import encode_codes, pack_images, train
+from launchers.encode_codes import EncodeConfig
+from launchers.pack_images import PackConfig
 from launchers.setup.command_line import Command
-from launchers.setup.data_config import DataConfig, ViewConfig
-from launchers.setup.loading import initialize, load_tokenizer
-from launchers.setup.running import open_checkpoints, run_stage
-from launchers.setup.settings import EncodeConfig, PackConfig, TrainConfig
+from launchers.setup.running import Supervision
+from launchers.setup.settings import DataConfig, TrainConfig, ViewConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.reference import tokenizer_to_state_dict, var_to_state_dict
@@ -34,8 +34,9 @@ from training.engine.distributed import World
 from training.engine.engine import EngineConfig
 from training.engine.whole_state import WholeState
 from training.loop_config import LoopConfig
+from training.supervision.stopping import Stopping
+from training.supervision.watch import Heartbeat
 from training.tracking.record import TrackingConfig
-from training.var_loop import VARStage
 
 PATCH_NUMS = (1, 2)  # 5 tokens
 PACK_OPTIONS = {
@@ -99,9 +100,13 @@ def image_batch(number: int, seed: int = 0) -> Batch:
 class PlainEngine:
     """`training.engine.engine.Engine` without DeepSpeed: a module, plain SGD, and an accumulation counter."""
 
-    def __init__(self, model: nn.Module, *, accumulation: int = 1) -> None:
+    def __init__(
+        self, model: nn.Module, *, accumulation: int = 1, global_batch: int = 4, world: World = World()
+    ) -> None:
         self.model = model
         self.accumulation = accumulation
+        self.global_batch = global_batch
+        self.world = world
         self.config = EngineConfig(zero_stage=0, precision="fp32")
         self.state = WholeState(model, torch.optim.AdamW(model.parameters()), World())  # its moments stay zero
         self.updates = 0
@@ -220,25 +225,15 @@ def command(config: Any, **options: Any) -> Command[Any]:
 
 
 def train_var(config: TrainConfig) -> tuple[TrainState, VAR]:
-    """`launchers/train.py` with a plain engine in the place of DeepSpeed's."""
-    world = World()
-    tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    dataset, validation = (
-        open_codes_or_images(folder, config, tokenizer.config, sha256, random_views=random_views)
-        for folder, random_views in ((config.data.train, True), (config.data.validation, False))
-    )
-    identity = {"tokenizer_sha256": sha256, "data": dataset.index.fingerprint}
-    model = VAR(config.model, seed=config.seed)
-    checkpoints = open_checkpoints(config, world, **identity)
-    initialize(model, config, checkpoints)
-    stage = VARStage(
-        PlainEngine(model, accumulation=config.loop.global_batch // config.engine.micro_batch),
-        config.model,
-        tokenizer,
-        label_drop=config.label_drop,
-        global_batch=config.loop.global_batch,
-        seed=config.seed,
-        world=world,
-        validation=validation_source(validation, config.engine, world),
-    )
-    return run_stage(config, stage, dataset, validation, checkpoints, world), model
+    """Run `launchers/train.py` in this process, with a plain engine in the place of DeepSpeed's."""
+    models: list[VAR] = []
+
+    def start_engine(model: VAR, *_: Any, global_batch: int, **__: Any) -> PlainEngine:
+        models.append(model)
+        accumulation = global_batch // config.engine.micro_batch
+        return PlainEngine(model, accumulation=accumulation, global_batch=global_batch)
+
+    run, world = Path(config.run), World()
+    nobody = Supervision(Stopping(run, world), Heartbeat(config.watch))
+    with mock.patch.multiple(train, Engine=start_engine, join_world=mock.DEFAULT, leave_world=mock.DEFAULT):
+        return train.train(config, world, nobody), models[0]

@@ -6,9 +6,8 @@ from tiny import Batch, PlainEngine, image_batch, make_tokenizer
 from torch import Tensor
 
 from models.discriminator import PatchDiscriminator
-from training.engine.distributed import World
-from training.loop import StepContext
 from training.losses import ReconstructionLossConfig
+from training.stage import StepContext
 from training.tokenizer_loop import CodebookCareConfig, TokenizerStage
 
 GLOBAL_BATCH = 4
@@ -37,14 +36,11 @@ def make_stage(
     if loss.adversarial_weight:
         discriminator = WatchedEngine(PatchDiscriminator(8, 1), accumulation=accumulation)
     return TokenizerStage(
-        PlainEngine(model, accumulation=accumulation),
-        model,
+        PlainEngine(model, accumulation=accumulation, global_batch=GLOBAL_BATCH),
         loss,
         care,
         discriminator=discriminator,
-        global_batch=GLOBAL_BATCH,
         seed=5,
-        world=World(),
         validation=lambda: iter(validation or []),
     )
 

@@ -14,11 +14,10 @@ from torch import Tensor
 
 from models.attention import MASKED
 from models.var import CHECKPOINTINGS, VAR, VARConfig
-from training.engine.distributed import World
 from training.engine.engine import EngineConfig
 from training.flops import training_flops
-from training.loop import StepContext
 from training.losses import token_scores
+from training.stage import StepContext
 from training.var_loop import VARStage, build_var, drop_labels, step_draws, stochastic_depth
 
 GLOBAL_BATCH = 8
@@ -33,13 +32,10 @@ def make_stage(
     config: VARConfig = VAR_CONFIG,
 ) -> VARStage:
     return VARStage(
-        PlainEngine(VAR(config, seed=1), accumulation=accumulation),
-        config,
+        PlainEngine(VAR(config, seed=1), accumulation=accumulation, global_batch=GLOBAL_BATCH),
         make_tokenizer(),
         label_drop=label_drop,
-        global_batch=GLOBAL_BATCH,
         seed=5,
-        world=World(),
         validation=lambda: iter(validation or []),
     )
 

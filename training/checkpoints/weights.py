@@ -1,58 +1,61 @@
-"""Files of weights from elsewhere, as state dicts: .safetensors, and torch's .pth. Nothing in them is ever run."""
+"""Weights that come from elsewhere, read as state dicts: .safetensors files, and the .pth files of torch.
+
+Nothing in them is ever run: torch's restricted unpickler follows the pickle of a .pth file. Its tensors are mapped from
+the file, so that they cost no memory until they are used. The checks around it bound the memory that a hostile file
+takes, which neither library does: the unpickler makes an array of any size and copies a tensor that repeats one element
+without end, and safetensors takes headers of any size, and a name given twice.
+"""
 
 from __future__ import annotations
 
+import pickle
+import pickletools
+import re
 import stat
 import struct
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data_pipeline.files.strict_json import parse_json
-from training.checkpoints.torch_files import RESAVE, StoredTensor, TorchFile
 
 MAX_HEADER_BYTES = 8 * 2**20  # of a safetensors file: some 50,000 tensors
+MAX_PICKLE_BYTES = 2**20  # of a .pth file: some 5,000 tensors; what it describes takes up to 70 times its bytes
 PUBLIC_TRAINER_KEYS = {"VAR": "var_wo_ddp", "VQVAE": "vae_local"}  # where the public trainer's checkpoints have them
+STATE_DICT_PARTS = re.compile(  # the names that a pickle may hold, as its instruction GLOBAL has them
+    r"collections OrderedDict|torch Size|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
+    r"|torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
+)
+RESAVE = "get it again, or save its state dict as safetensors where you trust it"
 
 
 def read_weights(path: str | Path, kind: str = "") -> dict[str, Tensor]:
-    """The state dict in a .pth, .pt or .safetensors file, on the CPU; nothing else in it is ever run.
+    """Return the state dict in a .pth, .pt or .safetensors file, on the CPU.
 
-    kind: "VAR" or "VQVAE", which to take from a checkpoint of the public trainer, which holds both.
+    kind: "VAR" or "VQVAE"; which of the two to take from a checkpoint of the public trainer, which holds both.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: damaged, holds more than tensors, claims more than it has, or is no flat state dict.
+        ValueError: the file is damaged, holds more than tensors, claims more bytes than it has, or is no flat dict.
     """
     path = Path(path)
     if not path.is_file():
-        problem = _what_it_is(path)
-        raise FileNotFoundError(f"{path}: {problem}; weights come as a .pth, .pt or .safetensors file")
+        raise FileNotFoundError(f"{path}: {_what_it_is(path)}; weights come as a .pth, .pt or .safetensors file")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
-    try:
-        file = TorchFile.open(path)
-    except ValueError as error:
-        raise ValueError(f"{path}: is no torch file that is read here: {error}; or get it again") from None
-    content = file.content
+    content = _load_torch_file(path)
     if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
         content = _from_trainer(path, content["trainer"], kind)
-    return _flat_tensors(path, file, content)
-
-
-def _what_it_is(path: Path) -> str:
-    try:
-        mode = path.stat().st_mode
-    except OSError:
-        return "no such file"
-    return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+    return _flat_tensors(path, content)
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
-    """The tensors in a safetensors file. Raises ValueError that names the file if it is damaged."""
+    """Return the tensors in a safetensors file. Raises ValueError that names the file if it is damaged."""
     try:
         check_header(path)
         return load_file(path)
@@ -62,7 +65,7 @@ def load_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def check_header(path: Path) -> None:
-    """Raise ValueError for a safetensors file whose header is a bomb, or has two meanings: the library takes both."""
+    """Raise ValueError for a safetensors file whose header is too large or has two meanings."""
     with path.open("rb") as file:
         head = file.read(8)
         if len(head) < 8:
@@ -73,34 +76,79 @@ def check_header(path: Path) -> None:
         parse_json(file.read(length))
 
 
-def _from_trainer(path: Path, trainer: dict[str, Any], kind: str) -> Any:
+def _what_it_is(path: Path) -> str:
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return "no such file"
+    return "is a folder" if stat.S_ISDIR(mode) else "is no regular file"
+
+
+def _load_torch_file(path: Path) -> Any:
+    try:
+        _check_pickle(_read_pickle(path))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except OSError:
+        raise
+    except pickle.UnpicklingError:  # whose text advises to switch the restrictions off
+        raise ValueError(f"{path}: its pickle is damaged, or holds more than a state dict; {RESAVE}") from None
+    except Exception as error:  # torch lets through whatever its two languages meet in a damaged file
+        raise ValueError(f"{path}: no torch file that is read here ({_first_line(error)}); {RESAVE}") from None
+
+
+def _read_pickle(path: Path) -> bytes:
+    """Return the pickle in a .pth file. Raises ValueError unless the file is an archive such as torch writes."""
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":
+            raise ValueError("no zip archive, which torch has written since version 1.6")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            records = archive.infolist()
+            if records[0].header_offset or any(record.compress_type != zipfile.ZIP_STORED for record in records):
+                raise ValueError("compressed, or something stands before it")
+            pickles = [record for record in records if record.filename.endswith("/data.pkl")]
+            if len(pickles) != 1 or pickles[0].file_size > MAX_PICKLE_BYTES:
+                raise ValueError(f"one data.pkl of at most {MAX_PICKLE_BYTES} bytes is expected")
+            return archive.read(pickles[0])
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"cut short or damaged: {error}") from None
+
+
+def _check_pickle(program: bytes) -> None:
+    """Raise ValueError if a pickle refers to anything but the parts of a state dict."""
+    for code, argument, _ in pickletools.genops(program):
+        if code.name == "GLOBAL" and not STATE_DICT_PARTS.fullmatch(str(argument)):
+            name = str(argument).replace(" ", ".")[:80]
+            raise ValueError(f"it holds a pickled {name}, which is no part of a state dict")
+
+
+def _from_trainer(path: Path, trainer: dict[Any, Any], kind: str) -> Any:
     wanted = PUBLIC_TRAINER_KEYS.get(kind)
     if wanted not in trainer:
-        held = ", ".join(str(name)[:40] for name in list(trainer)[:20])
+        held = ", ".join(str(name)[:40] for name in list(trainer)[:20] if isinstance(name, str))
         raise ValueError(f"{path}: a trainer's checkpoint with {held}; it has no {wanted or 'single model'} to take")
     return trainer[wanted]
 
 
-def _flat_tensors(path: Path, file: TorchFile, content: Any) -> dict[str, Tensor]:
+def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not content:
-        raise ValueError(f"{path}: holds a {_type_name(content)}, expected a dict of names and tensors")
-    tensors = {}
+        raise ValueError(f"{path}: holds a {type(content).__name__}, expected a dict of names and tensors")
     for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, StoredTensor):
+        if not isinstance(name, str):
             raise ValueError(
-                f"{path}: entry {str(name)[:80]!r} is a {_type_name(value)}, not a tensor; expected a flat state "
-                "dict: save the one inside by itself"
+                f"{path}: has a key that is a {type(name).__name__}; expected a flat dict of named tensors"
             )
-        try:
-            tensors[name] = file.tensor(value)
-        except ValueError as error:
-            raise ValueError(f"{path}: entry {name[:80]!r} {error}; {RESAVE}") from None
-    return tensors
-
-
-def _type_name(value: Any) -> str:
-    return "Tensor" if isinstance(value, StoredTensor) else type(value).__name__
+        if not isinstance(value, Tensor):
+            raise ValueError(
+                f"{path}: entry {name[:80]!r} is a {type(value).__name__}, not a tensor; expected a flat state dict: "
+                "save the one inside by itself"
+            )
+        if value.numel() * value.itemsize > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: entry {name[:80]!r} claims a size of {list(value.shape)} without the bytes; {RESAVE}"
+            )
+    return {name: value.detach() for name, value in content.items()}
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    return str(error).splitlines()[0][:120] if str(error) else type(error).__name__

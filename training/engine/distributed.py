@@ -73,15 +73,16 @@ def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())  # srun may show each process one GPU only
 
 
-def join_world(timeout_seconds: float = 600.0) -> World:
-    """Find this process's place, join the process group (NCCL on GPUs, gloo on CPUs) and share the cores fairly.
+def join_world(world: World | None = None, *, timeout_seconds: float = 600.0) -> World:
+    """Join the process group (NCCL on GPUs, gloo on CPUs) and share the cores of the node fairly; returns the world.
 
-    timeout_seconds: after which a collective that not all ranks have entered is an error.
+    world: the place of this process, by default that of `World.from_environment`. timeout_seconds: after which a
+    collective that not all ranks have entered is an error.
 
     Raises:
         ValueError: the processes could not find each other: no address or port to meet at is known.
     """
-    world = World.from_environment()
+    world = world or World.from_environment()
     by_srun = not os.environ.get("RANK") and slurm.is_srun_task(os.environ)
     _export_for_deepspeed(world)
     _export_meeting_point(world, by_srun)

@@ -232,6 +232,7 @@ class Engine:
         self.config = config
         self.world = world
         self.model = model
+        self.global_batch = global_batch
         compiled = compile_deepspeed_config(config, global_batch=global_batch, world_size=world.world_size)
         self.accumulation = compiled["gradient_accumulation_steps"]
         initial = [] if config.precision == "fp32" else [p.detach().clone() for p in model.parameters()]

@@ -6,12 +6,11 @@ about a sample: "shard" and "sample" say which one it is, "substitute" which one
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+from data_pipeline.files.json_lines import append_lines, read_lines
 from training.engine.distributed import World, agree_on_error, gather_objects
 
 BAD_SAMPLES = "bad_samples.jsonl"
@@ -21,6 +20,8 @@ Fact = dict[str, Any]
 
 class TooManyBadSamples(ValueError):
     """More samples are damaged than the run was told to bear."""
+
+    exit_code: ClassVar[int] = 65
 
 
 class BadSamples:
@@ -61,7 +62,7 @@ class BadSamples:
         problem = None
         if new and self.world.is_rank_zero:
             try:
-                _append(self.path, list(new.values()))
+                append_lines(self.path, list(new.values()))
             except OSError as error:
                 problem = error
         agree_on_error(problem, self.world)
@@ -92,24 +93,7 @@ def _name(fact: Fact) -> tuple[str, int]:
     return fact["shard"], fact["sample"]
 
 
-def _append(path: Path, facts: list[Fact]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a+b") as file:
-        file.seek(max(0, file.tell() - 1))
-        cut_off = b"" if file.read(1) in (b"", b"\n") else b"\n"  # a kill left half a line
-        file.write(cut_off + b"".join(json.dumps(fact).encode() + b"\n" for fact in facts))
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def _read(path: Path) -> list[Fact]:
-    """The facts in a list; a last line that a kill has cut off is none."""
-    facts = []
-    for line in path.read_bytes().splitlines() if path.is_file() else []:
-        try:
-            fact = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(fact, dict) and isinstance(fact.get("shard"), str) and isinstance(fact.get("sample"), int):
-            facts.append(fact)
-    return facts
+    """Read the facts in a list; a damaged line is none."""
+    facts = [line.value for line in read_lines(path) if line.value]
+    return [fact for fact in facts if isinstance(fact.get("shard"), str) and isinstance(fact.get("sample"), int)]

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 Record = dict[str, Any]
 BAD_STEP_POLICIES = ("skip", "stop", "roll_back")
@@ -23,6 +23,8 @@ DEVIATIONS_PER_MAD = 1.4826  # a normal distribution's standard deviation over i
 
 class TrainingDiverged(ArithmeticError):
     """Training cannot go on usefully; nothing of it was saved."""
+
+    exit_code: ClassVar[int] = 70
 
 
 class RollBack(Exception):

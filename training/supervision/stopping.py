@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ _RANKS = 1 << 20
 
 class Stopped(Exception):
     """The run was asked to stop, and did: everything up to `checkpoint` is on disk."""
+
+    exit_code: ClassVar[int] = 75
 
     def __init__(self, reason: str, checkpoint: Path) -> None:
         super().__init__(f"stopped: {reason}; checkpoint {checkpoint}; the same command goes on from there")

@@ -8,9 +8,9 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.locks import take_lock
 from data_pipeline.files.strict_json import read_json
-from training.tracking.record import replace_file
 
 STATE, LOCK = "mlflow.json", "mlflow.lock"
 OF_A_TRACKER = ("run_id", "experiment_id", "replaces", "train", "validation")  # values that mean nothing to another
@@ -40,7 +40,8 @@ class ViewState:
             known = self.values
             changed = {name: value for name, value in (known | changes).items() if value is not None}
             if changed != known:
-                replace_file(self.folder / STATE, [json.dumps(changed).encode()])
+                with atomic_file(self.folder / STATE) as file:
+                    file.write(json.dumps(changed).encode())
 
     def is_of(self, uri: str) -> bool:
         """Whether the file speaks of this tracker."""

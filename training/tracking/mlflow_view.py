@@ -19,7 +19,7 @@ from typing import Any
 
 from training.tracking.mlflow_state import read_state
 from training.tracking.mlflow_uploader import ALL_SENT, NOT_ALL_SENT, START_OVER, STOP_SIGNALS
-from training.tracking.record import TrackingConfig, absolute_uri, replace_file
+from training.tracking.record import TrackingConfig, absolute_uri
 
 ROOT = Path(__file__).resolve().parents[2]
 RESTART_SECONDS = 60.0  # between starts of an uploader that does not live
@@ -68,7 +68,7 @@ class MLflowView:
         other values. The request is a file, so that it outlives an outage and this process.
         """
         try:
-            replace_file(self.folder / START_OVER, [])
+            (self.folder / START_OVER).touch()
         except OSError as error:
             print(f"mlflow: {error}; steps that are taken again keep the values they had there", flush=True)
         self.notify()

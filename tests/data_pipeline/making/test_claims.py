@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from types import ModuleType
 
+import claimed_shards
 import pytest
 from claimed_shards import NAMES, PLAN, make_claims, make_shard
 from workers import content, die_at, ended_well, fork, kill, wait_for
@@ -26,7 +27,7 @@ from data_pipeline.shards.index import Index, is_complete
 
 
 def merge(work: Claims) -> None:
-    shards = tuple(shard for name in NAMES if (shard := shard_of(work.entry(name))) is not None)
+    shards = tuple(shard for name in claimed_shards.NAMES if (shard := shard_of(work.entry(name))) is not None)
     Index("images", shards, {"classes": ["a"]}).write(work.folder)
 
 
@@ -80,7 +81,7 @@ def test_workers_killed_at_any_time_leave_no_trace(tmp_path: Path, undisturbed: 
 
 
 def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("test_claims.NAMES", NAMES[:1])
+    monkeypatch.setattr(claimed_shards, "NAMES", NAMES[:1])
     fill(tmp_path / "whole")
     for call in itertools.count():
         out = tmp_path / f"out{call}"

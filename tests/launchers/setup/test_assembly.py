@@ -12,11 +12,11 @@ import torch
 from tiny import VAR_CONFIG, VQVAE_CONFIG, Study, make_tokenizer, train_var, write_models, write_public_files
 
 from launchers.setup.assembly import (
+    RunData,
     describe_one_batch,
     load_models,
     open_codes_or_images,
     open_images,
-    validation_source,
 )
 from launchers.setup.loading import load_tokenizer
 from models.generation import check_configs_agree
@@ -36,11 +36,20 @@ def test_data_of_another_number_of_classes_is_refused(study: Study, kind: str) -
 def test_validation_shows_every_sample_once_over_all_ranks_at_every_call(study: Study) -> None:
     config = study.train_config(kind="images")
     dataset = open_images(config.data.validation, VQVAE_CONFIG, config.data, seed=0, random_views=False)
-    sources = [validation_source(dataset, config.engine, World(rank=rank, world_size=3)) for rank in range(3)]
+    shares = [RunData.of(config, World(rank=rank, world_size=3), dataset, dataset) for rank in range(3)]
     for _ in range(2):
-        passes = [list(source()) for source in sources]
+        passes = [list(share.validation_batches()) for share in shares]
         weights = torch.cat([batch.weights for batches in passes for batch in batches])
         assert weights.sum() == len(dataset) and len({len(batches) for batches in passes}) == 1
+
+
+def test_the_samples_of_a_step_have_names_whoever_reads_them(study: Study) -> None:
+    config = study.train_config(kind="images")
+    dataset = open_images(config.data.train, VQVAE_CONFIG, config.data, seed=0, random_views=True)
+    names = [RunData.of(config, World(rank, 2), dataset, dataset).names(4) for rank in (0, 1)]
+    alone = RunData.of(config, World(), dataset, dataset).names(4)
+    assert names[0] + names[1] == alone and len(set(alone)) == 4
+    assert all(name.split(":")[0].endswith(".tar") for name in alone)
 
 
 def test_a_batch_is_described_by_what_is_in_it(study: Study) -> None:
@@ -48,7 +57,9 @@ def test_a_batch_is_described_by_what_is_in_it(study: Study) -> None:
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     for kind, shape in (("codes", "(2, 5)"), ("images", "(2, 3, 8, 8)")):
         folder = str(study.folder / kind / "train")
-        dataset = open_codes_or_images(folder, config, tokenizer.config, sha256, random_views=True)
+        dataset = open_codes_or_images(
+            folder, tokenizer.config, sha256, config.data, num_classes=3, seed=0, random_views=True
+        )
         said = describe_one_batch(dataset, micro_batch=2)
         assert said.startswith(f"{len(dataset)} samples; one batch of {kind} {shape}, labels ")
 

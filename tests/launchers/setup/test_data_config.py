@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
+from launchers.index_shards import IndexConfig
 from launchers.setup.config_files import load_config
-from launchers.setup.data_config import DataConfig, IndexConfig
-from launchers.setup.settings import TrainConfig
+from launchers.setup.settings import DataConfig, TrainConfig
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,8 @@ from launchers.setup.loading import (
     tokenizer_of,
     trained_tokenizer_sha256,
 )
-from launchers.setup.settings import TokenizerConfig, TrainConfig
+from launchers.setup.settings import TrainConfig
+from launchers.train_tokenizer import TokenizerConfig
 from models.reference import var_to_state_dict
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512
 from models.var import VAR

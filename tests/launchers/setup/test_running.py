@@ -12,10 +12,9 @@ import pytest
 import torch
 from tiny import VAR_CONFIG, Study, train_var, write_models
 
-from launchers.setup.assembly import open_codes_or_images
 from launchers.setup.config_files import load_config
-from launchers.setup.loading import load_tokenizer, load_var, tokenizer_of
-from launchers.setup.running import open_checkpoints, samples_of_step
+from launchers.setup.loading import load_var, tokenizer_of
+from launchers.setup.running import open_checkpoints
 from launchers.setup.settings import TrainConfig
 from models.var import VAR
 from training.checkpoints.commit import DamagedCheckpoint, candidates, read_manifest
@@ -95,7 +94,7 @@ def test_who_asked_a_run_to_stop_is_remembered(study: Study, monkeypatch: pytest
     def stop(*_: Any) -> None:
         raise Stopped("SIGUSR1 on rank 1", Path("checkpoints/step-00000002"))
 
-    monkeypatch.setattr("launchers.setup.running.Loop.run", stop)
+    monkeypatch.setattr("launchers.setup.running.Loop.train", stop)
     config = study.train_config("asked")
     with pytest.raises(Stopped):
         train_var(config)
@@ -127,16 +126,6 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before_and_nothing_e
     (checkpoint_of(damaged) / "weights" / "model.safetensors").write_bytes(b"")
     train_var(replace(damaged, loop=whole.loop))
     assert losses(damaged) == losses(whole)
-
-
-def test_samples_of_a_step_have_names(study: Study) -> None:
-    config = study.train_config()
-    tokenizer, sha256 = load_tokenizer(config.tokenizer)
-    dataset = open_codes_or_images(config.data.train, config, tokenizer.config, sha256, random_views=True)
-    names = [samples_of_step(dataset, config, World(rank, 2), 4) for rank in (0, 1)]
-    alone = samples_of_step(dataset, config, World(), 4)
-    assert names[0] + names[1] == alone and len(set(alone)) == 4
-    assert all(name.split(":")[0].endswith(".tar") for name in alone)
 
 
 def test_training_on_images_or_on_their_codes_are_both_possible(study: Study) -> None:

@@ -11,17 +11,14 @@ import torch
 import yaml
 from repository import CONFIGS
 
+from launchers.encode_codes import EncodeConfig
+from launchers.export_weights import ExportConfig
+from launchers.import_weights import ImportConfig
+from launchers.pack_images import PackConfig
+from launchers.sample import SampleConfig
 from launchers.setup.config_files import load_config, to_yaml
-from launchers.setup.settings import (
-    EncodeConfig,
-    ExportConfig,
-    ImportConfig,
-    PackConfig,
-    SampleConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
-from launchers.train_tokenizer import refuse_unfit_engine
+from launchers.setup.settings import TrainConfig
+from launchers.train_tokenizer import TokenizerConfig, refuse_unfit_engine
 from models.generation import check_configs_agree
 from models.var import VARConfig
 from models.vqvae import VQVAE

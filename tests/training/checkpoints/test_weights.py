@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from malformed_weights import BOMBS, EXPLOITS, REFUSED, WEIGHTS
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from malformed_weights import BOMBS, EXPLOITS, REFUSED, WEIGHTS, archive, claiming, edited, program, torch_file
 from peak_memory import BOUND, peak_memory
 from safetensors.torch import save_file
 from torch import nn
@@ -19,25 +21,50 @@ from torch import nn
 from training.checkpoints.weights import read_weights
 from training.engine.unpickling import forbid_unpickling
 
+INSTRUCTIONS = [
+    *(b"}", b"]", b")", b"(", b"N", b"K\x01", b"q\x00", b"h\x00", b"X\x01\x00\x00\x00a", b"\x85", b"\x86", b"\x87"),
+    *(b"t", b"s", b"u", b"a", b"e", b"R", b"b", b"Q", b"ccollections\nOrderedDict\n", b"ctorch\nFloatStorage\n"),
+]
+
 
 def same(read: dict[str, torch.Tensor]) -> bool:
     return read.keys() == WEIGHTS.keys() and all(torch.equal(read[name], value) for name, value in WEIGHTS.items())
 
 
-def test_weights_are_read_from_torchs_format(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "a.pth")
-    assert same(read_weights(tmp_path / "a.pth"))
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.bool),
+        *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    ],
+)
+def test_every_kind_and_layout_of_tensor_is_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    base = (torch.arange(24) % 7).to(dtype).reshape(2, 3, 4)
+    state = nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).state_dict() | {
+        "plain": base,
+        "turned": base.transpose(0, 2),
+        "part": base[:, 1:, ::2],
+        "again": base,
+        "scalar": base[0, 0, 1],
+        "empty": base[:0],
+        "none": torch.zeros(0),
+        "parameter": nn.Parameter(torch.ones(2)),
+    }
+    read = read_weights(torch_file(tmp_path, state))
+    assert read.keys() == state.keys()
+    for name, value in state.items():
+        assert read[name].dtype == value.dtype and torch.equal(read[name], value), name
+        assert not read[name].requires_grad
 
 
 def test_weights_that_were_read_can_be_changed_and_the_file_stays(tmp_path: Path) -> None:
-    torch.save(WEIGHTS, tmp_path / "a.pth")
-    read_weights(tmp_path / "a.pth")["weight"].zero_()
+    read_weights(torch_file(tmp_path, WEIGHTS))["weight"].zero_()
     assert same(read_weights(tmp_path / "a.pth"))
 
 
 def test_reading_costs_no_memory_until_a_tensor_is_used(tmp_path: Path) -> None:
-    torch.save({"weight": torch.zeros(25 * 2**20)}, tmp_path / "a.pth")  # 100 MiB
-    assert peak_memory(lambda: read_weights(tmp_path / "a.pth")) < 10 * 2**20
+    path = torch_file(tmp_path, {"weight": torch.zeros(25 * 2**20)})  # 100 MiB
+    assert peak_memory(lambda: read_weights(path)) < 10 * 2**20
 
 
 def test_weights_are_read_from_safetensors(tmp_path: Path) -> None:
@@ -45,14 +72,18 @@ def test_weights_are_read_from_safetensors(tmp_path: Path) -> None:
     assert same(read_weights(tmp_path / "a.safetensors"))
 
 
+def test_what_is_appended_to_a_torch_file_is_ignored(tmp_path: Path) -> None:
+    assert same(read_weights(edited(lambda data: data + b"more")(tmp_path)))
+
+
 def test_the_model_asked_for_is_taken_from_the_public_trainers_checkpoint(tmp_path: Path) -> None:
     other = {"other": torch.zeros(1)}
-    content = {"epoch": 3, "trainer": {"config": {"a": 1}, "var_wo_ddp": WEIGHTS, "vae_local": other}, "args": {}}
-    torch.save(content, tmp_path / "ar-ckpt-best.pth")
-    assert same(read_weights(tmp_path / "ar-ckpt-best.pth", "VAR"))
-    assert read_weights(tmp_path / "ar-ckpt-best.pth", "VQVAE").keys() == {"other"}
+    trainer = {"config": {"a": 1}, "var_wo_ddp": WEIGHTS, "vae_local": other}
+    path = torch_file(tmp_path, {"epoch": 3, "trainer": trainer, "args": {"tag": None, "lr": 1e-4, "pn": (1, 2)}})
+    assert same(read_weights(path, "VAR"))
+    assert read_weights(path, "VQVAE").keys() == {"other"}
     with pytest.raises(ValueError, match="trainer's checkpoint with config, var_wo_ddp, vae_local"):
-        read_weights(tmp_path / "ar-ckpt-best.pth")
+        read_weights(path)
 
 
 @pytest.mark.parametrize(
@@ -62,15 +93,16 @@ def test_the_model_asked_for_is_taken_from_the_public_trainers_checkpoint(tmp_pa
         ({}, "holds a dict, expected a dict of names"),
         ({"model": WEIGHTS}, "entry 'model' is a dict, not a tensor"),
         (WEIGHTS | {"step": 3}, "entry 'step' is a int, not a tensor"),
-        ({0: torch.zeros(1)}, "entry '0' is a Tensor"),
+        ({0: torch.zeros(1)}, "has a key that is a int"),
         ({"trainer": {"var_opt": {}}}, "it has no var_wo_ddp to take"),
-        (nn.Linear(1, 1), "it holds a pickled torch.nn.modules.linear.Linear, which could run code"),
+        (nn.Linear(1, 1), "it holds a pickled torch.nn.modules.linear.Linear, which is no part"),
+        ({"sparse": torch.eye(2).to_sparse()}, "a pickled torch._utils._rebuild_sparse_tensor"),
     ],
 )
 def test_what_is_no_flat_dict_of_tensors_is_refused_in_one_line(tmp_path: Path, content: Any, message: str) -> None:
-    torch.save(content, tmp_path / "a.pth")
+    path = torch_file(tmp_path, content)
     with pytest.raises(ValueError, match=f"a.pth: .*{message}") as caught:
-        read_weights(tmp_path / "a.pth", "VAR")
+        read_weights(path, "VAR")
     assert "\n" not in str(caught.value)
 
 
@@ -102,9 +134,35 @@ def test_no_payload_is_executed(tmp_path: Path, name: str, monkeypatch: pytest.M
 def test_no_bomb_fills_the_memory(tmp_path: Path, name: str) -> None:
     make, reason = BOMBS[name]
     path, said = make(tmp_path), []
-    start = time.monotonic()
+    start = time.process_time()
     assert peak_memory(lambda: said.append(refusal(path))) < BOUND
-    assert time.monotonic() - start < 5 and reason in said[0]
+    assert time.process_time() - start < 10 and reason in said[0]
+
+
+def test_flipped_bytes_give_another_number_or_one_line(tmp_path: Path) -> None:
+    path = torch_file(tmp_path, WEIGHTS)
+    good = path.read_bytes()
+    for place in range(0, len(good), 3):
+        path.write_bytes(good[:place] + bytes([good[place] ^ 1 << place % 8]) + good[place + 1 :])
+        try:
+            read_weights(path)
+        except ValueError as error:
+            assert "\n" not in str(error)
+
+
+@settings(max_examples=300, deadline=None)
+@given(body=st.lists(st.sampled_from(INSTRUCTIONS), max_size=12).map(b"".join) | st.binary(max_size=30))
+def test_any_pickle_gives_tensors_or_value_error(tmp_path_factory: pytest.TempPathFactory, body: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "a.pth"
+    path.write_bytes(archive(program(body))())
+    try:
+        read_weights(path)
+    except ValueError as error:
+        assert "\n" not in str(error)
+
+
+def test_a_tensor_within_its_storage_is_read(tmp_path: Path) -> None:
+    assert torch.equal(read_weights(claiming(6, (2, 2), (3, 1), 1)(tmp_path))["huge"], torch.zeros(2, 2))
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
@@ -113,18 +171,14 @@ def test_a_damaged_file_is_refused_in_one_line(tmp_path: Path, suffix: str, dama
     file = tmp_path / f"a{suffix}"
     save_file(WEIGHTS, file) if suffix == ".safetensors" else torch.save(WEIGHTS, file)
     file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(ValueError, match=f"a{suffix}: ") as caught:
-        read_weights(file)
-    assert "\n" not in str(caught.value)
+    refusal(file)
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match=f"{tmp_path}/a.pth: no such file"):
-        read_weights(tmp_path / "a.pth")
-
-
-@pytest.mark.parametrize("make, problem", [(Path.mkdir, "is a folder"), (os.mkfifo, "is no regular file")])
-def test_what_is_no_file_is_said(tmp_path: Path, make: Any, problem: str) -> None:
+@pytest.mark.parametrize(
+    "make, problem",
+    [(lambda path: None, "no such file"), (Path.mkdir, "is a folder"), (os.mkfifo, "is no regular file")],
+)
+def test_what_is_no_file_is_named(tmp_path: Path, make: Any, problem: str) -> None:
     make(tmp_path / "a.pth")
     with pytest.raises(FileNotFoundError, match=f"a.pth: {problem}"):
         read_weights(tmp_path / "a.pth")

@@ -21,6 +21,7 @@ from training.planning.step_time import (
     ClusterConfig,
     StepTime,
     Transfer,
+    hidden_seconds,
     optimizer_bytes,
     step_time,
     transfers,
@@ -110,6 +111,12 @@ def test_only_stage_3_hides_communication_and_never_more_than_there_is(ranks: in
         found = modelled(ranks, zero_stage=stage)
         assert 0 <= found.exposed <= found.communication and 0 < found.mfu <= CLUSTER.attainable_share
         assert (found.exposed < found.communication) == (stage == 3)
+
+
+def test_a_third_of_the_computation_can_hide_what_the_forward_pass_sends() -> None:
+    endless = {when: [Transfer(ALL_GATHER, when, 10**15, calls=1)] for when in (FORWARD, BACKWARD, AFTER)}
+    hidden = [hidden_seconds(sent, 9.0, replace(CLUSTER, overlap_share=0.5), 8) for sent in endless.values()]
+    assert hidden == pytest.approx([1.5, 3.0, 0.0])
 
 
 def test_slower_links_make_slower_steps() -> None:

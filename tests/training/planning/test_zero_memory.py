@@ -95,6 +95,12 @@ ROWS: list[tuple[dict[str, Any], int, bool, dict[str, Bytes]]] = [  # engine, ra
             UPDATE: (2 * HALF, 8 * HALF, 12 * HALF, 2 * BUCKET),
         },
     ),
+    (
+        STAGE_3 | {"persistence_threshold": 0, "reduce_bucket_size": 2_500_000},  # the next block overfills it
+        2,
+        False,
+        {BACKWARD: (2 * (HALF + N - DONE), 4 * HALF + 2 * BLOCK, 12 * HALF, 2 * (2_500_000 + DONE) + 2 * DONE)},
+    ),
     (STAGE_3, 1, False, {LOSS: (2 * N, 4 * N, 12 * N, 2 * BUCKET)}),
 ]
 

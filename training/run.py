@@ -1,0 +1,165 @@
+"""A training run as one rank sees it: what its folder holds, who may end it, and who hears of it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.files.atomic import atomic_file
+from training.checkpoints.checkpoint import Checkpoints, TrainState
+from training.checkpoints.commit import folder_name, read_manifest
+from training.engine.distributed import World, agree_on_error, barrier, gather_objects
+from training.engine.engine import Engine
+from training.supervision.bad_samples import BadSamples, NoBadSamples
+from training.supervision.history import CHECKPOINT, START, STOP, History
+from training.supervision.stopping import Stopped, Stopping
+from training.supervision.watch import Heartbeat
+from training.tracking.mlflow_view import MLflowView
+from training.tracking.record import Record, RunRecord, wall_time
+
+CLOSING_SECONDS = 180.0  # more than an MLflow page is waited for
+UNFINISHED_SECONDS = 10.0  # of that, when something else is in a hurry
+
+
+@dataclass
+class Run:
+    """One run. Rank 0 alone writes its record, history and MLflow view; the other ranks call the same methods."""
+
+    folder: Path
+    world: World
+    checkpoints: Checkpoints
+    stopping: Stopping
+    heartbeat: Heartbeat
+    report: Callable[[str], None]  # silent on all ranks but 0
+    view: MLflowView | None = None  # on rank 0, where MLflow is on
+    bad_samples: BadSamples | NoBadSamples = field(default_factory=NoBadSamples)
+
+    @cached_property
+    def record(self) -> RunRecord:
+        """metrics.jsonl: what survives of the run."""
+        return RunRecord(self.folder)
+
+    @cached_property
+    def history(self) -> History:
+        """history.jsonl: what happened to the run."""
+        return History(self.folder)
+
+    @cached_property
+    def first_start(self) -> float:
+        """When the run was first started, in seconds since the epoch."""
+        return self.history.first_start() or wall_time()
+
+    def resume(self, engines: Mapping[str, Engine], *, config_yaml: str, init_from: str) -> TrainState:
+        """Set the engines to the newest whole checkpoint, if there is one, and note the start. A collective.
+
+        config_yaml: all settings, for RUN/config.yaml. init_from: where a fresh run's weights come from.
+
+        Raises:
+            DamagedCheckpoint, ValueError: see `Checkpoints.resume`.
+        """
+        state = self.checkpoints.resume(engines)
+        changes: list[str] = []
+        if state is None:
+            self.report(f"starting in {self.folder}{f' from the weights of {init_from}' if init_from else ''}")
+            state = TrainState()
+        else:
+            path = self.checkpoints.root / folder_name(state.step)
+            changes = self._changes_since(path)
+            self.report(f"resuming from {path}{'; changed: ' if changes else ''}{', '.join(changes)}")
+        if self.world.is_rank_zero:
+            self._begin_files(state.step, changes, config_yaml)
+        return state
+
+    def _changes_since(self, checkpoint: Path) -> list[str]:
+        """The settings, and the number of ranks, that are no longer what they were."""
+        ranks = read_manifest(checkpoint)["world_size"]
+        changed_ranks = [f"ranks: {ranks} -> {self.world.world_size}"] if ranks != self.world.world_size else []
+        return [*self.checkpoints.changed_settings(checkpoint), *changed_ranks]
+
+    def _begin_files(self, step: int, changes: list[str], config_yaml: str) -> None:
+        """Write the config, note the start, and take out of the record what will be recorded again."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with atomic_file(self.folder / "config.yaml") as file:
+            file.write(config_yaml.encode())
+        self.history.note(START, step=step, world_size=self.world.world_size, changed=changes)
+        takes_steps_again = any(record["step"] > step for record, _ in self.record.read_after())
+        self.record.forget_after(step)
+        if self.view is not None and takes_steps_again and changes:  # they may get other values than MLflow has
+            self.view.start_over()
+
+    def goodput(self, useful_seconds: float) -> float:
+        """Return the share of the time since the first start that went into steps that survive, in [0, 1]."""
+        seconds = max(wall_time() - self.first_start, useful_seconds)
+        return useful_seconds / seconds if seconds else 0.0
+
+    def publish(self, records: list[Record]) -> None:
+        """Append records to metrics.jsonl, from where MLflow's view takes them."""
+        if self.world.is_rank_zero and records:
+            self.record.write(records)
+        if self.view is not None:
+            self.view.notify()
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Append an event to the history."""
+        if self.world.is_rank_zero:
+            self.history.note(event, **facts)
+
+    def save(self, engines: Mapping[str, Engine], state: TrainState, *, is_kept: bool) -> None:
+        """Commit a checkpoint. A collective.
+
+        Raises:
+            CheckpointFailed: on all ranks; the earlier checkpoints are as they were.
+        """
+        self.heartbeat.beat(f"saving step {state.step}")
+        notes = {"mlflow_run_id": self.view.run_id if self.view is not None else None}
+        path = self.checkpoints.save(engines, state, is_kept=is_kept, notes=notes)
+        self.note(CHECKPOINT, step=state.step)
+        self.report(f"saved {path}")
+
+    def newest_checkpoint(self) -> str:
+        """Where somebody who mends the run can go on from, in words."""
+        return f"the newest checkpoint is {self.checkpoints.latest() or 'none yet'}"
+
+    def recent_records(self, count: int) -> list[Record]:
+        """The newest records, on all ranks as rank 0 has them. A collective."""
+        records = (record for record, _ in self.record.read_after()) if self.world.is_rank_zero else []
+        return gather_objects(list(deque(records, maxlen=count)), self.world)[0]
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        """The events of a kind so far, on all ranks as rank 0 has them. A collective."""
+        return gather_objects(self.history.events(kind) if self.world.is_rank_zero else [], self.world)[0]
+
+    def forget_after(self, step: int) -> None:
+        """Take the steps after this one out of the record and of MLflow. A collective."""
+        problem = None
+        if self.world.is_rank_zero:
+            try:
+                self.record.forget_after(step)
+            except OSError as error:
+                problem = error
+        agree_on_error(problem, self.world)
+        if self.view is not None:
+            self.view.start_over()
+
+    @contextmanager
+    def closing(self) -> Iterator[None]:
+        """Close the run behind the block: note who stopped it, and tell MLflow how it ended. A collective."""
+        status = "FAILED"
+        try:
+            yield
+            status = "FINISHED"
+        except Stopped as stopped:
+            status = "KILLED"
+            self.note(STOP, checkpoint=stopped.checkpoint.name, reason=stopped.reason)  # of interest to job scripts
+            raise
+        finally:
+            self.heartbeat.beat("closing the run", allow_seconds=CLOSING_SECONDS)
+            if self.view is not None:
+                self.view.close(status=status, patience_seconds=None if status == "FINISHED" else UNFINISHED_SECONDS)
+            if status == "KILLED":
+                barrier(self.world)  # a launcher kills the others once the first rank has ended with a code but 0
