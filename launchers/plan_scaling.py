@@ -1,4 +1,4 @@
-"""Model a training step of every size on every number of GPUs: the table of docs/scaling-out.md. Nothing is measured.
+"""Model a training step of every size on every number of GPUs. Nothing is measured.
 
 `python launchers/plan_scaling.py` plans for nodes of 8 H100. Settings describe other machines, such as H200:
 `python launchers/plan_scaling.py --gpus 32 cluster.gpu_memory_gib=139 cluster.memory_tb_per_second=4.8`
@@ -13,10 +13,10 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from launchers.setup import tables
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig
-from launchers.setup.tables import markdown_table
 from models.var import CHECKPOINTINGS, FULL_CHECKPOINTING
 from training.engine.engine import EngineConfig
 from training.flops import training_flops
@@ -69,7 +69,7 @@ def launch(command: Command[PlanScalingConfig]) -> None:
 
 
 def table(config: PlanScalingConfig) -> str:
-    """Return a Markdown table with a row for each size, number of GPUs and ZeRO stage."""
+    """Return a table with a row for each size, number of GPUs and ZeRO stage."""
     rows = []
     for path in config.sizes:
         train = load_config(TrainConfig, path)
@@ -77,7 +77,7 @@ def table(config: PlanScalingConfig) -> str:
         for gpus, stage in product(config.gpus, config.stages):
             staged = replace(train, engine=replace(train.engine, zero_stage=stage))
             rows.append((Path(path).stem, *model, str(gpus), str(stage), *_cells(config, staged, gpus)))
-    return markdown_table(PLACE + PLANNED, rows)
+    return tables.table(PLACE + PLANNED, rows)
 
 
 def best_plan(config: PlanScalingConfig, train: TrainConfig, gpus: int) -> Plan | None:

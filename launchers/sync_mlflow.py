@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.config_files import read_settings
-from launchers.setup.loading import refuse_several_ranks
 from training.tracking.curves import points_of
 from training.tracking.mlflow_state import read_state
 from training.tracking.mlflow_tracker import Tracker

@@ -13,7 +13,7 @@ from trackers import FakeMLflow, points_of, record_of, train_record, validation_
 
 from data_pipeline.files.nested import flatten
 from launchers import sync_mlflow
-from launchers.setup.command_line import parse, settings_as_overrides
+from launchers.setup.command_line import parse
 from launchers.setup.config_files import load_config, read_settings, to_yaml
 from launchers.setup.settings import TrainConfig
 from launchers.sync_mlflow import SyncConfig
@@ -150,8 +150,6 @@ def test_the_run_is_given_with_or_without_its_name() -> None:
         assert parse(SyncConfig, arguments, "").config.run == "runs/a=b"
     with pytest.raises(ValueError, match="'runs/c' is not a setting"):
         parse(SyncConfig, ["runs/b", "runs/c"], "")
-    assert settings_as_overrides(SyncConfig, ["--config", "a.yaml"]) == ["--config", "a.yaml"]
-    assert settings_as_overrides(TrainConfig, ["runs/b"]) == ["runs/b"]
 
 
 def test_settings_of_a_run_read_as_they_were_logged(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from training import seams
 from training.tracking.curves import Point, points_of
@@ -50,6 +50,8 @@ MAX_METRICS, MAX_PARAMETERS = 1000, 100  # that MLflow takes in one call
 
 class TrackerUnavailable(OSError):
     """The tracker cannot be reached, or does not take what it is sent."""
+
+    exit_code: ClassVar[int] = 69
 
 
 @dataclass(frozen=True)

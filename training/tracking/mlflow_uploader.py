@@ -19,13 +19,13 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
+from data_pipeline.files.signals import STOP_SIGNALS
 from training.tracking.mlflow_client import code_version, reason
 from training.tracking.mlflow_tracker import Sent, Tracker, TrackerUnavailable
 from training.tracking.record import Place, Record, TrackingConfig
 from training.tracking.redaction import redacted_output
 
 START_OVER = "mlflow.start_over"  # a file of the run folder: its MLflow run is to be replaced
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SLICE = 50  # records read at a time
 POLL_SECONDS = 1.0  # between looks at metrics.jsonl
 MAX_PAUSE_SECONDS = 30.0  # between attempts; the first pause is 1 s, each next one twice as long
