@@ -11,8 +11,9 @@ import os
 import random
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -111,12 +112,14 @@ def as_a_run(
     number = PASSES[dataset.index.kind] * -(-len(dataset) // size)
 
     def call() -> int:
-        batches = train_batches(dataset, batch_size=size, rank=0, world_size=1, samples_seen=0, seed=0, workers=workers)
+        batches: Any = train_batches(
+            dataset, batch_size=size, rank=0, world_size=1, samples_seen=0, seed=0, workers=workers
+        )
         samples = 0
-        for _ in range(number):
-            batch = next(batches)
-            use(batch)
-            samples += len(batch.labels)
+        with closing(batches):
+            for batch in islice(batches, number):
+                use(batch)
+                samples += len(batch.labels)
         return samples
 
     return call

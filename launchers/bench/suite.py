@@ -140,30 +140,22 @@ class ChildFailed(Exception):
 
 
 def run_or_run_less(settings: Settings) -> list[Row]:
-    """Return the rows of one benchmark. A failure is a row with its reason, and something less is run in its place."""
-    rows: list[Row] = []
-    attempt: Settings | None = settings
-    while attempt is not None:
-        try:
-            return rows + [named(attempt, row) for row in run_apart(attempt)]
-        except ChildFailed as failure:
-            rows.append(named(attempt, failed_row(attempt, str(failure))))
-            say(f"{rows[-1]['name']}: {rows[-1]['reason']}")
-            attempt = something_less(attempt, str(failure))
-    return rows
+    """Return the rows of one benchmark. A failure is a row with its reason, and something less is run in its place.
 
-
-def named(settings: Settings, row: Row) -> Row:
-    """Return the row with the benchmark's title before its name, and with its settings."""
-    return row | {"name": f"{title_of(settings)}: {row['name']}", "settings": settings}
-
-
-def failed_row(settings: Settings, reason: str) -> Row:
-    """Return a row with the reason. It may hold the path that the command was given, not the path that leads to."""
+    Names of rows begin with the benchmark's title. A reason may hold the path of the public code as it was given, not
+    where it leads to.
+    """
+    title = f"{title_of(settings)}: "
+    try:
+        return [row | {"name": title + row["name"], "settings": settings} for row in run_apart(settings)]
+    except ChildFailed as failure:
+        name, reason = f"{title}failed", str(failure)
     if against := settings.get("against"):
-        reason = reason.replace(str(Path(against).resolve()), against)
-        return {"name": "failed beside the public code", "reason": reason}
-    return {"name": "failed", "reason": reason}
+        name, reason = f"{name} beside the public code", reason.replace(str(Path(against).resolve()), against)
+    say(f"{name}: {reason}")
+    less = something_less(settings, reason)
+    row = {"name": name, "reason": reason, "settings": settings}
+    return [row, *(run_or_run_less(less) if less is not None else [])]
 
 
 def something_less(settings: Settings, reason: str) -> Settings | None:
