@@ -19,11 +19,10 @@ from training.supervision.bad_samples import BadSamples, NoBadSamples
 from training.supervision.history import CHECKPOINT, START, STOP, History
 from training.supervision.stopping import Stopped, Stopping
 from training.supervision.watch import Heartbeat
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import MLflowView
 from training.tracking.record import Record, RunRecord, wall_time
 
 CLOSING_SECONDS = 180.0  # more than an MLflow page is waited for
-UNFINISHED_SECONDS = 10.0  # of that, when something else is in a hurry
 
 
 @dataclass
@@ -160,6 +159,6 @@ class Run:
         finally:
             self.heartbeat.beat("closing the run", allow_seconds=CLOSING_SECONDS)
             if self.view is not None:
-                self.view.close(status=status, patience_seconds=None if status == "FINISHED" else UNFINISHED_SECONDS)
+                self.view.close(status)
             if status == "KILLED":
                 barrier(self.world)  # a launcher kills the others once the first rank has ended with a code but 0

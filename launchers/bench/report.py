@@ -23,7 +23,7 @@ from data_pipeline.files.atomic import atomic_file
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.timing import Row
 from training.engine.distributed import World
-from training.tracking.mlflow_client import code_version
+from training.tracking.mlflow import code_version
 
 Report = dict[str, Any]
 USED_BY_PUBLIC = ("flash-attn", "xformers")  # by the public code where they are installed

@@ -35,7 +35,7 @@ from training.supervision.bad_samples import TooManyBadSamples
 from training.supervision.divergence import TrainingDiverged
 from training.supervision.stopping import Stopped
 from training.supervision.watch import EXIT_NO_PROGRESS
-from training.tracking.mlflow_tracker import TrackerUnavailable
+from training.tracking.mlflow import TrackerUnavailable
 
 EXIT_ERROR = 1
 EXIT_BAD_INPUT = 64

@@ -26,7 +26,7 @@ from training.supervision.bad_samples import BadSamples, NoBadSamples
 from training.supervision.history import History
 from training.supervision.stopping import Stopping
 from training.supervision.watch import Heartbeat, WatchConfig
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import MLflowView
 from training.tracking.record import RunRecord
 
 

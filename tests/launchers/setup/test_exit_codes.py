@@ -18,7 +18,7 @@ from training.checkpoints.checkpoint import CheckpointsFailing
 from training.checkpoints.commit import DamagedCheckpoint
 from training.supervision.divergence import TrainingDiverged
 from training.supervision.stopping import Stopped
-from training.tracking.mlflow_tracker import TrackerUnavailable
+from training.tracking.mlflow import TrackerUnavailable
 
 # what gloo said when a peer was killed, and when it was silent
 CLOSED = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1967. This is typically a crash."

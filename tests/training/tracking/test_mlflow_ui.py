@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from mlflow_pages import CARD, PATIENCE, browsing, serving
+from mlflow_pages import CARD, browsing, serving
 from repository import ROOT
 
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import MLflowView
 from training.tracking.record import Record, RunRecord, TrackingConfig, wall_time
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def write_run(folder: Path, database: str) -> str:
     record.write([record_at("validation", step) for step in VALIDATIONS])
     view = MLflowView(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
     view.notify()
-    view.close(patience_seconds=PATIENCE)
+    view.close("FINISHED")
     return json.loads((folder / "mlflow.json").read_text())["experiment_id"]
 
 
@@ -65,8 +65,8 @@ def database(tmp_path: Path, request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def server(tmp_path: Path, database: str) -> Iterator[str]:
     """The address of an MLflow server that shows `database`."""
-    with serving(database, tmp_path) as address:
-        yield address
+    with serving(database, tmp_path) as server:
+        yield server.url
 
 
 @pytest.fixture
