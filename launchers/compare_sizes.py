@@ -28,8 +28,8 @@ from launchers.setup.settings import TrainConfig, refuse_below_zero, refuse_no_p
 from models.generation import KnownTokens, generate_scales
 from models.sampling import Sampling
 from models.var import VARConfig
-from training.checkpoints.commit import read_manifest
-from training.checkpoints.model_on_disk import ModelOnDisk, committed_checkpoints
+from training.checkpoints.commit import committed_checkpoints, read_manifest
+from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World
 from training.tracking.mlflow import log_picture
 from training.tracking.record import RunRecord

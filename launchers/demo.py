@@ -29,8 +29,7 @@ from launchers.setup.settings import TrainConfig
 from launchers.train_tokenizer import TokenizerConfig
 from models.editing import box_in_tokens
 from models.generation import edit, known_part
-from training.checkpoints.commit import read_manifest
-from training.checkpoints.model_on_disk import latest_checkpoint
+from training.checkpoints.commit import latest_checkpoint, read_manifest
 from training.engine.distributed import World
 from training.tracking.record import absolute_uri
 

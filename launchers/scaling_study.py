@@ -17,6 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -24,13 +25,7 @@ from typing import Any
 from launchers.setup.command_line import SETTING, Command, run_launcher
 from launchers.setup.config_files import nearest
 from launchers.setup.exit_codes import EXIT_BAD_INPUT
-from launchers.study.config import STUDY, StudyConfig
-from launchers.study.fitting import launch_fit
-from launchers.study.page import launch_sync
-from launchers.study.plan import launch_paper, launch_plan
-from launchers.study.report import launch_report
-from launchers.study.run import launch_run
-from launchers.study.state import as_setting
+from launchers.study.config import STUDY, StudyConfig, as_setting
 
 
 @dataclass(frozen=True)
@@ -38,20 +33,30 @@ class NoSettings:
     """`paper` is about the paper's own numbers."""
 
 
-VERBS: MappingProxyType[str, tuple[type, Callable[[Command[Any]], None]]] = MappingProxyType(
+# the settings of each verb, and the module of launchers.study that has its launch_VERB
+VERBS: MappingProxyType[str, tuple[type, str]] = MappingProxyType(
     {
-        "run": (StudyConfig, launch_run),
-        "fit": (StudyConfig, launch_fit),
-        "report": (StudyConfig, launch_report),
-        "plan": (StudyConfig, launch_plan),
-        "paper": (NoSettings, launch_paper),
-        "sync": (StudyConfig, launch_sync),
+        "run": (StudyConfig, "run"),
+        "fit": (StudyConfig, "fitting"),
+        "report": (StudyConfig, "report"),
+        "plan": (StudyConfig, "plan"),
+        "paper": (NoSettings, "plan"),
+        "sync": (StudyConfig, "page"),
     }
 )
 
 
+def launch_of(verb: str) -> Callable[[Command[Any]], None]:
+    """Return the function of a verb; its module, and torch, are imported only when it is called."""
+
+    def launch(command: Command[Any]) -> None:
+        getattr(import_module(f"launchers.study.{VERBS[verb][1]}"), f"launch_{verb}")(command)
+
+    return launch
+
+
 def take_verb(arguments: list[str]) -> tuple[str, list[str]]:
-    """The verb, and the arguments that are left for its config, a study's folder among them replaced by its settings.
+    """Return the verb and the arguments for its config, a study's folder among them replaced by its settings.
 
     Raises:
         ValueError: no verb, or none that is known; or the folder is not that of a study.
@@ -75,6 +80,7 @@ def take_verb(arguments: list[str]) -> tuple[str, list[str]]:
 
 
 def main() -> None:
+    """Run the verb that the command line names."""
     wants_help = sys.argv[1:2] in (["--help"], ["-h"])
     try:
         verb, rest = ("run", ["--help"]) if wants_help else take_verb(sys.argv[1:])
@@ -82,8 +88,7 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_BAD_INPUT)
     sys.argv[1:] = rest
-    schema, launch = VERBS[verb]
-    run_launcher(schema, launch, __doc__)
+    run_launcher(VERBS[verb][0], launch_of(verb), __doc__)
 
 
 if __name__ == "__main__":

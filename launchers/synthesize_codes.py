@@ -1,9 +1,9 @@
-"""Synthetic code shards whose entropy is known: data for a scaling study that needs no images and no tokenizer run.
+"""Synthetic code shards whose entropy is known: data for a scaling study that needs no images and no trained tokenizer.
 
 `python launchers/synthesize_codes.py --config configs/synthetic/source.yaml`
 
-OUT/train and OUT/val are code shards like those of encode_codes.py, OUT/tokenizer is a small tokenizer with random
-weights, so that train.py runs on them as on any other, and OUT/source.json says what a perfect model would lose.
+OUT/train and OUT/val are code shards like those of encode_codes.py. OUT/tokenizer is a small tokenizer with random
+weights, so that train.py runs on them as on any other codes. OUT/source.json has the loss of a perfect model.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import torch
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.making.encoding import is_encoded
-from data_pipeline.making.tree_source import TreeSource, TreeSourceConfig
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.writer import Sample, write_shards
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.loading import refuse_several_ranks
+from launchers.study.tree_source import TreeSource, TreeSourceConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.vqvae import VQVAE, VQVAEConfig
@@ -55,7 +55,7 @@ class SynthesizeConfig:
 
     @property
     def tokenizer(self) -> VQVAEConfig:
-        """The smallest that fits the codes. phi does nothing, so that their vectors simply add up."""
+        """The smallest tokenizer that fits the codes. Its phi does nothing, so that their vectors simply add up."""
         return VQVAEConfig(
             patch_nums=self.source.patch_nums,
             autoencoder=AutoencoderConfig(width=32, multipliers=(1,), num_res_blocks=1, code_width=self.code_width),
@@ -64,6 +64,7 @@ class SynthesizeConfig:
 
 
 def launch(command: Command[SynthesizeConfig]) -> None:
+    """Write what is not there yet: the tokenizer, both splits and source.json."""
     config, out = command.config, Path(command.config.out)
     refuse_several_ranks("synthesize_codes.py")
     if command.dry_run:
@@ -82,7 +83,7 @@ def launch(command: Command[SynthesizeConfig]) -> None:
 
 
 def ensure_tokenizer(config: SynthesizeConfig, folder: Path) -> str:
-    """Write a tokenizer with random weights, if there is none of these sizes yet; its sha256."""
+    """Write a tokenizer with random weights, if there is none of these sizes yet; return its sha256."""
     model = ModelOnDisk(folder)
     if not model.is_whole:
         with torch.random.fork_rng(devices=[]):
@@ -98,7 +99,7 @@ def ensure_tokenizer(config: SynthesizeConfig, folder: Path) -> str:
 def write_split(
     config: SynthesizeConfig, source: TreeSource, sha256: str, folder: Path, stream: int, num_images: int
 ) -> None:
-    """Write one split, unless it is there. Raises ValueError if it was made with other settings."""
+    """Write one split unless it is there. Raises ValueError if it was made with other settings."""
     code_format = CodeFormat.for_vocab(config.source.num_tokens, config.source.vocab_size, 1)
     meta: dict[str, Any] = {
         "patch_nums": list(config.source.patch_nums),
@@ -121,16 +122,16 @@ def write_split(
 
 
 def records(code_format: CodeFormat, codes: np.ndarray, labels: np.ndarray) -> Iterator[Sample]:
-    """Codes (B, L) and labels (B,) as samples of code shards."""
+    """Yield codes (B, L) and labels (B,) as samples of code shards."""
     for number, (row, label) in enumerate(zip(codes, labels)):
         yield Sample(f"{number:09d}", {code_format.suffix: code_format.pack(int(label), row[None])})
 
 
 def typical_stream(source: TreeSource, num_images: int, *, seed: int) -> int:
-    """The stream of VALIDATION_STREAMS on which the source itself loses what its entropy says, most nearly.
+    """Return the stream of VALIDATION_STREAMS on which the source's own loss is nearest to its entropy.
 
-    A thousand images drawn anyhow are off by 0.01 nats, as much as the reducible loss of sizes differs. On typical ones
-    the entropy is what a perfect model loses, and the irreducible part of a law may be compared with it.
+    On a thousand images of any stream it is off by 0.01 nats, as much as the reducible losses of sizes differ. On
+    typical images the entropy is what a perfect model loses, and the irreducible part of a law can be compared with it.
     """
     entropy = source.entropy()
 
@@ -142,7 +143,7 @@ def typical_stream(source: TreeSource, num_images: int, *, seed: int) -> int:
 
 
 def describe_source(config: SynthesizeConfig, source: TreeSource, stream: int) -> dict[str, Any]:
-    """What source.json says, in nats a token: the entropy, and the source's own loss on the validation images."""
+    """Return what source.json says, in nats a token: the entropy, and the source's own loss on validation images."""
     entropy = source.entropy()
     own = source.loss(*source.draw(config.validation, seed=config.seed, stream=stream))
     return {
@@ -157,10 +158,12 @@ def describe_source(config: SynthesizeConfig, source: TreeSource, stream: int) -
 
 
 def settings_of(config: TreeSourceConfig) -> dict[str, Any]:
+    """Return the settings of a source as JSON gives them back."""
     return json.loads(json.dumps(asdict(config)))
 
 
 def main() -> None:
+    """Run the command."""
     run_launcher(SynthesizeConfig, launch, __doc__)
 
 

@@ -19,10 +19,7 @@ from models.sampling import num_doubled_scales
 from models.scales import Scales
 from models.var import ADALN, LAYER_NORM, SHARED_ADALN, VARConfig
 from models.vqvae import VQVAEConfig
-
-FLOPS_PER_PFLOP = 10**15
-EXACT, DENSE_MASK, SIX_NT, PAPER = "exact", "dense_mask", "six_nt", "paper"
-ACCOUNTINGS = (EXACT, DENSE_MASK, SIX_NT, PAPER)
+from training.accounting import DENSE_MASK, EXACT, PAPER, SIX_NT
 
 
 def attention_pairs(scales: Scales) -> int:

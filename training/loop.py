@@ -7,8 +7,8 @@ that recording every step does not stall a GPU at every step.
 
 from __future__ import annotations
 
+from training.accounting import FLOPS_PER_PFLOP
 from training.checkpoints.checkpoint import CheckpointFailed, CheckpointsFailing, TrainState
-from training.flops import FLOPS_PER_PFLOP
 from training.recovery import Recovery
 from training.run import Run
 from training.schedule import Schedule

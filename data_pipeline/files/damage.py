@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 
 class DamagedData(ValueError):
@@ -10,6 +11,8 @@ class DamagedData(ValueError):
 
     Whoever repeats the command gets the same error: the data must be mended first.
     """
+
+    exit_code: ClassVar[int] = 65
 
 
 class DamagedShard(DamagedData):

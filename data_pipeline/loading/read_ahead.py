@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Generic, NoReturn, TypeVar
+from typing import ClassVar, Generic, NoReturn, TypeVar
 
 import torch
 from torch.utils.data import DataLoader
@@ -30,6 +30,8 @@ Result = TypeVar("Result")
 
 class WorkerFailed(OSError):
     """A worker process died, or does not answer; not an error in the data, which comes as it was raised."""
+
+    exit_code: ClassVar[int] = 71
 
 
 class ReadAhead(Iterator[Result]):

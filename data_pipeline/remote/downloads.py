@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from random import SystemRandom
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipeline.files.urls import without_query
 from data_pipeline.remote.connections import PIECE_BYTES, Absent, Body, Connections, Interrupted, Refused
@@ -22,6 +22,8 @@ FIRST_PAUSE, LONGEST_PAUSE = 0.2, 30.0  # seconds between two tries: doubled eac
 
 class RemoteError(OSError):
     """A server did not deliver. The message names the URL without its query, what happened last, and what to do."""
+
+    exit_code: ClassVar[int] = 69
 
 
 class WrongSize(Exception):

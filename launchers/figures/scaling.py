@@ -1,6 +1,6 @@
 """Figs. 5 and 6 of the paper, drawn from the fits of a study: the laws, their residuals, the curves and their frontier.
 
-What is drawn is computed elsewhere, but for the bands: 95 % of the bootstrapped laws lie within them at every x.
+Everything that is drawn is computed elsewhere except the bands, which hold 95 % of the bootstrapped laws at every x.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -20,9 +21,9 @@ from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, M
 
 from data_pipeline.files.atomic import atomic_file
 from launchers.figures.plots import GREY
-from training.laws.study_curves import size_name
+from training.accounting import BILLION, LABELS
 from training.laws.study_data import METRICS, TrainedSize
-from training.laws.study_fit import COMPUTE, PARAMETERS, LawFit, StudyFit
+from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, LawFit, StudyFit
 
 DPI = 200
 RED, BAND_RED, FRONTIER = "#c4302b", "#e9a3a0", "#1a1a1a"
@@ -43,18 +44,12 @@ TITLES = {
     "error_avg": "Token error rate, average",
 }
 LETTERS = {PARAMETERS: "N", COMPUTE: r"C_{\min}"}
-COUNTED = {"total": "all", "eq8": "those of eq. 8"}
-ACCOUNTED = {
-    "exact": "training PFLOP, exact",
-    "dense_mask": "training PFLOP with dense masks",
-    "six_nt": "PFLOP as 6NT",
-    "paper": "PFLOP, one forward pass in MACs",
-}
+COUNTED = {TOTAL: "all", EQ8: "those of eq. 8"}
 KEY_INCHES = 2.1  # of the legend below, for one key
 LEGEND_SHARE = 0.14  # of a panel's height that is kept free below the curves for the equation
 LOG_TICKS_FROM = 30.0  # ratio of an axis's ends above which its ticks are powers of ten
 
-Colours = dict[str, tuple[float, ...]]  # by the name of the size
+Colours = dict[str, tuple[float, float, float, float]]  # by the name of the size
 
 
 @dataclass(frozen=True)
@@ -68,15 +63,15 @@ class Panel:
 
     @property
     def irreducible(self) -> float:
-        """What is taken off the metric before it is drawn."""
+        """The part of the metric that is subtracted before it is drawn."""
         return self.law.law.irreducible if self.law else 0.0
 
 
 def draw_size_laws(path: Path, runs: Sequence[TrainedSize], fit: StudyFit) -> None:
-    """Fig. 5: the metrics at the end of training against model size, log-log, above their irreducible parts.
+    """Draw Fig. 5: the metrics at the end of training against model size, log-log, above their irreducible parts.
 
-    Held-out sizes are hollow, beside what the laws without them predict. Runs are the study's, with all of their seeds.
-    Raises ValueError where no law was found.
+    Held-out sizes are hollow, beside what the laws without them predict. `runs` are the study's, with all seeds. Raises
+    ValueError if no law was found.
     """
     laws = {law.metric: law for law in fit.laws if law.variable == PARAMETERS}
     if not laws:
@@ -94,7 +89,7 @@ def draw_size_laws(path: Path, runs: Sequence[TrainedSize], fit: StudyFit) -> No
 
 
 def draw_compute_laws(path: Path, runs: Sequence[TrainedSize], fit: StudyFit) -> None:
-    """Fig. 6: the metrics during training against compute, one line a size, their frontier and its law.
+    """Draw Fig. 6: the metrics during training against compute, one line a size, their frontier and its law.
 
     A metric without a law is drawn as it is.
     """
@@ -108,13 +103,13 @@ def draw_compute_laws(path: Path, runs: Sequence[TrainedSize], fit: StudyFit) ->
             _draw_law(panel, panel.law, margin=2.0)
             low, high = np.log(panel.main.get_ylim())
             panel.main.set_ylim(bottom=np.exp(low - LEGEND_SHARE * (high - low)))
-        _finish(panel, f"compute C ({ACCOUNTED[fit.accounting]})")
+        _finish(panel, f"compute C, PFLOP ({LABELS[fit.accounting]})")
     _legend(figure, [*(_frontier_keys() if laws else []), *_line_keys(runs, colours)])
     _save(figure, path)
 
 
 def _panels(laws: Mapping[str, LawFit | None]) -> tuple[Figure, list[Panel]]:
-    """One a metric, two a row, each above its own strip of residuals."""
+    """Make a panel a metric, two a row, each above its own strip of residuals."""
     rows, columns = -(-len(laws) // 2), min(2, len(laws))
     layout = ConstrainedLayoutEngine(w_pad=0.08, h_pad=0.06, wspace=0.03, hspace=0.02)
     figure = Figure((5.4 * columns, 4.9 * rows + 0.5), layout=layout)
@@ -127,18 +122,24 @@ def _panels(laws: Mapping[str, LawFit | None]) -> tuple[Figure, list[Panel]]:
 
 
 def _draw_sizes(panel: Panel, law: LawFit, runs: Sequence[TrainedSize], colours: Colours) -> None:
-    """The points of the law with their residuals, and the names of every size, or of every second one of many."""
+    """Draw the points of the law and their residuals, and name every size, or every second one of many."""
     held_out = [point.name for point in law.held_out]
     named = law.names[:: -1 - (len(law.names) > CROWDED)]
     for name, x, y, residual in zip(law.names, law.x, law.y, law.residuals, strict=True):
-        size = name.rsplit("-seed", 1)[0]
-        look = {"marker": "o", "markersize": 6.5, "color": colours[size], "markeredgewidth": 1.4, "zorder": 5}
-        look["markerfacecolor"] = "white" if name in held_out else colours[size]
+        look: dict[str, Any] = {
+            "marker": "o",
+            "markersize": 6.5,
+            "color": colours[name],
+            "markeredgewidth": 1.4,
+            "zorder": 5,
+        }
+        look["markerfacecolor"] = "white" if name in held_out else colours[name]
         panel.main.plot(x, y - panel.irreducible, **look)
         panel.strip.plot(x, 100 * np.expm1(residual), **look)
         if name in named:
-            place = {"xytext": (4, 6), "textcoords": "offset points"}
-            panel.main.annotate(size, (x, y - panel.irreducible), fontsize=7.5, color=GREY, **place)
+            panel.main.annotate(
+                name, (x, y - panel.irreducible), fontsize=7.5, color=GREY, xytext=(4, 6), textcoords="offset points"
+            )
 
 
 def _draw_curves(panel: Panel, runs: Sequence[TrainedSize], accounting: str, colours: Colours) -> None:
@@ -148,7 +149,7 @@ def _draw_curves(panel: Panel, runs: Sequence[TrainedSize], accounting: str, col
         is_seen = np.isfinite(heights) & (heights > 0)
         x, y = run.compute(accounting)[is_seen], heights[is_seen]
         width = 1.3 if run.seed == first_seed else 0.6
-        panel.main.plot(x, y, color=colours[size_name(run)], linewidth=width, marker="o", markersize=2.2, zorder=2)
+        panel.main.plot(x, y, color=colours[run.size], linewidth=width, marker="o", markersize=2.2, zorder=2)
 
 
 def _draw_frontier(panel: Panel, law: LawFit) -> None:
@@ -175,7 +176,7 @@ def _draw_law(panel: Panel, fit: LawFit, *, margin: float) -> None:
 
 
 def equation(fit: LawFit) -> str:
-    """A law as a formula, with its 95 % interval and Pearson's r."""
+    """Write a law as a formula, with its 95 % interval and Pearson's r."""
     law, interval = fit.law, fit.exponent_interval
     constant = f"{law.irreducible:.5g} + " if law.irreducible else ""
     return (
@@ -185,16 +186,16 @@ def equation(fit: LawFit) -> str:
 
 
 def _number(value: float) -> str:
-    """Five digits, for a formula."""
+    """Write five digits for a formula."""
     digits, _, power = f"{value:.4e}".partition("e")
     return f"{value:.5g}" if -2 <= int(power) <= 3 else f"{digits}\\cdot 10^{{{int(power)}}}"
 
 
 def _draw_other_seeds(panel: Panel, runs: Sequence[TrainedSize], counted: str) -> None:
-    """Each seed of a size that was repeated, as a dash."""
-    names = [size_name(run) for run in runs]
+    """Draw each seed of a size that was repeated, as a dash."""
+    names = [run.size for run in runs]
     several = [run for run, name in zip(runs, names, strict=True) if names.count(name) > 1 and run.is_finished]
-    x = [(run.num_parameters if counted == "total" else run.eq8_parameters) / 1e9 for run in several]
+    x = [run.counted(counted) / BILLION for run in several]
     y = [run.final(panel.metric) - panel.irreducible for run in several]
     panel.main.plot(x, y, "_", color=FRONTIER, markersize=11, markeredgewidth=0.9, zorder=6)
 
@@ -233,7 +234,7 @@ def _finish(panel: Panel, label: str) -> None:
 
 
 def _set_ticks(axis: Axis) -> None:
-    """Powers of ten on long axes, round numbers on short ones: an error rate changes by some per cent in all."""
+    """Set powers of ten on long axes and round numbers on short ones: an error rate changes by some per cent in all."""
     low, high = axis.get_view_interval()
     if high / low > LOG_TICKS_FROM:
         axis.set_major_locator(LogLocator(subs=(1.0,) if high / low > 1e3 else (1.0, 2.0, 5.0)))
@@ -245,14 +246,14 @@ def _set_ticks(axis: Axis) -> None:
 
 
 def _colours(runs: Sequence[TrainedSize]) -> Colours:
-    """A colour for each size, by its rank."""
+    """Return a colour for each size, by its rank."""
     sizes = _sizes(runs)
     return {name: SIZES(0.88 * rank / max(len(sizes) - 1, 1)) for rank, name in enumerate(sizes)}
 
 
 def _sizes(runs: Sequence[TrainedSize]) -> dict[str, int]:
-    """The parameters of each size, smallest first."""
-    return {size_name(run): run.num_parameters for run in sorted(runs, key=lambda run: run.num_parameters)}
+    """Return the parameters of each size, smallest first."""
+    return {run.size: run.num_parameters for run in sorted(runs, key=lambda run: run.num_parameters)}
 
 
 def _size_keys(laws: Sequence[LawFit]) -> list[Line2D]:
@@ -262,7 +263,7 @@ def _size_keys(laws: Sequence[LawFit]) -> list[Line2D]:
         Line2D([], [], color=BAND_RED, linewidth=7, alpha=0.6, label="95 % of bootstrapped laws"),
     ]
     if any(law.held_out for law in laws):
-        hollow = {"marker": "o", "markerfacecolor": "white", "linestyle": "", "markersize": 6.5}
+        hollow: dict[str, Any] = {"marker": "o", "markerfacecolor": "white", "linestyle": "", "markersize": 6.5}
         keys.append(Line2D([], [], color=GREY, label="held out for the gate", **hollow))
         keys.append(Line2D([], [], color=FRONTIER, marker="x", label="prediction without it, 95 %"))
     return keys
@@ -290,6 +291,5 @@ def _legend(figure: Figure, keys: list[Line2D]) -> None:
 
 def _save(figure: Figure, path: Path) -> None:
     """Write the figure whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_file(path) as file:
         figure.savefig(file, format="png", dpi=DPI, facecolor="white")

@@ -5,6 +5,7 @@ The tokenizer of a transformer lies in its folder's `tokenizer/`, or is the one 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -21,7 +22,7 @@ from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
-from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe, write_json
+from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 from training.checkpoints.weights import read_weights
 from training.engine.distributed import World
 
@@ -184,7 +185,7 @@ def write_public(file: Path, model: VAR | VQVAE) -> None:
     file.parent.mkdir(exist_ok=True)
     entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
     torch.save({name: alone(value) for name, value in entries.items()}, file)
-    write_json(file.parent / CONFIG, describe(model.config))
+    (file.parent / CONFIG).write_text(json.dumps(describe(model.config), indent=1) + "\n")
 
 
 def alone(value: Tensor) -> Tensor:

@@ -55,7 +55,7 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
         model_config=config.model,
         identity=order_of_data | identity,
         config=asdict(config),
-        say=report_on(world),
+        report=report_on(world),
     )
     if newest:
         checkpoints.refuse_misfit(newest)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from training.laws.scaling import FitConfig
+from launchers.setup.yaml_files import parse_yaml
+from training.laws.study_fit import FitConfig
 from training.tracking.record import TrackingConfig
 
 STUDY = "study.yaml"  # in the study's folder: its resolved config
@@ -41,5 +44,26 @@ class StudyConfig:
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
 
     def names(self) -> dict[str, str]:
-        """The configs of the sizes by their names."""
+        """Return the configs of the sizes by their names."""
         return {Path(size).stem: size for size in self.sizes}
+
+    def run_names(self) -> list[tuple[str, int]]:
+        """Return the size and seed of every run in order: all sizes with the first seed, then the repeated ones."""
+        first = [(size, seed) for seed in self.seeds[:1] for size in self.names()]
+        return first + [(size, seed) for seed in self.seeds[1:] for size in self.names() if size in self.repeated]
+
+
+def study_name(config: StudyConfig) -> str:
+    """Return what a study is called where several are shown: the name of its folder."""
+    return Path(config.folder).resolve().name
+
+
+def as_setting(name: str, value: Any) -> str:
+    """Write name=value so that it is read back as that value."""
+    if not isinstance(value, str):
+        return f"{name}={json.dumps(value)}"
+    try:
+        is_itself = parse_yaml(value, name) == value
+    except ValueError:
+        is_itself = False
+    return f"{name}={value if is_itself else json.dumps(value)}"

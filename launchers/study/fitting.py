@@ -1,7 +1,7 @@
 """The verb `fit` of launchers/scaling_study.py: the laws of a study, from its run folders to FOLDER/fit.json.
 
-Beside it FOLDER/points.csv has every point that was measured, used or not. The verbs that only show laws take fit.json
-as it is while points and settings are those it was made of, and otherwise fit anew; `fit` and `report` write it.
+FOLDER/points.csv holds every point that was measured, used or not. `report` and `plan` take fit.json as it is if it was
+made of the same points with the same settings, and fit again otherwise. `fit` and `report` write it, `plan` does not.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from data_pipeline.files.strict_json import read_json
 from launchers.setup.command_line import Command, say
 from launchers.study.config import StudyConfig
 from launchers.study.reading import Study, read_study
-from training.flops import ACCOUNTINGS
+from training.accounting import ACCOUNTINGS
 from training.laws.scaling import analyse
 from training.laws.study_data import METRICS
 from training.laws.study_fit import LawFit, StudyFit
@@ -34,7 +34,7 @@ ARRAY_OF_NUMBERS = re.compile(r"\[\n[-+.\deEnul,\s]*\]")  # in indented JSON; no
 
 @dataclass(frozen=True)
 class FittedStudy:
-    """What was measured, and the laws of it."""
+    """A study and its laws."""
 
     study: Study
     fit: StudyFit
@@ -42,6 +42,7 @@ class FittedStudy:
 
 
 def launch_fit(command: Command[StudyConfig]) -> None:
+    """Fit a study, write fit.json and points.csv, and show the laws."""
     study = read_study(command.config)
     say(describe_study(study))
     if command.dry_run:
@@ -53,7 +54,7 @@ def launch_fit(command: Command[StudyConfig]) -> None:
 
 
 def fitted_study(config: StudyConfig) -> FittedStudy:
-    """The study with its fit.json; where that is missing, damaged or of other points or settings, with a new fit."""
+    """Read a study with its fit.json, or with a new fit if that is missing, damaged, or of other points or settings."""
     study = read_study(config)
     file = Path(config.folder) / FIT
     if file.is_file():
@@ -69,7 +70,7 @@ def fitted_study(config: StudyConfig) -> FittedStudy:
 
 
 def _what_differs(content: dict[str, Any], config: StudyConfig, study: Study) -> str:
-    """What a fit.json was made of that is not so now; empty where all is the same."""
+    """Say what a fit.json was made of that is not so now; empty if all is the same."""
     if content.get("points_sha256") != bytes_sha256(points_csv(study)):
         return "is of other points"
     made_with, asked = content.get("settings"), _settings(config, study)
@@ -87,14 +88,14 @@ def _what_differs(content: dict[str, Any], config: StudyConfig, study: Study) ->
 
 
 def fit_study(config: StudyConfig, study: Study) -> StudyFit:
-    """Fit a study and write its fit.json and points.csv. Raises ValueError where there are too few points."""
+    """Fit a study and write its fit.json and points.csv. Raises ValueError if there are too few points."""
     fit = analyse(study.sizes, config.fit, study.source.entropy)
     write_fit(config, FittedStudy(study, fit))
     return fit
 
 
 def write_fit(config: StudyConfig, found: FittedStudy) -> None:
-    """The study's fit.json and points.csv."""
+    """Write the study's fit.json and points.csv."""
     points = points_csv(found.study)
     content = {"points_sha256": bytes_sha256(points), "settings": _settings(config, found.study)}
     content["fit"] = asdict(found.fit)
@@ -105,10 +106,10 @@ def write_fit(config: StudyConfig, found: FittedStudy) -> None:
 
 
 def read_fit(folder: Path) -> StudyFit:
-    """What `fit` has found.
+    """Read the fit.json of a study.
 
     Raises:
-        FileNotFoundError: it has not been there yet. ValueError: fit.json is damaged or of another version.
+        FileNotFoundError: it is not there yet. ValueError: it is damaged or of another version.
     """
     file = folder / FIT
     try:
@@ -122,7 +123,7 @@ def read_fit(folder: Path) -> StudyFit:
 
 
 def _fit_in(content: Any) -> StudyFit:
-    """The fit in what fit.json holds. Raises ValueError where there is none, or one of another version."""
+    """Read the fit in the content of fit.json. Raises ValueError if there is none, or one of another version."""
     fit = content.get("fit") if isinstance(content, dict) else None
     if not isinstance(fit, dict):
         raise ValueError("it holds no fit")
@@ -139,7 +140,7 @@ def _shortened(error: ValueError) -> str:
 
 
 def points_csv(study: Study) -> bytes:
-    """Every evaluation of every run, all digits: compute in PFLOP by each accounting, losses in nats."""
+    """Write every evaluation of every run with all digits: compute in PFLOP by each accounting, losses in nats."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     pflop = [f"pflop_{accounting}" for accounting in ACCOUNTINGS]
@@ -155,7 +156,7 @@ def points_csv(study: Study) -> bytes:
 
 
 def describe_study(study: Study) -> str:
-    """What is there, in one line."""
+    """Say in one line what is there."""
     num_points = sum(len(size.images) for size in study.sizes)
     unfinished = [size.name for size in study.sizes if not size.is_finished]
     parts = [f"{len(study.runs)} run{'s' * (len(study.runs) > 1)} with {num_points} evaluations"]
@@ -165,7 +166,7 @@ def describe_study(study: Study) -> str:
 
 
 def summary(fit: StudyFit) -> list[str]:
-    """The laws as lines for a terminal, and the fit's notes."""
+    """Write the laws and the fit's notes as lines for a terminal."""
     return [*(f"{law.metric:>10} against {_law_line(law)}" for law in fit.laws), *(f"note: {n}" for n in fit.notes)]
 
 
@@ -183,12 +184,12 @@ def _law_line(fit: LawFit) -> str:
 
 
 def _settings(config: StudyConfig, study: Study) -> dict[str, Any]:
-    """What a fit depends on besides the points, as fit.json would give it back."""
+    """Return what a fit depends on besides the points, as fit.json would give it back."""
     return json.loads(_to_json({"fit": asdict(config.fit), "known": dict(study.source.entropy)}))
 
 
 def _to_json(content: dict[str, Any]) -> str:
-    """JSON for people: indented, an array of numbers in one line; null for numbers that are not finite."""
+    """Write JSON for people: indented, an array of numbers in one line, null for numbers that are not finite."""
     text = json.dumps(_finite(content), indent=1, allow_nan=False)
     return ARRAY_OF_NUMBERS.sub(lambda found: " ".join(found.group().split()), text) + "\n"
 
@@ -202,11 +203,11 @@ def _finite(value: Any) -> Any:
 
 
 def _from_plain(kind: Any, value: Any) -> Any:
-    """A value of a type, of what JSON holds of it: dataclasses, tuples, unions with None, plain values.
+    """Make a value of a type from what JSON holds of it: dataclasses, tuples, unions with None, plain values.
 
-    Raises TypeError or ValueError where it is something else.
+    Raises TypeError or ValueError if it is something else.
     """
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         if not isinstance(value, dict) or set(value) != {field.name for field in fields(kind)}:
             raise ValueError(f"{kind.__name__} has {', '.join(hints)}")

@@ -16,12 +16,11 @@ from pathlib import Path
 from launchers.setup.command_line import Command, say
 from launchers.setup.config_files import read_settings
 from launchers.setup.loading import refuse_several_ranks
-from launchers.study.config import StudyConfig
+from launchers.study.config import StudyConfig, study_name
 from launchers.study.fitting import FIT, POINTS, read_fit
 from launchers.study.reading import MeasuredRun, planned_runs, read_run
-from launchers.study.state import study_name
+from training.accounting import EXACT
 from training.checkpoints.commit import candidates, read_manifest
-from training.flops import EXACT
 from training.laws.study_data import METRICS
 from training.tracking.curves import points_of
 from training.tracking.follow import send

@@ -1,7 +1,7 @@
 """From the run folders of a study to what its fits take: config.yaml and metrics.jsonl, never a tracker.
 
-Only validation records are points. Means of the newest training records go beside them, to show the gap between the
-two. A study is read at any time: runs that are not there yet are named, and unfinished ones are marked as such.
+The points of a law are validation records. The means of the newest training records go beside them, to show the gap
+between the two. A study can be read at any time: runs that are not there yet are named, unfinished ones are marked.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ OWN_LOSSES = {"loss_last": "validation_loss_last", "loss_avg": "validation_loss_
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """A run folder, read."""
+    """What was read of a run folder."""
 
     size: TrainedSize
     config: TrainConfig
@@ -40,13 +40,13 @@ class MeasuredRun:
 
     @property
     def epochs(self) -> float:
-        """Passes over the training data before the last evaluation."""
+        """The passes over the training data before the last evaluation."""
         return float(self.size.images[-1]) / self.num_samples
 
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a synthetic source, in nats by the names of LOSSES; empty where it is not known."""
+    """What is known of a synthetic source, in nats by the names of LOSSES; empty if nothing is."""
 
     entropy: Mapping[str, float] = field(default_factory=dict)  # what no model beats on average
     own_loss: Mapping[str, float] = field(default_factory=dict)  # the source's own loss on the validation set
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Study:
-    """All that is there of a study."""
+    """Everything that was measured in a study."""
 
     runs: tuple[MeasuredRun, ...]  # by size, then seed
     absent: tuple[str, ...] = ()  # runs that are planned and have no evaluation yet
@@ -62,11 +62,12 @@ class Study:
 
     @property
     def sizes(self) -> list[TrainedSize]:
+        """The runs as fits take them."""
         return [run.size for run in self.runs]
 
 
 def read_study(config: StudyConfig) -> Study:
-    """The runs of a study's folder.
+    """Read the runs of a study's folder.
 
     Raises:
         FileNotFoundError: there is no such folder, or no run in it has been evaluated.
@@ -88,16 +89,12 @@ def read_study(config: StudyConfig) -> Study:
 
 
 def planned_runs(config: StudyConfig) -> list[str]:
-    """The names of the run folders: every size with the first seed, the repeated ones with all."""
-    return [
-        f"{name}-seed{seed}"
-        for name in config.names()
-        for seed in (config.seeds if name in config.repeated else config.seeds[:1])
-    ]
+    """Return the names of the run folders that a study is to have."""
+    return [f"{size}-seed{seed}" for size, seed in config.run_names()]
 
 
 def read_run(folder: Path) -> MeasuredRun | None:
-    """A run folder; None before its first evaluation."""
+    """Read a run folder; None before its first evaluation."""
     if not (folder / "config.yaml").is_file() or not RunRecord.exists(folder):
         return None
     config = load_config(TrainConfig, str(folder / "config.yaml"))
@@ -127,7 +124,7 @@ def read_run(folder: Path) -> MeasuredRun | None:
 
 
 def _read_record(folder: Path) -> tuple[list[Record], list[Record]]:
-    """The validation records, one a step and in order, and the newest training records."""
+    """Read the validation records, one a step and in order, and the newest training records."""
     points: dict[int, Record] = {}
     newest: deque[Record] = deque(maxlen=TRAINING_STEPS)
     for record, _ in RunRecord(folder).read_after():
@@ -139,13 +136,13 @@ def _read_record(folder: Path) -> tuple[list[Record], list[Record]]:
 
 
 def _number(record: Record, metric: str) -> float:
-    """A metric of a record; NaN where it was not finite, which a record holds as null."""
+    """Return a metric of a record; NaN for null, as which a record holds what was not finite."""
     value = record.get(metric)
     return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _refuse_incomparable(runs: list[MeasuredRun]) -> None:
-    """Raise ValueError for runs whose losses do not measure the same."""
+    """Raise ValueError if the losses of the runs do not measure the same thing."""
     first = runs[0].config.model
     for run in runs[1:]:
         for name in ("patch_nums", "vocab_size", "num_classes"):
@@ -158,7 +155,7 @@ def _refuse_incomparable(runs: list[MeasuredRun]) -> None:
 
 
 def read_source(file: str) -> Source:
-    """The entropies of a synthetic source, and its own losses where they are given; nothing where no file is named.
+    """Read the entropies of a synthetic source, and its own losses if they are given; nothing if no file is named.
 
     Raises:
         FileNotFoundError: the file is not there. ValueError: it does not hold the entropies.

@@ -11,41 +11,48 @@ from itertools import pairwise
 from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_file
-from launchers.figures.scaling import draw_compute_laws, draw_size_laws
 from launchers.setup.command_line import Command, say
 from launchers.study import tables
-from launchers.study.config import StudyConfig
+from launchers.study.config import StudyConfig, study_name
 from launchers.study.fitting import FIT, POINTS, FittedStudy, describe_study, fitted_study, write_fit
 from launchers.study.page import publish
 from launchers.study.reading import Study, read_study
-from launchers.study.state import study_name
 from models.var import VARConfig
-from training.flops import FLOPS_PER_PFLOP, training_flops
-from training.laws.scaling import FitConfig
-from training.laws.study_curves import size_name
-from training.laws.study_data import LOSSES, TrainedSize
-from training.laws.study_fit import COMPUTE, PARAMETERS, LawFit, StudyFit
+from training.accounting import EXACT, FLOPS_PER_PFLOP, IMAGENET_IMAGES
+from training.flops import training_flops
+from training.laws.study_data import LOSSES
+from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, FitConfig, Interval, LawFit, StudyFit
 
 REPORT, FIGURE_5, FIGURE_6 = "report.md", "fig5.png", "fig6.png"
 PAPER_DEPTHS = (6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30)  # twelve, as Sec. 5.2; which is left out, it does not say
 PAPER_EPOCHS = (200, 350)  # the least and the most, Sec. 5.2
-IMAGENET_IMAGES = 1_281_167
 FRONTIER = (
-    "The frontier is the lowest curve at log-spaced compute, curves interpolated between their evaluations, where a "
-    "size inside the study has it and less compute has not reached a lower value. So it has more points than were "
-    "measured; its intervals are drawn over sizes. Draws know nothing of the estimator's own bias, 0.2 to 0.7 % of the "
-    "exponent on planted studies of twelve sizes: so the bootstrap's interval of an exponent has on both sides its "
-    "distance to that of L(N, D) added, or to that of the non-dominated evaluations where there is none. Student's "
-    "interval, the bands and the interval of beta leave the bias out."
+    "The frontier is the lowest curve at log-spaced compute, where a size inside the study has it and no smaller "
+    "compute has reached a lower value. Curves are interpolated between their evaluations, so the frontier has more "
+    "points than were measured; its intervals are drawn over sizes. The draws do not know the estimator's own bias, "
+    "0.2 to 0.7 % of the exponent on planted studies of twelve sizes. Therefore the bootstrap's interval of an "
+    "exponent is widened on both sides by its distance to the exponent of L(N, D), or of the non-dominated evaluations without "
+    "L(N, D). Student's interval, the bands and the interval of beta leave the bias out."
+)
+GATE = (
+    "The gate: laws fitted without the largest sizes, and what they say of them. A prediction passes if its error is "
+    "at most {gate:.2%} of the measured reducible part and, because an error rate hardly falls at all, at most "
+    "{gate_of_gain:.0%} of the fall that the law predicts from the sizes it was fitted to. The gate sees only a large "
+    "error of E. Of planted studies with twelve sizes and noise of 0.1 %, 1 in 10 passes if E is too low by 70 % or "
+    "too high by 30 % of what the largest size has above it. But 8 in 10 pass if E is too low by 30 % or too high by "
+    "15 %, and their exponents are 15 and 9 % wrong."
 )
 
 
 def launch_report(command: Command[StudyConfig]) -> None:
+    """Write report.md and its figures, and show them in MLflow."""
     config = command.config
     folder = Path(config.folder)
     if command.dry_run:
         say(f"{describe_study(read_study(config))}; would write {REPORT}, {FIGURE_5} and {FIGURE_6} to {folder}")
         return
+    from launchers.figures.scaling import draw_compute_laws, draw_size_laws  # matplotlib takes half a second
+
     found = fitted_study(config)
     if found.is_new:
         write_fit(config, found)
@@ -64,7 +71,7 @@ def launch_report(command: Command[StudyConfig]) -> None:
 
 
 def compose_report(found: FittedStudy, config: StudyConfig) -> str:
-    """The report as Markdown."""
+    """Write the report as Markdown."""
     study, fit = found.study, found.fit
     by_size = tables.laws_of(fit, PARAMETERS)
     parts = [
@@ -88,7 +95,7 @@ def _lines(sentences: Iterable[str]) -> str:
 
 
 def _measured(study: Study, fit: StudyFit) -> list[str]:
-    counted = {"total": "all parameters", "eq8": "those of eq. 8, 18 d w²"}[fit.counted_parameters]
+    counted = {TOTAL: "all parameters", EQ8: "those of eq. 8, 18 d w²"}[fit.counted_parameters]
     return [
         f"{describe_study(study)}. Every evaluation is of the whole validation set, with true labels; losses are "
         "cross-entropies in nats a token, errors are shares of tokens.",
@@ -96,9 +103,9 @@ def _measured(study: Study, fit: StudyFit) -> list[str]:
         f"all, not per second) by the accounting `{fit.accounting}`. Intervals hold 95 %.",
         tables.runs_table(study),
         tables.metrics_table(study),
-        "Compute to the last evaluation, by four accountings. `exact` is what training needs: six operations a "
-        "multiply-accumulate, attention over the pairs that carry information, AdaLN once an image. `dense mask` has "
-        "attention over all pairs, `6NT` is 6 × parameters × tokens, and the last is one forward pass in "
+        "Compute to the last evaluation, by four accountings. Training FLOPs are the exact count: six operations a "
+        "multiply-accumulate, attention over the pairs that carry information, AdaLN once an image. A dense mask has "
+        "attention over all pairs. 6 N T is 6 × parameters × tokens. The last is one forward pass in "
         "multiply-accumulates, the likeliest reading of the paper's C.",
         tables.compute_table(study),
     ]
@@ -109,22 +116,14 @@ def _laws(laws: Sequence[LawFit], config: FitConfig) -> list[str]:
         return ["No law was found; the notes say why."]
     parts = [
         tables.laws_table(laws),
-        "Residuals are of the loss or error itself, E included. The runs test asks if their signs are in disorder, "
-        "as they are about a law of the right form: a small p says that they are not.",
+        "Residuals are of the loss or error itself, E included. About a law of the right form their signs are in "
+        "disorder; a small p of the runs test says that they are not.",
         tables.trust_table(laws),
     ]
     if left_out := tables.left_out_lines(laws):
         parts += ["Points that were not used:", _lines(left_out)]
     if held_out := tables.held_out_table(laws):
-        gate = (
-            "The gate: laws fitted without the largest sizes, and what they say of them. It is passed by an error of "
-            f"at most {config.gate:.2%} of the measured reducible part and, since an error rate hardly falls at all, "
-            f"at most {config.gate_of_gain:.0%} of the fall that the law predicts from the sizes it was fitted to. It "
-            "sees a large error of E only: of planted studies with twelve sizes and noise of 0.1 %, 1 in 10 passes "
-            "with an E too low by 70 % or too high by 30 % of what the largest size has above it, but 8 in 10 with one "
-            "too low by 30 % or too high by 15 %, whose exponents are 15 and 9 % wrong."
-        )
-        parts += [gate, held_out]
+        parts += [GATE.format(gate=config.gate, gate_of_gain=config.gate_of_gain), held_out]
     if sensitivity := tables.sensitivity_table(laws):
         parts += ["How the exponent moves with E. Pearson's r hardly does, and is no sign of the right E.", sensitivity]
     return parts
@@ -154,12 +153,12 @@ def _checks(study: Study, fit: StudyFit) -> list[str]:
             "The source's own loss is that of its true probabilities on the validation set, which is a sample. The E "
             "of a law in N is what endless models would reach on these data in this time: it may lie above."
         )
-        parts += ["## Against the source's entropy", entropy, remark, tables.irreducible_table(study, fit) or ""]
+        parts += ["## Against the source's entropy", entropy, remark, tables.irreducible_table(study, fit)]
     return parts
 
 
 def _at_random(study: Study) -> str:
-    """What the runs' training does at random. The first block is never skipped: stochastic depth grows from 0 there."""
+    """Say what training does at random. Stochastic depth grows from 0 at the first block, which is never skipped."""
     drops_labels = any(run.config.label_drop > 0 and run.config.model.is_conditional for run in study.runs)
     skips = any(run.config.model.depth > 1 for run in study.runs)
     done = [*(["labels dropped"] if drops_labels else []), *(["blocks skipped"] if skips else [])]
@@ -167,7 +166,7 @@ def _at_random(study: Study) -> str:
 
 
 def shown(study: Study, fit: StudyFit) -> list[str]:
-    """What the numbers at hand say, one sentence each."""
+    """Say what the numbers show, one sentence each."""
     sentences, known = [], study.source.entropy
     for variable in (PARAMETERS, COMPUTE):
         gates = [point for law in tables.laws_of(fit, variable) for point in law.held_out]
@@ -178,15 +177,17 @@ def shown(study: Study, fit: StudyFit) -> list[str]:
                 f"largest error is {max(point.share for point in gates):.2%} of what is reducible, and "
                 f"{max(point.share_of_gain for point in gates):.0%} of the fall that was predicted."
             )
-    sentences += [_falls(study.sizes, metric) for metric in LOSSES]
+    sentences += [_falls(study, metric) for metric in LOSSES]
     sentences += [_above(study, metric) for metric in known]
-    fitted = [law for law in fit.laws if law.irreducible_interval and law.metric in known]
-    return [*sentences, *(_agreement(study, law) for law in fitted)]
+    for law in fit.laws:
+        if law.irreducible_interval and law.metric in known:
+            sentences.append(_agreement(study, law, law.irreducible_interval))
+    return sentences
 
 
-def _agreement(study: Study, law: LawFit) -> str:
-    """Whether the interval of a fitted E holds the entropy."""
-    entropy, interval = study.source.entropy[law.metric], law.irreducible_interval
+def _agreement(study: Study, law: LawFit, interval: Interval) -> str:
+    """Say whether the interval of a fitted E holds the entropy."""
+    entropy = study.source.entropy[law.metric]
     holds = interval.low <= entropy <= interval.high
     return (
         f"Against {law.variable}, the E that was fitted to {law.metric}, {law.law.irreducible:.6g}, "
@@ -195,12 +196,12 @@ def _agreement(study: Study, law: LawFit) -> str:
     )
 
 
-def _falls(sizes: list[TrainedSize], metric: str) -> str:
-    """Whether the last loss falls from each size to the next, by the mean of its seeds."""
+def _falls(study: Study, metric: str) -> str:
+    """Say whether the last loss falls from each size to the next, by the mean of its seeds."""
     ends: dict[str, list[float]] = {}
-    for run in sorted(sizes, key=lambda run: run.num_parameters):
+    for run in sorted(study.sizes, key=lambda run: run.num_parameters):
         if run.is_finished:
-            ends.setdefault(size_name(run), []).append(run.final(metric))
+            ends.setdefault(run.size, []).append(run.final(metric))
     means = {name: sum(values) / len(values) for name, values in ends.items()}
     if len(means) < 2:
         return f"Fewer than two sizes are finished, so that nothing is said of {metric}."
@@ -212,7 +213,7 @@ def _falls(sizes: list[TrainedSize], metric: str) -> str:
 
 
 def _above(study: Study, metric: str) -> str:
-    """Whether any model did better than is possible. On a finite validation set the source's own loss is the bound."""
+    """Say whether a model beat the bound, which on a finite validation set is the source's own loss."""
     own = metric in study.source.own_loss
     bound = (study.source.own_loss if own else study.source.entropy)[metric]
     what = f"what the source itself loses on the validation set, {bound:.6g}" if own else f"the entropy, {bound:.6g}"
@@ -223,10 +224,10 @@ def _above(study: Study, metric: str) -> str:
 
 
 def not_shown(study: Study) -> list[str]:
-    """What nobody may read from this study, one sentence each."""
+    """Say what nobody may read from this study, one sentence each."""
     sizes, runs = study.sizes, study.runs
     smallest, largest = min(s.num_parameters for s in sizes), max(s.num_parameters for s in sizes)
-    spent = [float(size.compute("exact")[-1]) for size in sizes]
+    spent = [float(size.compute(EXACT)[-1]) for size in sizes]
     sentences = [
         f"Nothing was measured below {smallest:,} or above {largest:,} parameters, nor above {max(spent):.6g} PFLOP: "
         "what a law says there is an extrapolation.",

@@ -1,8 +1,8 @@
 """`scaling_study.py run --slurm`: a study as job arrays, and a job behind them that fits and reports.
 
-Sizes with the same options of sbatch share an array; each element trains one run with `launchers/slurm/common.sh`, so
-that it is warned before its time limit, saves, is requeued and goes on. The scripts name every path and every run: what
-waits in the queue does not change when the study is typed again.
+Sizes with the same options of sbatch share an array. Each element trains one run by `launchers/slurm/common.sh`: it is
+warned before its time limit, saves, is requeued and goes on. The scripts name every path and every run, so what waits
+in the queue does not change if the study's config changes.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from pathlib import Path
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.strict_json import read_json
 from launchers.setup.command_line import say
-from launchers.study.config import StudyConfig
-from launchers.study.state import PlannedRun, study_name
+from launchers.study.config import StudyConfig, study_name
+from launchers.study.state import PlannedRun
 
 FIT = "fit"  # the name, among those of the sizes, of the job that fits and reports
 JOBS = "jobs.json"  # in FOLDER/slurm: the ids of the jobs submitted last
@@ -57,18 +57,22 @@ def submit(config: StudyConfig, runs: Sequence[PlannedRun]) -> None:
         return
     folder = Path(config.folder) / "slurm"
     groups = group_by_options(config, runs)
-    fit_options = options_of(config, FIT)
     folder.mkdir(parents=True, exist_ok=True)
     jobs: list[str] = []
+
+    def add(name: str, script: str, what: str, *options: str) -> None:
+        path = folder / f"{name}.sbatch"
+        with atomic_file(path) as file:
+            file.write(script.encode())
+        jobs.append(sbatch(path, *options))
+        say(f"job {jobs[-1]}: {what}; {path}")
+
     try:
         for number, (options, members) in enumerate(groups, start=1):
-            script = write_script(folder / f"train-{number}.sbatch", array_script(config, options, members))
-            jobs.append(sbatch(script))
-            say(f"job {jobs[-1]}: {', '.join(run.name for run in members)}; {script}")
-        dependency = f"--dependency=afterok:{':'.join(jobs)}"
-        script = write_script(folder / f"{FIT}.sbatch", fit_script(config, fit_options))
-        jobs.append(sbatch(script, dependency, "--kill-on-invalid-dep=yes"))
-        say(f"job {jobs[-1]}: fit and report when all of them are done; {script}")
+            names = ", ".join(run.name for run in members)
+            add(f"train-{number}", array_script(config, options, members), names)
+        after = (f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes")
+        add(FIT, fit_script(config, options_of(config, FIT)), "fit and report when all of them are done", *after)
     except BaseException:
         if jobs:
             subprocess.run(["scancel", *jobs])
@@ -98,7 +102,7 @@ def refuse_queued(folder: Path) -> None:
 
 
 def group_by_options(config: StudyConfig, runs: Sequence[PlannedRun]) -> list[tuple[tuple[str, ...], list[PlannedRun]]]:
-    """The runs that share their options of sbatch, in the order of their first."""
+    """Group the runs that share their options of sbatch, in the order of their first runs."""
     for entry in config.sbatch:
         _refuse_unknown_names(entry, [*config.names(), FIT])
     groups: dict[tuple[str, ...], list[PlannedRun]] = {}
@@ -108,7 +112,7 @@ def group_by_options(config: StudyConfig, runs: Sequence[PlannedRun]) -> list[tu
 
 
 def options_of(config: StudyConfig, name: str) -> tuple[str, ...]:
-    """The options of sbatch for a size, first those of all sizes; for FIT only its own."""
+    """Return the options of sbatch for a size, first those of all sizes; for FIT only its own."""
     entries = [_names_and_options(entry) for entry in config.sbatch]
     common = [options for names, options in entries if not names and name != FIT]
     return (*common, *(options for names, options in entries if name in names))
@@ -132,19 +136,20 @@ def _refuse_unknown_names(entry: str, known: Iterable[str]) -> None:
 
 
 def array_script(config: StudyConfig, options: Sequence[str], runs: Sequence[PlannedRun]) -> str:
-    """A job array whose elements train these runs, one each."""
+    """Write a job array whose elements train these runs, one each."""
     own = [f"--array=0-{len(runs) - 1} --signal=USR1@120 --requeue", *options]
     cases = "\n".join(f"    {i}) arguments=({shlex.join(run.arguments)}) ;;" for i, run in enumerate(runs))
     return _head(config, "%x-%A_%a.log", own) + ARRAY.format(cases=cases)
 
 
 def fit_script(config: StudyConfig, options: Sequence[str]) -> str:
+    """Write the job that fits and reports."""
     folder = shlex.quote(config.folder)
     return _head(config, f"%x-{FIT}-%j.log", options) + FIT_AND_REPORT.format(folder=folder)
 
 
 def _head(config: StudyConfig, log: str, options: Sequence[str]) -> str:
-    """The first lines of every script: relative paths start where the study was typed."""
+    """Write the first lines of every script, which set the folder in which the study was typed."""
     output = (Path(config.folder) / "slurm").absolute() / log
     return HEAD.format(
         name=re.sub(r"[^\w.-]", "-", study_name(config)),
@@ -155,14 +160,8 @@ def _head(config: StudyConfig, log: str, options: Sequence[str]) -> str:
     )
 
 
-def write_script(path: Path, text: str) -> Path:
-    with atomic_file(path) as file:
-        file.write(text.encode())
-    return path
-
-
 def sbatch(script: Path, *options: str) -> str:
-    """Submit a script; the id of its job.
+    """Submit a script and return the id of its job.
 
     Raises:
         ValueError: there is no Slurm here, or it refuses the job.

@@ -1,4 +1,7 @@
-"""The tables of a study's report, in Markdown. Numbers have six significant digits, so that others can use them."""
+"""The tables of a study: aligned text for a terminal, and Markdown for its report.
+
+Numbers in Markdown have six significant digits, so that others can compute with them. A table without rows is "".
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,34 @@ from typing import Any
 import numpy as np
 
 from launchers.study.reading import MeasuredRun, Study
-from training.flops import ACCOUNTINGS
+from training.accounting import ACCOUNTINGS, EXACT, LABELS
 from training.laws.study_data import LOSSES, METRICS
 from training.laws.study_fit import Interval, LawFit, StudyFit
 
-ACCOUNTED = {
-    "exact": "exact",
-    "dense_mask": "dense mask",
-    "six_nt": "6NT",
-    "paper": "the paper's (forward MACs)",
-}
+Row = Sequence[Any]
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table; floats get six digits, the first column is text, the others are aligned to the right."""
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay out text in columns: those that begin with a digit or are empty to the right, the others to the left."""
+    columns = list(zip(header, *rows, strict=True))
+    widths = [max(map(len, column)) for column in columns]
+    is_number = [all(cell[:1].isdigit() or not cell for cell in column[1:]) for column in columns]
+    return "\n".join(
+        "  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, is_number)).rstrip()
+        for line in [header, *rows]
+    )
+
+
+def markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
+    """Write a Markdown table, its first column as text and the others aligned to the right."""
+    if not rows:
+        return ""
     lines = [header, ["---", *["---:"] * (len(header) - 1)], *([text(cell) for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def text(value: Any) -> str:
-    """A value in a table: six significant digits, thousands apart."""
+    """Write a value for a table: six significant digits, thousands apart, a dash for what is not there."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, int):
@@ -41,12 +52,12 @@ def text(value: Any) -> str:
 
 
 def runs_table(study: Study) -> str:
-    """Every run with its two counts of parameters and its recipe."""
+    """Show every run with its two counts of parameters and its recipe."""
     header = ["run", "parameters", "eq. 8", "width", "batch", "peak rate", "epochs", "images", "points", "finished"]
-    return table(header, [_run_row(run) for run in study.runs])
+    return markdown(header, [_run_row(run) for run in study.runs])
 
 
-def _run_row(run: MeasuredRun) -> list[Any]:
+def _run_row(run: MeasuredRun) -> Row:
     size, batch = run.size, run.config.loop.global_batch
     about = [size.name, size.num_parameters, size.eq8_parameters, run.config.model.width]
     recipe = [batch, run.config.optimizer.peak_lr(batch), round(run.epochs, 3)]
@@ -54,28 +65,29 @@ def _run_row(run: MeasuredRun) -> list[Any]:
 
 
 def metrics_table(study: Study) -> str:
-    """The last evaluation of every run."""
-    return table(["run", *METRICS], [[size.name, *map(size.final, METRICS)] for size in study.sizes])
+    """Show the last evaluation of every run."""
+    return markdown(["run", *METRICS], [[size.name, *map(size.final, METRICS)] for size in study.sizes])
 
 
 def compute_table(study: Study) -> str:
-    """PFLOP to the last evaluation of each run, by four accountings, and what each is beside the exact one."""
-    header = ["run", "GFLOP an image, exact", *(f"PFLOP, {ACCOUNTED[name]}" for name in ACCOUNTINGS)]
-    header += [f"{ACCOUNTED[name]} / exact" for name in ACCOUNTINGS[1:]]
+    """Show the PFLOP to the last evaluation of each run by four accountings, and each divided by the exact one."""
+    header = ["run", "GFLOP an image", *(f"PFLOP, {LABELS[name]}" for name in ACCOUNTINGS)]
+    header += [f"{LABELS[name]} / exact" for name in ACCOUNTINGS[1:]]
     rows = []
     for size in study.sizes:
-        flops = size.flops_per_image
         totals = [float(size.compute(name)[-1]) for name in ACCOUNTINGS]
-        rows.append([size.name, flops["exact"] / 1e9, *totals, *(total / totals[0] for total in totals[1:])])
-    return table(header, rows)
+        ratios = [total / totals[0] for total in totals[1:]]
+        rows.append([size.name, size.flops_per_image[EXACT] / 1e9, *totals, *ratios])
+    return markdown(header, rows)
 
 
 def laws_of(fit: StudyFit, variable: str) -> list[LawFit]:
+    """Return the laws in parameters, or those in compute."""
     return [law for law in fit.laws if law.variable == variable]
 
 
 def laws_table(laws: Sequence[LawFit]) -> str:
-    """The laws with their intervals."""
+    """Show the laws with their intervals."""
     header = ["metric", "E", "E from", "E, 95 %", "beta", "beta, 95 %", "exponent", "95 %, bootstrap", "95 %, Student"]
     rows = [
         [
@@ -85,11 +97,11 @@ def laws_table(laws: Sequence[LawFit]) -> str:
         ]
         for law in laws
     ]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def trust_table(laws: Sequence[LawFit]) -> str:
-    """How well each law describes its own points: none of this says that it holds beyond them."""
+    """Show how well each law describes its own points, which does not say that it holds beyond them."""
     header = ["metric", "points", "left out", "r", "R²", "runs test, p", "largest residual"]
     rows = [
         [
@@ -98,25 +110,29 @@ def trust_table(laws: Sequence[LawFit]) -> str:
         ]
         for law in laws
     ]
-    return table(header, rows)
+    return markdown(header, rows)
 
 
 def left_out_lines(laws: Sequence[LawFit]) -> list[str]:
-    """Which points were not used, and why; what holds for several sizes or metrics is said once."""
+    """Say which points were not used and why, once for all sizes and metrics that share a reason.
+
+    A law's reasons read `d6, d8: too early`, or name no size.
+    """
     metrics: dict[str, list[str]] = {}
     for law in laws:
         for reason in law.left_out:
             metrics.setdefault(reason, []).append(law.metric)
-    names: dict[tuple[str, str], list[str]] = {}
+    all_metrics = {law.metric for law in laws}
+    sizes: dict[str, list[str]] = {}
     for reason, several in metrics.items():
-        name, colon, what = reason.partition(": ")
-        where = "all metrics" if set(several) == {law.metric for law in laws} else ", ".join(several)
-        names.setdefault((what if colon else reason, where), []).append(name if colon else "")
-    return [f"{', '.join(filter(None, n))}{': ' if n[0] else ''}{what} ({where})" for (what, where), n in names.items()]
+        names, colon, why = reason.partition(": ")
+        where = "all metrics" if set(several) == all_metrics else ", ".join(several)
+        sizes.setdefault(f"{why if colon else reason} ({where})", []).extend([names] if colon else [])
+    return [f"{', '.join(names)}: {why}" if names else why for why, names in sizes.items()]
 
 
-def held_out_table(laws: Sequence[LawFit]) -> str | None:
-    """What the laws of the smaller sizes say of the largest; None where none was held out."""
+def held_out_table(laws: Sequence[LawFit]) -> str:
+    """Show what the laws of the smaller sizes say of the largest."""
     header = ["metric", "held out", "measured", "predicted", "95 %", "error", "of the reducible part"]
     header += ["of the predicted fall", "gate"]
     rows = [
@@ -127,32 +143,32 @@ def held_out_table(laws: Sequence[LawFit]) -> str | None:
         for law in laws
         for point in law.held_out
     ]
-    return table(header, rows) if rows else None
+    return markdown(header, rows)
 
 
-def sensitivity_table(laws: Sequence[LawFit]) -> str | None:
-    """How the exponent moves with the E that is assumed; None where no other E tells a law."""
+def sensitivity_table(laws: Sequence[LawFit]) -> str:
+    """Show how the exponent moves with the E that is assumed."""
     header = ["metric", "E assumed", "exponent", "r", "worst error of the held-out sizes"]
     rows = [
         [law.metric, row.irreducible, row.exponent, row.pearson, row.held_out_nats]
         for law in laws
         for row in law.sensitivity
     ]
-    return table(header, rows) if rows else None
+    return markdown(header, rows)
 
 
-def frontier_table(fit: StudyFit) -> str | None:
-    """The frontier's exponent by each estimator; None where none found one."""
+def frontier_table(fit: StudyFit) -> str:
+    """Show the frontier's exponent by each estimator."""
     rows = [
         [metric, each.estimator, each.law.irreducible, each.law.scale, each.law.exponent, each.interval]
         for metric, several in fit.frontiers
         for each in several
     ]
-    return table(["metric", "estimator", "E", "beta", "exponent", "95 %"], rows) if rows else None
+    return markdown(["metric", "estimator", "E", "beta", "exponent", "95 %"], rows)
 
 
-def parametric_table(fit: StudyFit) -> str | None:
-    """L(N, D) of the losses; None where there were too few points."""
+def parametric_table(fit: StudyFit) -> str:
+    """Show L(N, D) of the losses."""
     header = ["metric", "E", "A", "a", "B", "b", "ab / (a + b)", "points", "R²"]
     rows = [
         [
@@ -161,51 +177,50 @@ def parametric_table(fit: StudyFit) -> str | None:
         ]
         for law in fit.parametric
     ]
-    return table(header, rows) if rows else None
+    return markdown(header, rows)
 
 
-def seeds_table(fit: StudyFit) -> str | None:
-    """How much seeds differ; None where no size was repeated."""
+def seeds_table(fit: StudyFit) -> str:
+    """Show how much the seeds of a size differ."""
     rows = [
-        [noise.size, noise.metric, len(noise.values), min(noise.values), max(noise.values)]
+        [*(noise.size, noise.metric, len(noise.values), min(noise.values), max(noise.values))]
         + [f"{noise.relative_deviation:.4%}"]
         for noise in fit.seeds
     ]
-    return table(["size", "metric", "seeds", "lowest", "highest", "standard deviation / mean"], rows) if rows else None
+    return markdown(["size", "metric", "seeds", "lowest", "highest", "standard deviation / mean"], rows)
 
 
-def gap_table(study: Study) -> str | None:
-    """Validation minus training at the end of each run; None where no record allows it."""
+def gap_table(study: Study) -> str:
+    """Show validation minus training at the end of each run whose record allows it."""
     header = ["run", "epochs", *(f"{metric}, {what}" for metric in LOSSES for what in ("training", "gap"))]
-    rows = [[run.size.name, round(run.epochs, 3), *_gaps(run)] for run in study.runs if run.training]
-    return table(header, rows) if rows else None
+    rows: list[Row] = []
+    for run in study.runs:
+        if run.training:
+            gaps = [(run.training[metric], run.size.final(metric) - run.training[metric]) for metric in LOSSES]
+            rows.append([run.size.name, round(run.epochs, 3), *(value for pair in gaps for value in pair)])
+    return markdown(header, rows)
 
 
-def _gaps(run: MeasuredRun) -> list[float]:
-    ends = [(run.training[metric], run.size.final(metric)) for metric in LOSSES]
-    return [value for training, validation in ends for value in (training, validation - training)]
-
-
-def entropy_table(study: Study) -> str | None:
-    """The lowest loss of each run beside the source's entropy; None where that is not known."""
-    source = study.source
+def entropy_table(study: Study) -> str:
+    """Show the lowest loss of each run beside the source's entropy."""
     header = ["metric", "entropy", "the source's own loss", "run", "lowest loss", "- entropy", "- own loss"]
-    rows: list[list[Any]] = []
-    for metric, entropy in source.entropy.items():
-        own = source.own_loss.get(metric)
+    rows: list[Row] = []
+    for metric, entropy in study.source.entropy.items():
+        own = study.source.own_loss.get(metric)
         for size in study.sizes:
             lowest = float(np.nanmin(size.metrics[metric]))
-            above_own = None if own is None else lowest - own
-            rows.append([metric, entropy, own, size.name, lowest, lowest - entropy, above_own])
-    return table(header, rows) if rows else None
+            rows.append(
+                [metric, entropy, own, size.name, lowest, lowest - entropy, None if own is None else lowest - own]
+            )
+    return markdown(header, rows)
 
 
-def irreducible_table(study: Study, fit: StudyFit) -> str | None:
-    """E of each law of a loss beside the entropy; None where that is not known."""
-    rows = [
-        [*(law.metric, law.variable, law.source_of_irreducible, law.law.irreducible, law.irreducible_interval)]
-        + [study.source.entropy[law.metric], law.law.irreducible - study.source.entropy[law.metric]]
-        for law in fit.laws
-        if law.metric in study.source.entropy
-    ]
-    return table(["metric", "against", "E from", "E", "E, 95 %", "entropy", "E - entropy"], rows) if rows else None
+def irreducible_table(study: Study, fit: StudyFit) -> str:
+    """Show the E of each law of a loss beside the source's entropy."""
+    rows = []
+    for law in fit.laws:
+        entropy, irreducible = study.source.entropy.get(law.metric), law.law.irreducible
+        if entropy is not None:
+            from_where = [law.metric, law.variable, law.source_of_irreducible]
+            rows.append([*from_where, irreducible, law.irreducible_interval, entropy, irreducible - entropy])
+    return markdown(["metric", "against", "E from", "E", "E, 95 %", "entropy", "E - entropy"], rows)

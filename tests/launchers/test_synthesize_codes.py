@@ -15,12 +15,12 @@ from tiny import command, train_var
 from workers import content
 
 from data_pipeline.loading.datasets import CodeDataset
-from data_pipeline.making.tree_source import TreeSource, TreeSourceConfig
 from launchers import synthesize_codes
 from launchers.setup.config_files import load_config
 from launchers.setup.loading import load_tokenizer
 from launchers.setup.settings import DataConfig, TrainConfig
 from launchers.study.config import StudyConfig
+from launchers.study.tree_source import TreeSource, TreeSourceConfig
 from launchers.synthesize_codes import SynthesizeConfig, typical_stream
 from models.generation import check_configs_agree
 from models.var import VARConfig

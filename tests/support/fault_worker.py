@@ -55,7 +55,12 @@ def content_at(step: int) -> dict[str, Any]:
 
 def open_checkpoints(root: Path, world: World, said: list[str]) -> Checkpoints:
     return Checkpoints(
-        root, retention=Retention(last=2), world=world, model_config=VAR_CONFIG, identity={"seed": 0}, say=said.append
+        root,
+        retention=Retention(last=2),
+        world=world,
+        model_config=VAR_CONFIG,
+        identity={"seed": 0},
+        report=said.append,
     )
 
 

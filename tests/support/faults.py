@@ -1,11 +1,12 @@
-"""Faults by name: `kill@checkpoint.share.write:rank=1:count=2` kills rank 1 the second time it reaches that seam.
+"""Faults by name: `kill@disk.fsync.manifest.json:rank=1:count=2` kills rank 1 the second time it gets there.
 
 A fault is written `kind@site[:rank=r][:count=n][:times=t][:seconds=s]`. `site` may end in `*` and is then every site
 that begins so; count is the n-th time that this rank reaches any of them. Before a fault acts it appends a line to a
 log and forces it to disk, so that a test can assert that its fault fired: a fault that never fires proves nothing.
 
-The kind `record` does nothing but list every site that is reached. That is how a sweep begins: ask which seams are
-passed, then fail the first, the second, the third, until none is left.
+Sites are the seams of the program, and the calls that change the disk below a folder `checkpoints`: `watch_disk` wraps
+these, so that `disk.CALL.NAME` is reached just before the call. The kind `record` does nothing but list every site that
+is reached. That is how a sweep begins: ask which sites are passed, then fail the first, the second, the third.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SIGNALS = {
 }
 ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "eacces": errno.EACCES}
 FACTORS = {"nan": math.nan, "inf": math.inf, "spike": SPIKE}
-OTHERS = ("exit0", "abort", "segv", "exception", "sleep", "lock", "record")
+OTHERS = ("tear", "exit0", "abort", "segv", "exception", "sleep", "lock", "record")
 KINDS = (*SIGNALS, *ERRORS, *FACTORS, *OTHERS)
 
 
@@ -114,6 +115,35 @@ def install(faults: Iterable[str], *, rank: int, log: Path) -> None:
     seams.install(_Injector(meant, rank, log) if meant else None)
 
 
+def watch_disk() -> None:
+    """Let the calls of this process that change the disk below a folder `checkpoints` each reach a site first.
+
+    os.fsync of `.../checkpoints/step-1/manifest.json` reaches `disk.fsync.manifest.json`, with its descriptor. Folders
+    that any rank may make are left out: which one does is chance.
+    """
+    for name in ("fsync", "mkdir", "rename", "rmdir"):
+        setattr(os, name, _watched(name, getattr(os, name)))
+
+
+def _watched(name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+    def watched(*arguments: Any, **options: Any) -> Any:
+        path = _path_of(*arguments, **options)
+        is_shared = name == "mkdir" and (path.exists() or not path.name.startswith("."))
+        if "checkpoints" in path.parts and not is_shared:
+            seams.reach(f"disk.{name}.{path.name}", arguments[0])
+        return call(*arguments, **options)
+
+    return watched
+
+
+def _path_of(*arguments: Any, dir_fd: int | None = None, **_: Any) -> Path:
+    """The path that a call of os.fsync, mkdir, rename or rmdir is about; a rename is about its target."""
+    if isinstance(arguments[0], int):
+        return Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+    place = Path(os.readlink(f"/proc/self/fd/{dir_fd}")) if dir_fd is not None else Path()
+    return place / [argument for argument in arguments if not isinstance(argument, int)][-1]
+
+
 class _Injector:
     """What is installed at the seams of one process."""
 
@@ -156,6 +186,9 @@ def act(fault: Fault, site: str, value: Any) -> Any:
         raise OSError(ERRORS[fault.kind], os.strerror(ERRORS[fault.kind]))
     elif fault.kind in FACTORS:
         return _multiplied(site, value, FACTORS[fault.kind])
+    elif fault.kind == "tear":
+        os.ftruncate(value, os.fstat(value).st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
     else:
         ACTIONS[fault.kind](fault)
     return value

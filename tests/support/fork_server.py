@@ -91,7 +91,7 @@ def fork_rank(order: dict[str, Any], rank: int, port: int) -> Rank:
 
 def _become_rank(order: dict[str, Any], rank: int, port: int) -> None:
     """Environment, folder, output files and faults of one rank."""
-    from faults import install
+    from faults import install, watch_disk
 
     folder, world_size = Path(order["folder"]), str(order["world_size"])
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
@@ -105,6 +105,7 @@ def _become_rank(order: dict[str, Any], rank: int, port: int) -> None:
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # instead of the orders
     _answers.close()
     install(order["faults"], rank=rank, log=Path(order["fault_log"]))
+    watch_disk()
 
 
 def _call_target(order: dict[str, Any], rank: int) -> None:

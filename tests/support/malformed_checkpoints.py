@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from training.checkpoints.commit import sealed
+from training.checkpoints.commit import content_damage, read_manifest, sealed, structural_damage
 
 Damage = Callable[[Path], None]
 
@@ -126,4 +127,49 @@ CHECKPOINTS: dict[str, tuple[Damage, str]] = {
     "a listed file an endless device": (to_listed(lambda path: path.symlink_to("/dev/zero")), "is no regular file"),
     "a foreign file": (lambda folder: (folder / "more.bin").touch(), "more.bin does not belong there"),
     "a foreign folder behind a link": (lambda folder: (folder / "more").symlink_to("/etc"), "is no regular file"),
+}
+
+
+def damage_of(folder: Path) -> str:
+    """What is wrong with a checkpoint, its contents too; empty: nothing."""
+    if damage := structural_damage(folder):
+        return damage
+    manifest = read_manifest(folder)
+    return content_damage(folder, manifest, list(manifest["files"]))
+
+
+def share_of(folder: Path) -> Path:
+    return next(folder.glob("state/*.safetensors"))
+
+
+def flip(path: Path, bit: int) -> None:
+    """Flip one bit of a file."""
+    with path.open("r+b") as file:
+        file.seek(bit // 8)
+        byte = file.read(1)[0] ^ (1 << bit % 8)
+        file.seek(bit // 8)
+        file.write(bytes([byte]))
+
+
+def cut(path: Path, *, keep: float) -> None:
+    """Keep only this share of a file."""
+    os.truncate(path, int(path.stat().st_size * keep))
+
+
+# of the checkpoint of a run that has that of step 1 too
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a file cut to nothing": lambda folder: cut(share_of(folder), keep=0),
+    "a file cut in half": lambda folder: cut(folder / "weights" / "model.safetensors", keep=0.5),
+    "a file that grew": lambda folder: os.truncate(share_of(folder), share_of(folder).stat().st_size + 1),
+    "a flipped bit": lambda folder: flip(share_of(folder), 8 * share_of(folder).stat().st_size - 1),
+    "a flipped bit in a config": lambda folder: flip(folder / "weights" / "config.json", 90),
+    "a missing share": lambda folder: share_of(folder).unlink(),
+    "a share too many": lambda folder: shutil.copy(share_of(folder), folder / "state" / "share-of-nobody.safetensors"),
+    "no manifest": lambda folder: (folder / "manifest.json").unlink(),
+    "a manifest of garbage": lambda folder: (folder / "manifest.json").write_bytes(bytes(range(256))),
+    "a manifest with a flipped bit": lambda folder: flip(folder / "manifest.json", 200),
+    "the manifest of another step": lambda folder: shutil.copy(
+        folder.with_name("step-00000001") / "manifest.json", folder / "manifest.json"
+    ),
+    "an empty manifest": lambda folder: cut(folder / "manifest.json", keep=0),
 }

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from training.laws.power_law import Points
-from training.laws.study_curves import SizeCurve
-from training.laws.study_data import TrainedSize
+from training.laws.study_data import SizeCurve, TrainedSize
 
 SURFACE = (5.0, 0.6, 0.30, 0.9, 0.34)  # E, A, a, B, b with N and D in billions
 COMPUTE_EXPONENT = -SURFACE[2] * SURFACE[4] / (SURFACE[2] + SURFACE[4])
@@ -53,7 +52,7 @@ def curves(
         tokens = np.geomspace(end / 1000, end, num_points)
         values = surface(size, tokens) * np.exp(noise * generator.standard_normal(num_points))
         metrics = {"loss_avg": values}
-        found.append(SizeCurve(NAMES[index], DEPTHS[index], size, 6 * size * tokens, tokens, metrics, {}))
+        found.append(SizeCurve(NAMES[index], size, 6 * size * tokens, tokens, metrics, {}))
     return found
 
 

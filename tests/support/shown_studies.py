@@ -10,7 +10,8 @@ from launchers.setup.config_files import to_yaml
 from launchers.setup.settings import DataConfig, TrainConfig
 from launchers.study.config import STUDY, StudyConfig
 from models.var import VARConfig
-from training.flops import FLOPS_PER_PFLOP, training_flops
+from training.accounting import FLOPS_PER_PFLOP
+from training.flops import training_flops
 from training.loop_config import LoopConfig
 from training.tracking.record import Record, RunRecord, TrackingConfig
 

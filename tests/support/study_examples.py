@@ -14,13 +14,12 @@ from launchers.study.config import StudyConfig
 from launchers.study.reading import MeasuredRun, Study
 from models.var import VARConfig
 from training.flops import eq8_parameters, flops_per_image
-from training.laws.scaling import FitConfig
-from training.laws.study_curves import size_name
 from training.laws.study_data import METRICS, TrainedSize
 from training.laws.study_fit import (
     COMPUTE,
     FITTED,
     PARAMETERS,
+    FitConfig,
     FrontierLaw,
     HeldOut,
     Interval,
@@ -120,7 +119,7 @@ def planted_fit(runs: Sequence[TrainedSize]) -> StudyFit:
     billions = np.array([run.num_parameters for run in first]) / 1e9
     pflop = np.array([run.compute("exact")[-1] for run in first])
     ends = {metric: np.array([run.final(metric) for run in first]) for metric in METRICS}
-    names = [run.name for run in first]
+    names = [run.size for run in first]
     laws = [law_through(metric, PARAMETERS, names, billions, ends[metric]) for metric in METRICS]
     laws += [law_through(metric, COMPUTE, names, pflop, ends[metric]) for metric in METRICS]
     frontiers = tuple(
@@ -132,8 +131,8 @@ def planted_fit(runs: Sequence[TrainedSize]) -> StudyFit:
     a, b = rest[1], rest[3]
     draws = tuple((irreducible + shift, *rest) for shift in (-0.01, 0.0, 0.01))
     parametric = ParametricFit("loss_avg", irreducible, *rest, a * b / (a + b), draws, 300, 0.9991)
-    seeds = (SeedNoise(size_name(first[0]), "loss_avg", (6.1, 6.102, 6.101), 0.00016),)
-    sizes = tuple(run.name for run in first)
+    seeds = (SeedNoise(first[0].size, "loss_avg", (6.1, 6.102, 6.101), 0.00016),)
+    sizes = tuple(run.size for run in first)
     return StudyFit(tuple(laws), frontiers, (parametric,), seeds, "exact", "total", sizes, ("A note of the fit.",))
 
 

@@ -14,7 +14,6 @@ import pytest
 from launchers.setup.config_files import build_config
 from launchers.setup.settings import TrainConfig
 from launchers.setup.yaml_files import parse_yaml
-from launchers.study import process as study_process
 from launchers.study import run as study_run
 from launchers.study import state as study_state
 from launchers.study.config import StudyConfig
@@ -26,7 +25,8 @@ SIZE = """tokenizer: runs/tokenizer
 model: {{depth: {depth}}}
 loop: {{global_batch: 4, epochs: 1}}
 """
-# deeds: step:N records and saves up to step N; signal:N to the study; wait for the file `stop`; say:TEXT; exit:N
+# deeds: step:N records and saves up to step N; signal:N to the study; wait for the file `stop`; say:TEXT; exit:N;
+# die:N by a signal
 SCRIPT = """
 import json, os, sys, time
 from pathlib import Path
@@ -47,6 +47,8 @@ for deed in deeds:
         (folder / "manifest.json").write_text(plan["manifests"][int(value)])
     elif name == "signal":
         os.kill(os.getppid(), int(value))
+    elif name == "die":
+        os.kill(os.getpid(), int(value))
     elif name == "wait":
         while not (run / "stop").exists():
             time.sleep(0.01)
@@ -113,7 +115,7 @@ class StudyTraining:
             tracking=TrackingConfig(mlflow=False),
         )
         self.plan(a=[["step:10"]], b=[["step:10"]])
-        monkeypatch.setattr(study_process, "TRAIN", folder / "train.py")
+        monkeypatch.setattr(study_run, "TRAIN", folder / "train.py")
         monkeypatch.setattr(study_run, "LOOK_SECONDS", 0.01)
         monkeypatch.setattr(study_state, "load_config", load_quickly)
 

@@ -16,12 +16,8 @@ from models.generation import generate_scales
 from models.sampling import Sampling
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from models.var import VAR, VARConfig
+from training.accounting import ACCOUNTINGS, DENSE_MASK, EXACT, PAPER, SIX_NT
 from training.flops import (
-    ACCOUNTINGS,
-    DENSE_MASK,
-    EXACT,
-    PAPER,
-    SIX_NT,
     attention_pairs,
     decoding_flops,
     encoding_flops,

@@ -1,13 +1,13 @@
-"""Folders that are whole or absent: the rules by which checkpoints are written, verified and forgotten.
+"""Checkpoint folders that are whole or absent: how they are written, verified and forgotten.
 
-A folder is written under a temporary name. Every file is hashed as it is written and forced to disk; a manifest lists
-the files with size and sha256 and is sealed with a hash of its own; then the folder is renamed to its final name, which
-is the commit. What is not listed, or not as listed, is damage. Nothing here knows of ranks or of what the files mean.
+A folder is written under a temporary name. Every file is forced to disk, a manifest lists the files with size and
+sha256, and the folder is renamed to its final name: the rename is the commit. What is not listed, or not as listed, is
+damage. Nothing here knows of ranks or of what the files mean. `atomic_folder` does the same for one process; here many
+write, so that making the folder, filling it and committing it are steps of their own.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -15,17 +15,15 @@ import shutil
 from pathlib import Path
 from typing import Any, ClassVar
 
-from data_pipeline.files.atomic import file_sha256, fsync
+from data_pipeline.files.atomic import bytes_sha256, file_sha256, fsync
 from data_pipeline.files.strict_json import MAX_BYTES, parse_json, read_regular_file
-from training.seams import reach
 
 FORMAT = 2
 MANIFEST = "manifest.json"
 KEEP = "keep"  # the manifest does not list it, so that people may add it and take it away
-SEAL = "seal"
+SEAL = "seal"  # the key under which a manifest states its own hash
 TEMPORARY, DOOMED, DAMAGED = ".tmp-", ".old-", ".damaged-"  # prefixes of folders that are no checkpoints
-# what the manifest of every checkpoint says, besides a list of its files
-FACTS = {
+FACTS: dict[str, type] = {  # what every manifest says
     "format": int,
     "step": int,
     "samples_seen": int,
@@ -48,32 +46,42 @@ class DamagedCheckpoint(ValueError):
     exit_code: ClassVar[int] = 65
 
 
+def folder_name(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step-{step:08d}"
+
+
+def candidates(root: Path) -> list[Path]:
+    """Return all folders that claim to be checkpoints, the newest first."""
+    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+
+
+def committed_checkpoints(root: Path) -> list[Path]:
+    """Return the checkpoints that have a manifest, oldest first; their contents are not verified."""
+    return sorted(path.parent for path in root.glob(f"step-*/{MANIFEST}"))
+
+
+def latest_checkpoint(root: Path) -> Path | None:
+    """Return the newest checkpoint that has a manifest, or None."""
+    found = committed_checkpoints(root)
+    return found[-1] if found else None
+
+
 def make_room(root: Path, temporary: Path) -> None:
     """Remove what an interrupted save or removal has left behind, and make the folder to write to."""
     for leftover in [*root.glob(f"{TEMPORARY}*"), *root.glob(f"{DOOMED}*")]:
         shutil.rmtree(leftover)
-    reach("checkpoint.mkdir")
     temporary.mkdir(parents=True)
 
 
-def write_file(path: Path, content: bytes, what: str) -> Entry:
-    """Write a file and force it to disk; its entry in the manifest, of the bytes that were meant to be written.
-
-    what: names the file in the seams that tests reach, "checkpoint.WHAT.open" and so on.
-    """
+def write_file(path: Path, content: bytes) -> Entry:
+    """Write a file and force it to disk; return its entry in the manifest, the hash of what was meant to be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    reach(f"checkpoint.{what}.open")
     with path.open("wb") as file:
-        half = len(content) // 2
-        file.write(memoryview(content)[:half])
+        file.write(content)
         file.flush()
-        reach(f"checkpoint.{what}.torn")
-        file.write(memoryview(content)[half:])
-        file.flush()
-        reach(f"checkpoint.{what}.fsync")
         os.fsync(file.fileno())
-    reach(f"checkpoint.{what}.written")
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": len(content), "sha256": bytes_sha256(content)}
 
 
 def publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
@@ -81,36 +89,56 @@ def publish(temporary: Path, final: Path, manifest: dict[str, Any]) -> None:
 
     Raises:
         OSError: something could not be written; `final` is as it was before.
-        ValueError: a listed file is not there, or not as large: this process does not see what another one wrote.
+        ValueError: a listed file is missing or of another size: this process does not see what another one wrote.
     """
     for name, entry in manifest["files"].items():
         file = temporary / name
         if not file.is_file() or file.stat().st_size != entry["bytes"]:
             raise ValueError(f"{file} was written but is not seen by rank 0; the run folder must be on shared storage")
-    write_file(temporary / MANIFEST, sealed(manifest), "manifest")
+    write_file(temporary / MANIFEST, sealed(manifest))
     for folder in {(temporary / name).parent for name in manifest["files"]} | {temporary}:
         fsync(folder)
-    reach("checkpoint.rename")
     os.rename(temporary, final)
 
 
-def settle(root: Path) -> None:
-    """Force the names of what was renamed in a folder to disk."""
-    reach("checkpoint.renamed")
-    fsync(root)
-    reach("checkpoint.committed")
+def set_aside(folder: Path) -> Path:
+    """Rename a damaged checkpoint out of the way, for somebody to look at; return its new place."""
+    number = 0
+    while (target := folder.with_name(f"{DAMAGED}{folder.name}-{number}")).exists():
+        number += 1
+    os.rename(folder, target)
+    fsync(folder.parent)
+    return target
+
+
+def forget_old(root: Path, *, keep: int, keep_every: int) -> None:
+    """Remove all but the newest `keep` checkpoints, kept ones, and those of every `keep_every`-th step (0: none)."""
+    passing = [path for path in candidates(root) if not _stays(path, keep_every)]
+    for old in passing[keep:]:
+        doomed = old.with_name(f"{DOOMED}{old.name}")
+        os.rename(old, doomed)
+        shutil.rmtree(doomed)
+
+
+def _stays(folder: Path, keep_every: int) -> bool:
+    step = folder.name.removeprefix("step-")
+    return (folder / KEEP).exists() or (keep_every > 0 and step.isdigit() and int(step) % keep_every == 0)
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
-    """A manifest as bytes, with a hash over the rest, so that a single flipped bit in it shows."""
-    return _to_bytes(manifest | {SEAL: hashlib.sha256(_to_bytes(manifest)).hexdigest()})
+    """Return a manifest as bytes with a hash over the rest; unlike `write_sealed` it lets no bit of the text change."""
+    return _to_bytes(manifest | {SEAL: bytes_sha256(_to_bytes(manifest))})
+
+
+def _to_bytes(manifest: dict[str, Any]) -> bytes:
+    return (json.dumps(manifest, indent=1) + "\n").encode()
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint, without its seal.
+    """Return the manifest of a checkpoint, without its seal.
 
     Raises:
-        DamagedCheckpoint: it is not there, or not what was written.
+        DamagedCheckpoint: it is missing, or not what was written.
         ValueError: another version of this program wrote it.
     """
     path = folder / MANIFEST
@@ -138,12 +166,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def _nonsense(manifest: dict[str, Any]) -> str:
-    """What in a manifest this program never writes; empty: nothing. Anybody can seal anything."""
+    """Return what in a manifest this program never writes, or "": anybody can seal anything."""
     for name, kind in FACTS.items():
-        value = manifest.get(name)
+        value: Any = manifest.get(name)
         if type(value) is not kind and not (kind is float and type(value) is int):
             return f"{name} is {str(value)[:40]!r}, expected {kind.__name__}"
-        if kind in (int, float) and value < 0:
+        if isinstance(value, (int, float)) and value < 0:
             return f"{name} is {value}, expected 0 or more"
     for tag, scalars in manifest["engines"].items():
         if not isinstance(scalars, dict):
@@ -158,7 +186,7 @@ def _nonsense(manifest: dict[str, Any]) -> str:
 
 
 def structural_damage(folder: Path) -> str:
-    """What is wrong with a checkpoint apart from the contents of its listed files; empty: nothing."""
+    """Return what is wrong with a checkpoint apart from the contents of its listed files, or ""."""
     try:
         manifest = read_manifest(folder)
     except DamagedCheckpoint as damage:
@@ -179,7 +207,7 @@ def structural_damage(folder: Path) -> str:
 
 
 def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> str:
-    """What is wrong with the contents of some of the listed files; empty: nothing."""
+    """Return what is wrong with the contents of some of the listed files, or ""."""
     for name in names:
         entry, file = manifest["files"].get(name), folder / name
         if entry is None:
@@ -192,44 +220,3 @@ def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> 
         except OSError as error:
             return f"{file} cannot be read ({error.strerror})"
     return ""
-
-
-def folder_name(step: int) -> str:
-    """The name of the checkpoint of a step."""
-    return f"step-{step:08d}"
-
-
-def candidates(root: Path) -> list[Path]:
-    """All folders that claim to be checkpoints, the newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
-
-
-def set_aside(folder: Path) -> Path:
-    """Rename a damaged checkpoint out of the way, for somebody to look at; its new place."""
-    number = 0
-    while (target := folder.with_name(f"{DAMAGED}{folder.name}-{number}")).exists():
-        number += 1
-    os.rename(folder, target)
-    fsync(folder.parent)
-    return target
-
-
-def forget_old(root: Path, *, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` checkpoints, kept ones, and those of every `keep_every`-th step (0: none)."""
-    passing = [path for path in candidates(root) if not _stays(path, keep_every)]
-    for old in passing[keep:]:
-        doomed = old.with_name(f"{DOOMED}{old.name}")
-        reach("checkpoint.forget.rename")
-        os.rename(old, doomed)
-        reach("checkpoint.forget.remove")
-        shutil.rmtree(doomed)
-        reach("checkpoint.forgotten")
-
-
-def _stays(folder: Path, keep_every: int) -> bool:
-    step = folder.name.removeprefix("step-")
-    return (folder / KEEP).exists() or (keep_every > 0 and step.isdigit() and int(step) % keep_every == 0)
-
-
-def _to_bytes(manifest: dict[str, Any]) -> bytes:
-    return (json.dumps(manifest, indent=1) + "\n").encode()

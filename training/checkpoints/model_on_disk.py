@@ -7,7 +7,6 @@ folder too. What a config means is the launchers' business: here it is plain dat
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -17,25 +16,32 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from data_pipeline.files.atomic import file_sha256, fsync
+from data_pipeline.files.atomic import bytes_sha256, file_sha256, fsync
 from data_pipeline.files.strict_json import read_json
+from training.checkpoints.commit import latest_checkpoint
 from training.checkpoints.weights import load_safetensors
 
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-MAX_CONFIG_BYTES = 2**20
 # A config that somebody made up must not build modules without end before its weights are looked at
 MOST = {"depth": 200, "num_res_blocks": 100, "patch_nums": 128, "multipliers": 1024, "mlp_ratio": 100, "num_phi": 100}
 MOST_OF_ALL, MOST_NUMBERS = 2**20, 50
 NAMES = {"VAR": "transformer", "VQVAE": "tokenizer"}  # of the kinds, for people
 
 
+def describe(config: Any) -> dict[str, Any]:
+    """Turn a model's config dataclass into plain data that names its kind: VARConfig into {"kind": "VAR", ...}."""
+    plain = json.loads(json.dumps(asdict(config)))
+    return {"kind": type(config).__name__.removesuffix("Config"), **plain}
+
+
 def model_files(weights: Mapping[str, Tensor], config: dict[str, Any]) -> dict[str, bytes]:
-    """The files of a model on disk, by name. Equal models give equal bytes."""
-    return {CONFIG: _json_bytes(config), WEIGHTS: save(_contiguous(weights))}
+    """Return the files of a model on disk, by name. Equal models give equal bytes."""
+    contiguous = {name: value.contiguous() for name, value in weights.items()}
+    return {CONFIG: (json.dumps(config, indent=1) + "\n").encode(), WEIGHTS: save(contiguous)}
 
 
 def write_model(folder: Path, weights: Mapping[str, Tensor], config: dict[str, Any]) -> None:
-    """Write a model on disk: config.json and model.safetensors."""
+    """Write a model on disk and force it there."""
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in model_files(weights, config).items():
         (folder / name).write_bytes(content)
@@ -43,19 +49,25 @@ def write_model(folder: Path, weights: Mapping[str, Tensor], config: dict[str, A
 
 
 def model_sha256(weights: Mapping[str, Tensor], config: dict[str, Any]) -> str:
-    """The `ModelOnDisk.sha256` that the model would have if it were written."""
-    return _joint_sha256(*model_files(weights, config).values())
+    """Return the `ModelOnDisk.sha256` that the model would have if it were written."""
+    return _joint_sha256(*map(bytes_sha256, model_files(weights, config).values()))
+
+
+def _joint_sha256(*digests: str) -> str:
+    return bytes_sha256("".join(digests).encode())
 
 
 @dataclass(frozen=True)
 class ModelOnDisk:
-    """A model's folder, found from a run folder, a checkpoint, the folder itself, or that of its transformer."""
+    """The folder of a model."""
 
     folder: Path
 
     @classmethod
     def find(cls, path: str | Path, kind: str) -> ModelOnDisk:
-        """The model of a kind, "VAR" or "VQVAE", in a run folder (its newest checkpoint), a checkpoint or a folder.
+        """Find the model of a kind, "VAR" or "VQVAE".
+
+        path: a run folder (its newest checkpoint is meant), a checkpoint, the model's folder, or its transformer's.
 
         Raises:
             FileNotFoundError: there is no model at `path`.
@@ -83,7 +95,7 @@ class ModelOnDisk:
 
     @classmethod
     def all_at(cls, path: Path) -> list[ModelOnDisk]:
-        """The models to which a path leads, the likeliest first."""
+        """Return the models to which a path leads, the likeliest first."""
         newest = latest_checkpoint(path / "checkpoints")
         candidates = [path, path / "weights", *([newest / "weights"] if newest else []), path / "tokenizer"]
         return [cls(folder) for folder in candidates if cls(folder).is_whole]
@@ -99,20 +111,21 @@ class ModelOnDisk:
         return str(self._read_config().get("kind"))
 
     def config(self) -> dict[str, Any]:
-        """The model's config as plain data, without its kind."""
+        """Return the model's config as plain data, without its kind."""
         return {name: value for name, value in self._read_config().items() if name != "kind"}
 
     def _read_config(self) -> dict[str, Any]:
+        path = self.folder / CONFIG
         try:
-            config = read_json(self.folder / CONFIG, max_bytes=MAX_CONFIG_BYTES)
+            config = read_json(path)
         except ValueError as error:
-            raise ValueError(f"{self.folder}/{CONFIG} {error}; export the model again") from None
-        if "${" in json.dumps(config):  # config builders would look such a name up, in the environment for one
-            raise ValueError(f"{self.folder}/{CONFIG} holds a reference ${{...}}; a model's settings are plain values")
+            raise ValueError(f"{path} {error}; export the model again") from None
         if not isinstance(config, dict):
-            raise ValueError(f"{self.folder}/{CONFIG} holds a {type(config).__name__}, not settings; export it again")
+            raise ValueError(f"{path} holds a {type(config).__name__}, not settings; export the model again")
+        if "${" in json.dumps(config):  # config builders would look such a name up, in the environment for one
+            raise ValueError(f"{path} holds a reference ${{...}}; a model's settings are plain values")
         if excess := _excess(config):
-            raise ValueError(f"{self.folder}/{CONFIG}: {excess}; export the model again")
+            raise ValueError(f"{path}: {excess}; export the model again")
         return config
 
     def fill(self, model: nn.Module) -> nn.Module:
@@ -129,16 +142,15 @@ class ModelOnDisk:
         try:
             model.load_state_dict(load_safetensors(file), assign=assign)
         except RuntimeError as error:  # names or shapes
-            raise ValueError(f"{file}: cannot be loaded ({_first_line(error)}); export it again") from None
+            raise ValueError(f"{file}: cannot be loaded ({str(error).splitlines()[0]}); export it again") from None
 
     def sha256(self) -> str:
-        """The identity of config and weights together; code shards carry it for their tokenizer."""
-        digests = file_sha256(self.folder / CONFIG), file_sha256(self.folder / WEIGHTS)
-        return hashlib.sha256("".join(digests).encode()).hexdigest()
+        """Return the identity of config and weights together; code shards carry it for their tokenizer."""
+        return _joint_sha256(file_sha256(self.folder / CONFIG), file_sha256(self.folder / WEIGHTS))
 
 
 def _excess(config: dict[str, Any]) -> str:
-    """What in a model's config is beyond any model, and would take memory or time without end; empty: nothing."""
+    """Return what in a model's config is beyond any model, and would take memory or time without end, or ""."""
     for name, value in config.items():
         if isinstance(value, dict):
             if excess := _excess(value):
@@ -147,48 +159,8 @@ def _excess(config: dict[str, Any]) -> str:
         numbers = value if isinstance(value, list) else [value]
         if len(numbers) > MOST_NUMBERS:
             return f"{name} has {len(numbers)} values, at most {MOST_NUMBERS} are accepted"
+        most = MOST.get(name, MOST_OF_ALL)
         for number in numbers:
-            most = MOST.get(name, MOST_OF_ALL)
             if isinstance(number, (int, float)) and abs(number) > most:
                 return f"{name} is {number}, at most {most} is accepted"
     return ""
-
-
-def describe(config: Any) -> dict[str, Any]:
-    """A model's config dataclass as plain data, with the kind of model: VARConfig becomes {"kind": "VAR", ...}."""
-    plain = json.loads(json.dumps(asdict(config)))
-    return {"kind": type(config).__name__.removesuffix("Config"), **plain}
-
-
-def committed_checkpoints(root: Path) -> list[Path]:
-    """All committed checkpoints under `root`, oldest first."""
-    return sorted(path.parent for path in root.glob("step-*/manifest.json"))
-
-
-def latest_checkpoint(root: Path) -> Path | None:
-    """The newest committed checkpoint under `root`, or None."""
-    found = committed_checkpoints(root)
-    return found[-1] if found else None
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write plain data as JSON and force it to disk."""
-    path.write_bytes(_json_bytes(value))
-    fsync(path)
-
-
-def _json_bytes(value: Any) -> bytes:
-    return (json.dumps(value, indent=1) + "\n").encode()
-
-
-def _joint_sha256(*contents: bytes) -> str:
-    digests = (hashlib.sha256(content).hexdigest() for content in contents)
-    return hashlib.sha256("".join(digests).encode()).hexdigest()
-
-
-def _contiguous(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in weights.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -14,9 +14,9 @@ from torch import Tensor
 
 
 def random_state(device: torch.device) -> dict[str, Tensor]:
-    """What `set_random_state` needs: name -> tensor on the CPU."""
-    version, words, normal = random.getstate()
-    name, keys, position, has_normal, cached = np.random.get_state()
+    """Return the state of all generators, name -> tensor on the CPU; CUDA's too if `device` is a GPU."""
+    _, words, normal = random.getstate()
+    _, keys, position, has_normal, cached = np.random.get_state()
     state = {
         "python": torch.tensor(words, dtype=torch.int64),
         "python_normal": torch.tensor([] if normal is None else [normal], dtype=torch.float64),

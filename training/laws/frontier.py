@@ -1,8 +1,8 @@
 """The Pareto frontier of a study: the lowest value of a metric that any size reaches with a given compute.
 
-Two estimators from the curves themselves; the third, by a law of parameters and tokens, is in
-training/laws/parametric_law.py. Each point of a frontier belongs to the size that reaches it, so that intervals can be drawn
-over sizes: neighbouring points of one curve are no independent evidence.
+There are three estimators. Two read the curves and are here; the third follows from L(N, D) (parametric_law.py). Each
+point of a frontier belongs to the size that reaches it, because intervals are drawn over sizes: neighbouring points of
+one curve are no independent evidence.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.laws.power_law import Points
-from training.laws.study_curves import SizeCurve
+from training.laws.study_data import SizeCurve
 from training.laws.study_fit import Interval
 
 GRID_POINTS = 400  # of compute, log-spaced over all curves
-HAIR = 1e-9  # of a value, which rounding may add
-MIN_SIZES = 3  # with a curve: a size is inside when a smaller one and a larger one lie beside it
+HAIR = 1e-9  # relative, that rounding may add to a value
+MIN_SIZES = 3  # a size is inside the study if there are a smaller and a larger one
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Frontier:
 
 
 def non_dominated(curves: Sequence[SizeCurve], metric: str) -> Points:
-    """The evaluations that no cheaper one matches: the running minimum by compute."""
+    """Return the evaluations that are lower than every cheaper one: the running minimum by compute."""
     names = np.repeat([curve.name for curve in curves], [len(curve.pflop) for curve in curves])
     x = np.concatenate([curve.pflop for curve in curves] or [np.zeros(0)])
     y = np.concatenate([curve.metrics[metric] for curve in curves] or [np.zeros(0)])
@@ -42,11 +42,14 @@ def non_dominated(curves: Sequence[SizeCurve], metric: str) -> Points:
 
 
 def interior_minima(curves: Sequence[SizeCurve], metric: str) -> Frontier:
-    """The lowest curve at log-spaced compute, where neither the smallest nor the largest size is it.
+    """Return the lowest curve at log-spaced compute, where a size inside the study has it.
 
-    Curves are interpolated in log-log, each inside its own range. Where the smallest size is best, a smaller one would
-    be better, and the same of the largest, so those points lie above the frontier; and so do those where the best run
-    has ended and the others are not yet as low as it was. Raises ValueError where fewer than three sizes have curves.
+    Curves are interpolated in log-log, each within its own range. Two kinds of points lie above the true frontier and
+    are left out: where the smallest or the largest size is the best, because a size beyond it would be better still;
+    and where the best run has ended and no other is as low yet.
+
+    Raises:
+        ValueError: fewer than three sizes have curves.
     """
     curves = [curve for curve in curves if len(curve.pflop) > 1]
     if len(curves) < MIN_SIZES:
@@ -70,22 +73,22 @@ def interior_minima(curves: Sequence[SizeCurve], metric: str) -> Frontier:
 
 
 def widened(interval: Interval, exponent: float, other: float) -> Interval:
-    """The interval of a frontier's exponent with the distance to another estimator's added on both sides.
+    """Add the distance to another estimator's exponent to both sides of the interval of a frontier's exponent.
 
-    Draws over sizes show the noise of an estimator and nothing of its bias, which is the larger of the two where E is
-    given: interior minima are 0.2 to 0.7 % of the exponent too steep on planted studies of twelve sizes.
+    Draws over sizes show the noise of an estimator but not its bias. If E is given, the bias is the larger of the two:
+    on planted studies of twelve sizes, exponents of interior minima are 0.2 to 0.7 % too steep.
     """
     distance = abs(exponent - other)
     return Interval(interval.low - distance, interval.high + distance)
 
 
 def _log_values(curve: SizeCurve, metric: str, grid: np.ndarray) -> np.ndarray:
-    """(G,) log of the metric at the grid's compute, infinite outside the curve."""
+    """Return the log of the metric at the grid's compute, infinite outside the curve, (GRID_POINTS,)."""
     return np.interp(np.log(grid), np.log(curve.pflop), np.log(curve.metrics[metric]), left=np.inf, right=np.inf)
 
 
 def _cut_short(curves: Sequence[SizeCurve], winners: np.ndarray, grid: np.ndarray) -> tuple[str, ...]:
-    """Remarks on the sizes that become or cease to be the best only because their curve begins or ends there."""
+    """Name the sizes that become the best, or cease to be it, only because their curve begins or ends there."""
     late, short = [], []
     for index, curve in enumerate(curves):
         won = np.flatnonzero(winners == index)

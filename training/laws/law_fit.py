@@ -1,7 +1,7 @@
-"""One law of a study with everything that says how far to trust it: intervals, residuals, sensitivity and the gate.
+"""One law of a study, and how far to trust it: intervals, residuals, sensitivity and the gate.
 
-The gate is prediction: a law fitted without the largest sizes has to say what they reach. Pearson's r is no gate: with
-an irreducible part that is wrong by half of the reducible one, r of a perfect power law is still above 0.99.
+The gate is prediction: a law that is fitted without the largest sizes must say what they reach. Pearson's r is no gate:
+if E is wrong by half of the reducible part, the r of a perfect power law is still above 0.99.
 """
 
 from __future__ import annotations
@@ -22,25 +22,15 @@ from training.laws.power_law import (
     runs_test,
     student_interval,
 )
-from training.laws.study_fit import HeldOut, LawFit, PowerLaw, Sensitivity
+from training.laws.study_fit import FitConfig, HeldOut, LawFit, PowerLaw, Sensitivity
 
-# other irreducible parts to assume: so far from the law's own, in shares of what is between it and the lowest value
+# other values of E to assume: so far from the law's own, in shares of what lies between it and the lowest value
 SHIFTS = (-1.0, -0.5, -0.25, 0.0, 0.25, 0.5, 0.75)
 
 
 @dataclass(frozen=True)
-class Trust:
-    """How laws are tested. gate, gate_of_gain: see FitConfig."""
-
-    held_out: int
-    gate: float
-    gate_of_gain: float
-    draws: int
-
-
-@dataclass(frozen=True)
 class Irreducible:
-    """The constant of a law: a value with its source, or None where it is to be fitted."""
+    """The constant of a law: a value with its source, or None if it is to be fitted."""
 
     value: float | None
     source: str
@@ -52,12 +42,12 @@ def fit_law(
     variable: str,
     irreducible: Irreducible,
     *,
-    trust: Trust,
+    config: FitConfig,
     left_out: Sequence[str],
     rng: np.random.Generator,
 ) -> LawFit:
-    """The law of a metric. Points lie in order of x. Raises ValueError where they cannot tell one."""
-    fit = bootstrap(points, irreducible.value, draws=trust.draws, rng=rng)
+    """Fit the law of a metric to points in order of x. Raises ValueError if they cannot tell one."""
+    fit = bootstrap(points, irreducible.value, draws=config.draws, rng=rng)
     law = fit.law
     residuals = np.log(points.y) - np.log(law(points.x))
     middles = points.one_each()
@@ -78,26 +68,26 @@ def fit_law(
         x=tuple(points.x.tolist()),
         y=tuple(points.y.tolist()),
         residuals=tuple(residuals.tolist()),
-        sensitivity=_sensitivity(points, law, trust.held_out),
-        held_out=hold_out(points, irreducible.value, law.irreducible, trust=trust, rng=rng),
+        sensitivity=_sensitivity(points, law, config.held_out),
+        held_out=hold_out(points, irreducible.value, law.irreducible, config=config, rng=rng),
         left_out=tuple(left_out),
         draws=tuple(map(tuple, draws.tolist())),
     )
 
 
 def hold_out(
-    points: Points, irreducible: float | None, reference: float, *, trust: Trust, rng: np.random.Generator
+    points: Points, irreducible: float | None, reference: float, *, config: FitConfig, rng: np.random.Generator
 ) -> tuple[HeldOut, ...]:
-    """What a law without the largest sizes says of them, at the middle of each one's points.
+    """Fit a law without the largest sizes and let it predict each of them, at the middle of its points.
 
-    reference: the irreducible part above which shares are taken. Empty where too few sizes would be left to fit, or
-    where they tell no law.
+    Shares of the error are of what was measured above `reference`, an irreducible part. Returns nothing if too few
+    sizes would be left, or if they tell no law.
     """
-    kept, held = split(points, trust.held_out, irreducible)
+    kept, held = split(points, config.held_out, irreducible)
     if not len(held.x):
         return ()
     try:
-        fit = bootstrap(kept, irreducible, draws=trust.draws, rng=rng)
+        fit = bootstrap(kept, irreducible, draws=config.draws, rng=rng)
     except ValueError:
         return ()
     noise = _noise(kept, fit.law, num_free(irreducible))
@@ -105,18 +95,21 @@ def hold_out(
     results = []
     for name, x, measured in zip(held.groups, held.x.tolist(), held.y.tolist(), strict=True):
         predicted = float(fit.law(x))
-        drawn = fit.predictions(x) * np.exp(rng.choice(noise, size=trust.draws))
+        drawn = fit.predictions(x) * np.exp(rng.choice(noise, size=config.draws))
         error = predicted - measured
         share = abs(error) / (measured - reference)
         share_of_gain = abs(error) / gain if gain > 0 else np.inf
         # an error rate hardly moves: 2.5 % of it is most of what all sizes gain, and a law of no change would pass
-        passed = share <= trust.gate and share_of_gain <= trust.gate_of_gain
+        passed = share <= config.gate and share_of_gain <= config.gate_of_gain
         results.append(HeldOut(name, x, measured, predicted, percentiles(drawn), error, share, share_of_gain, passed))
     return tuple(results)
 
 
 def split(points: Points, held_out: int, irreducible: float | None) -> tuple[Points, Points]:
-    """The points of the smaller sizes, and a middle point of each of the largest: as many as leave enough to fit."""
+    """Return the points of the smaller sizes, and a middle point of each of the largest `held_out` sizes.
+
+    Fewer are held out if the smaller sizes would not be enough to fit a law.
+    """
     middles = points.one_each()
     names = [middles.groups[index] for index in np.argsort(middles.x)]
     spare = max(0, len(names) - num_free(irreducible) - 1)
@@ -125,14 +118,14 @@ def split(points: Points, held_out: int, irreducible: float | None) -> tuple[Poi
 
 
 def _noise(points: Points, law: PowerLaw, num_parameters: int) -> np.ndarray:
-    """(groups,) residuals of log y at the middles, widened by what the fit has taken from them."""
+    """Return the residuals of log y at the groups' middles, widened by what the fit has taken from them, (groups,)."""
     middles = points.one_each()
     residuals = np.log(middles.y) - np.log(law(middles.x))
     return residuals * (residuals.size / max(1, residuals.size - num_parameters)) ** 0.5
 
 
 def _sensitivity(points: Points, law: PowerLaw, held_out: int) -> tuple[Sensitivity, ...]:
-    """The same points with E = 0, and with E around the law's own; without those that leave no law to tell."""
+    """Fit the same points with E = 0 and with E around the law's own; an E that leaves no law is skipped."""
     reducible = float(points.y.min()) - law.irreducible
     values = {0.0, *(max(0.0, law.irreducible + shift * reducible) for shift in SHIFTS)}
     rows = []

@@ -1,17 +1,17 @@
-"""The scaling laws that the paper prints (eqs. 11 to 16), as data, and a check whether eight such laws fit together.
+"""What the paper prints, checked: its scaling laws (eqs. 11 to 16) against each other, and the sums of Appendix B.
 
-A study has four laws in parameters and four in compute, of the same runs. So at every size the two laws of a metric
-name a compute, that at which the law in compute reaches what the law in parameters gives, and
+A study has four laws in parameters and four in compute, of the same runs. At every size the two laws of a metric name a
+compute: the one at which the law in compute reaches what the law in parameters gives. Three things must hold.
 
-1. all four metrics must name the same compute, as they were measured on the same models;
-2. every exponent in compute must be nearer to 0 than its exponent in parameters, or the best model for a given compute
-   would outgrow the compute, its number of images shrinking as the budget grows;
-3. at the largest size that compute must be what its training has spent. (A smaller one may have trained past the
-   frontier. The largest cannot: no larger model reaches its loss sooner.)
+1. All four metrics name the same compute, because they were measured on the same models.
+2. Every exponent in compute is nearer to 0 than the exponent in parameters. Otherwise the best model for a given
+   compute would outgrow the compute, and see fewer images the larger the budget.
+3. At the largest size that compute is what its training has spent. A smaller size may have trained past the frontier;
+   the largest cannot have, because no larger model reaches its loss sooner.
 
-Where the labels "last" and "avg" are wrong, 1 and 2 fail and another labelling passes them; where compute counts
-something else than training FLOPs, 3 fails and shows by how much. Nothing here knows the answer for the paper's laws;
-it comes out of their numbers, and it is an inference: the data behind them are not published.
+If the labels "last" and "avg" are wrong, 1 and 2 fail and another labelling passes them. If compute counts something
+else than training FLOPs, 3 fails and shows by how much. Nothing here knows the answer for the paper's laws. It comes
+out of their numbers and is an inference, because the data behind them are not published.
 
 Units: parameters in billions (all of them), compute in PFLOP, losses in nats.
 """
@@ -23,23 +23,18 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 
-from models.var import VARConfig
-from training.flops import DENSE_MASK, EXACT, FLOPS_PER_PFLOP, PAPER, SIX_NT, flops_per_image
+from training.accounting import BILLION, EXACT, FLOPS_PER_PFLOP, LABELS
 from training.laws.study_data import METRICS
 from training.laws.study_fit import Interval, PowerLaw
 
 AGREEMENT = 2.0  # factor between two computes that still agree: two metrics have two frontiers, and fits have errors
-BILLION = 10**9
 KINDS = ("loss", "error")  # of metrics, each at the last scale and on average
 NO_PLACES = {"loss": "the two laws of the loss in compute", "error": "the two laws of the error in compute"}
-IMAGENET_IMAGES = 1_281_167  # of one epoch
-COUNTS = {
-    EXACT: "training FLOPs",
-    DENSE_MASK: "training FLOPs with a dense mask",
-    SIX_NT: "6 N T",
-    PAPER: "multiply-accumulates of one forward pass",
-}
+# Epochs by depth. Sec. 5.2 has d6 to d30 with 200 to 350 epochs, and 350 x 1.28M x 680 tokens are its "305 billion";
+# the sizes between are those whose recipes are published with the released code.
+PAPER_EPOCHS = {6: 200, 16: 200, 20: 250, 24: 350, 30: 350}
 
 
 @dataclass(frozen=True)
@@ -51,28 +46,15 @@ class Laws:
     digits: int = 15  # significant digits to which exponents and scales are known
     places: Mapping[str, str] = field(default_factory=lambda: dict(NO_PLACES))  # where the laws in compute are stated
 
-    def __post_init__(self) -> None:
-        for laws in (self.by_parameters, self.by_compute):
-            if set(laws) != set(METRICS):
-                raise ValueError(f"laws are given for {sorted(laws)}; they must be of {sorted(METRICS)}")
-            for name, law in laws.items():
-                if law.exponent >= 0 or law.scale <= 0:
-                    raise ValueError(
-                        f"the law of {name} has exponent {law.exponent} and scale {law.scale}; a law that falls has a "
-                        "negative exponent and a positive scale"
-                    )
-
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A size of the study and how long it was trained."""
 
-    config: VARConfig
+    name: str
+    num_parameters: int
+    flops_per_image: Mapping[str, int]  # by accounting
     images: int  # seen in training, repeats counted
-
-    @property
-    def name(self) -> str:
-        return f"d{self.config.depth}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +73,7 @@ class ImpliedCompute:
 
     @property
     def gap(self) -> float:
-        """What is left of the spread if all rounding was unlucky; 1 where one compute suits all four."""
+        """The part of the spread that remains if all rounding was unlucky; 1 if one compute suits all four."""
         return max(1.0, max(band.low for band in self.bands.values()) / min(band.high for band in self.bands.values()))
 
     @property
@@ -101,7 +83,7 @@ class ImpliedCompute:
 
 
 def power(scale: float, exponent: float) -> PowerLaw:
-    """A law of eq. 9. The irreducible part is not printed: what the paper calls L is what is above it."""
+    """Make a law of eq. 9. The paper calls L what is above the irreducible part, which it does not print."""
     return PowerLaw(exponent=exponent, scale=scale, irreducible=0.0)
 
 
@@ -121,36 +103,28 @@ PAPER_LAWS = Laws(
     digits=2,
     places={"loss": "eqs. 13 and 14", "error": "eqs. 15 and 16"},
 )
-# Sec. 5.2: d6 to d30, from 200 to 350 epochs, and 350 x 1.28M x 680 tokens are its "305 billion". The sizes between are
-# those whose recipes are published with the released code.
-PAPER_MODELS = tuple(
-    TrainedModel(VARConfig(depth=depth), images=epochs * IMAGENET_IMAGES)
-    for depth, epochs in ((6, 200), (16, 200), (20, 250), (24, 350), (30, 350))
-)
 
 
 def implied_compute(laws: Laws, models: Sequence[TrainedModel]) -> tuple[ImpliedCompute, ...]:
-    """What the laws say of every size, smallest first. Raises ValueError where there is none."""
-    if not models:
-        raise ValueError("no sizes at which to compare the laws; give at least one trained model")
-    return tuple(_implied(laws, model) for model in sorted(models, key=lambda model: model.config.num_parameters))
+    """Return what the laws say of every size, smallest first."""
+    return tuple(_implied(laws, model) for model in sorted(models, key=lambda model: model.num_parameters))
 
 
 def growth(laws: Laws) -> dict[str, float]:
-    """By metric the b of N ~ C^b along the frontier: the exponent in compute over that in parameters."""
+    """Return by metric the b of N ~ C^b along the frontier: the exponent in compute over that in parameters."""
     return {name: laws.by_compute[name].exponent / laws.by_parameters[name].exponent for name in METRICS}
 
 
 def relabelled(laws: Laws) -> dict[tuple[str, ...], Laws]:
-    """The four ways to label the laws in compute, by the KINDS whose "last" and "avg" are exchanged."""
+    """Return the four ways to label the laws in compute, by the KINDS whose "last" and "avg" are exchanged."""
     return {kinds: _exchanged(laws, kinds) for kinds in ((), *((kind,) for kind in KINDS), KINDS)}
 
 
 def notes(laws: Laws, models: Sequence[TrainedModel]) -> tuple[str, ...]:
-    """What does not fit together, in plain sentences; empty where all does. Raises ValueError where `models` is empty.
+    """Say in plain sentences what does not fit together; nothing if all does.
 
-    Meant for laws that are stated to some digits. Between laws of one's own fits a disagreement may be noise: the
-    exponents of the errors are so small that a little of it moves their compute by a large factor.
+    The check is meant for laws that are stated to some digits. Between laws of one's own fits a disagreement may be
+    noise: the exponents of the errors are so small that a little of it moves their compute by a large factor.
     """
     stated = implied_compute(laws, models)
     unreached = [f"{name} at {at.name}" for at in stated for name, c in at.by_metric.items() if math.isinf(c)]
@@ -168,7 +142,7 @@ def notes(laws: Laws, models: Sequence[TrainedModel]) -> tuple[str, ...]:
 
 
 def _implied(laws: Laws, model: TrainedModel) -> ImpliedCompute:
-    billions = model.config.num_parameters / BILLION
+    billions = model.num_parameters / BILLION
     by_metric, bands = {}, {}
     for name in METRICS:
         first, second = laws.by_parameters[name], laws.by_compute[name]
@@ -177,12 +151,12 @@ def _implied(laws: Laws, model: TrainedModel) -> ImpliedCompute:
         pairs = itertools.product(_roundings(first, laws.digits), _roundings(second, laws.digits))
         corners = [_crossing(*pair, billions) for pair in pairs]
         bands[name] = Interval(min(corners), max(corners))
-    spent = {name: model.images * flops / FLOPS_PER_PFLOP for name, flops in flops_per_image(model.config).items()}
+    spent = {name: model.images * flops / FLOPS_PER_PFLOP for name, flops in model.flops_per_image.items()}
     return ImpliedCompute(model.name, by_metric, bands, spent)
 
 
 def _crossing(by_parameters: PowerLaw, by_compute: PowerLaw, billions: float) -> float:
-    """PFLOP at which the second law gives what the first gives for so many parameters; infinite where it never does."""
+    """Return the PFLOP at which the second law gives what the first gives for so many parameters; infinite if never."""
     reducible = float(by_parameters(billions)) - by_compute.irreducible
     if reducible <= 0:
         return math.inf
@@ -191,13 +165,13 @@ def _crossing(by_parameters: PowerLaw, by_compute: PowerLaw, billions: float) ->
 
 
 def _roundings(law: PowerLaw, digits: int) -> list[PowerLaw]:
-    """The laws at the corners of what is stated as this one."""
+    """Return the extreme laws that would be printed as this one."""
     exponents, scales = _rounding(law.exponent, digits), _rounding(law.scale, digits)
     return [replace(law, exponent=exponent, scale=scale) for exponent in exponents for scale in scales]
 
 
 def _rounding(value: float, digits: int) -> tuple[float, float]:
-    """The least and the greatest value that rounds to this one."""
+    """Return the least and the greatest value that rounds to this one."""
     half_unit = 0.5 * 10.0 ** (math.floor(math.log10(abs(value))) + 1 - digits)
     return value - half_unit, value + half_unit
 
@@ -247,14 +221,14 @@ def _inference(sizes: Sequence[ImpliedCompute], laws: Laws, kinds: Sequence[str]
 
 
 def _accounting_note(largest: ImpliedCompute) -> list[str]:
-    """Whether the laws' compute is what training the largest size has spent."""
+    """Say by how much the laws' compute differs from what training the largest size has spent, if it does."""
     ratios = {name: largest.middle / spent for name, spent in largest.spent.items()}
     factors = {name: max(ratio, 1 / ratio) for name, ratio in ratios.items()}
     if factors[EXACT] <= AGREEMENT:
         return []
     nearest = min(factors, key=factors.__getitem__)
     reading = (
-        f"It is nearest to {COUNTS[nearest]}, {largest.spent[nearest]:.3g}: the laws' is {ratios[nearest]:.2f} of that."
+        f"It is nearest to {LABELS[nearest]}, {largest.spent[nearest]:.3g}: the laws' is {ratios[nearest]:.2f} of that."
         if factors[nearest] <= AGREEMENT
         else "No accounting known here comes near it."
     )
@@ -263,3 +237,53 @@ def _accounting_note(largest: ImpliedCompute) -> list[str]:
         f"{largest.middle:.3g} PFLOP by the laws, while its training took {largest.spent[EXACT]:.3g} "
         f"by exact count: the laws' is {ratios[EXACT]:.2f} of that. {reading}"
     ]
+
+
+@dataclass(frozen=True)
+class GenerationCost:
+    """One way to generate an image, and its attention pairs: (query, key) of one layer and head, over all steps."""
+
+    name: str
+    pairs: int
+    tokens: int  # generated
+    steps: int  # that must follow one another
+
+
+def generation_costs(patch_nums: Sequence[int]) -> tuple[GenerationCost, ...]:
+    """Count the attention pairs of Appendix B exactly, for any schedule, each way without and with a cache.
+
+    Without a cache every step computes all tokens so far anew, which costs the square of their number (eqs. 17 and 19).
+    With a cache only the new tokens ask. The paper compares O(n^6) with O(n^4), the costs without a cache. With a cache
+    raster order is O(n^4) too and has fewer pairs than next-scale prediction; what the latter then gains is the number
+    of steps that must follow one another, K instead of n^2.
+    """
+    raster = patch_nums[-1] ** 2  # n^2 tokens, of the last token map alone
+    ends = list(itertools.accumulate(side**2 for side in patch_nums))  # c_k, tokens up to scale k
+    cached = sum(side**2 * end for side, end in zip(patch_nums, ends, strict=True))
+    return (
+        # eq. 17, the sum of i^2 over i = 1 .. n^2, in closed form
+        GenerationCost("raster, no cache", raster * (raster + 1) * (2 * raster + 1) // 6, raster, raster),
+        GenerationCost("raster, cache", raster * (raster + 1) // 2, raster, raster),
+        GenerationCost("next scale, no cache", sum(end**2 for end in ends), ends[-1], len(ends)),  # eqs. 19 and 20
+        GenerationCost("next scale, cache", cached, ends[-1], len(ends)),
+    )
+
+
+def eq21(side: float, ratio: float) -> float:
+    """Return eq. 21 as printed: the sum of eq. 20 for a schedule of sides 1, a, a^2 .. n, with a > 1. It is right."""
+    n, a = side, ratio
+    numerator = (a**4 - 1) * math.log(n) + (
+        a**8 * n**4 - 2 * a**6 * n**2 - 2 * a**4 * (n**2 - 1) + 2 * a**2 - 1
+    ) * math.log(a)
+    return numerator / ((a**2 - 1) ** 3 * (a**2 + 1) * math.log(a))
+
+
+def eq20(num_scales: int, ratio: Fraction | int) -> Fraction:
+    """Return the sum of eq. 20 for sides a^0 .. a^(K - 1), which need not be whole numbers, exactly and for a > 1.
+
+    With b = a^2 it is (b^2 (b^2K - 1) - 2 b (b + 1) (b^K - 1) + (b^2 - 1) K) / ((b - 1)^3 (b + 1)). It grows as
+    a^8 n^4 / ((a^2 - 1)^3 (a^2 + 1)).
+    """
+    b = Fraction(ratio) ** 2
+    ends = b**2 * (b ** (2 * num_scales) - 1) - 2 * b * (b + 1) * (b**num_scales - 1) + (b**2 - 1) * num_scales
+    return ends / ((b - 1) ** 3 * (b + 1))

@@ -1,8 +1,8 @@
 """One power law with a constant, y = E + (beta x)^alpha (eqs. 9 and 10): its fit, its intervals, its statistics.
 
-Fits are Huber's, of log y: noise of a loss is relative to the loss, so that log y has the same noise at every size,
-which log(y - E) has not. E is fitted together with the rest unless it is given. Bootstrap draws are of groups of
-points; points of one group (one size on a frontier) stand or fall together.
+Fits minimise Huber's cost of log y. The noise of a loss is proportional to the loss, so log y has the same noise at
+every size, which log(y - E) has not. E is fitted together with the rest unless it is given. The bootstrap draws groups
+of points: on a frontier a group is one size, because neighbouring points of one curve are no independent evidence.
 """
 
 from __future__ import annotations
@@ -12,37 +12,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import t as student_t
 
 from training.laws.robust_fit import Problem, huber_delta, minimise, redraw
 from training.laws.study_fit import Interval, PowerLaw
 
 CONFIDENCE = 0.95
-STEEPEST, FLATTEST = -50.0, -1e-3  # exponents of a fall that is told from a straight line; with E given any sign may be
-MAX_LOG_SCALE = 600.0  # beyond it beta is no number: y does not change with x
+STEEPEST, FLATTEST = (
+    -50.0,
+    -1e-3,
+)  # of an exponent fitted together with E; given E it may have any sign
+MAX_LOG_SCALE = 600.0  # beyond it beta is no floating point number: y does not change with x
 MAX_EXPONENT = 300.0  # of e, in a trial step that goes astray
 E_STARTS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)  # how far below the lowest y, in shares of the range of y
 
 
 @dataclass(frozen=True)
 class Points:
-    """What a law is fitted to: groups (n,) by name, x and y (n,) positive."""
+    """The points of a law: the name of each one's group (n,), and x and y (n,), which are positive."""
 
     groups: tuple[str, ...]
     x: np.ndarray
     y: np.ndarray
 
     def names(self) -> tuple[str, ...]:
-        """The groups, each once, in the order of their first points."""
+        """Return the groups, each once, in the order of their first points."""
         return tuple(dict.fromkeys(self.groups))
 
     def of(self, names: Sequence[str]) -> Points:
-        """The points of some groups."""
+        """Return the points of some groups."""
         kept = [index for index, group in enumerate(self.groups) if group in names]
         return Points(tuple(self.groups[index] for index in kept), self.x[kept], self.y[kept])
 
     def one_each(self) -> Points:
-        """One point a group, the middle of its own in the logs."""
+        """Return one point a group: the geometric mean of its points."""
         members = [np.asarray([group == name for group in self.groups]) for name in self.names()]
         x = [np.exp(np.log(self.x[member]).mean()) for member in members]
         y = [np.exp(np.log(self.y[member]).mean()) for member in members]
@@ -51,7 +53,7 @@ class Points:
 
 @dataclass(frozen=True)
 class PowerLawFit:
-    """A law, and the same of every bootstrap draw: (B,) irreducible, scale, exponent."""
+    """A law, and the numbers of every bootstrap draw: (B,) irreducible, scale, exponent."""
 
     law: PowerLaw
     irreducible_draws: np.ndarray
@@ -59,37 +61,38 @@ class PowerLawFit:
     exponent_draws: np.ndarray
 
     def predictions(self, x: float) -> np.ndarray:
-        """(B,) what the draws say at x."""
+        """Return what every draw says at x, (B,)."""
         return self.irreducible_draws + (self.scale_draws * x) ** self.exponent_draws
 
 
 def num_free(irreducible: float | None) -> int:
-    """Numbers that a fit has to find."""
+    """Return how many numbers a fit has to find."""
     return 3 if irreducible is None else 2
 
 
 def fit_power_law(points: Points, irreducible: float | None) -> PowerLaw:
-    """The law of the points. irreducible: nats or a rate; None: fitted, 0 or more.
+    """Fit a law. `irreducible` is in nats or a rate; None fits it, at 0 or above.
 
-    Raises ValueError where the points cannot tell a law.
+    Raises:
+        ValueError: the points cannot tell a law.
     """
     return _law(*_solve(points, irreducible), points)
 
 
 def bootstrap(points: Points, irreducible: float | None, *, draws: int, rng: np.random.Generator) -> PowerLawFit:
-    """The law, and that of so many draws of its groups with replacement. Raises ValueError like fit_power_law."""
+    """Fit a law, and fit it again to `draws` samples of its groups with replacement. Raises like `fit_power_law`."""
     solution, given = _solve(points, irreducible)
     law = _law(solution, given, points)
-    weights = resample(points.groups, draws=draws, distinct=num_free(irreducible), rng=rng)
+    counts = resample(points.groups, draws=draws, distinct=num_free(irreducible), rng=rng)
     delta = huber_delta(_problem(points, given).residuals(solution), solution.size)
-    if irreducible is None and given is not None:  # E = 0 for the points themselves is not so for every draw
+    if irreducible is None and given is not None:  # the whole set has E = 0, but a draw of it may have more
         solution = np.asarray([solution[0], solution[1], solution[1]])
-    found = redraw(replace(_problem(points, irreducible), delta=delta), solution, weights)
+    found = redraw(replace(_problem(points, irreducible), delta=delta), solution, counts)
     constants, logs, exponents = _natural(found, irreducible)
     below = constants < 0
     if below.any():  # as in _solve
         line = solution[[0, -1]] if given is not None else _solve(points, 0.0)[0]
-        at_zero = redraw(replace(_problem(points, 0.0), delta=delta), line, weights[below])
+        at_zero = redraw(replace(_problem(points, 0.0), delta=delta), line, counts[below])
         constants[below], logs[below], exponents[below] = _natural(at_zero, 0.0)
     with np.errstate(divide="ignore"):
         log_scales = np.clip(logs / exponents, -MAX_LOG_SCALE, MAX_LOG_SCALE) - np.log(points.x).mean()
@@ -97,7 +100,11 @@ def bootstrap(points: Points, irreducible: float | None, *, draws: int, rng: np.
 
 
 def resample(groups: Sequence[str], *, draws: int, distinct: int, rng: np.random.Generator) -> np.ndarray:
-    """(draws, n): how often each point counts when groups are drawn, with replacement, `distinct` ones at least."""
+    """Draw groups with replacement, at least `distinct` different ones; return how often each point counts, (draws, n).
+
+    Raises:
+        ValueError: there are fewer groups than that.
+    """
     names = list(dict.fromkeys(groups))
     if len(names) < distinct:
         raise ValueError(f"{len(names)} sizes cannot be resampled; {distinct} or more can")
@@ -105,45 +112,51 @@ def resample(groups: Sequence[str], *, draws: int, distinct: int, rng: np.random
     while len(counts) < draws:
         more = rng.multinomial(len(names), np.full(len(names), 1 / len(names)), size=draws)
         counts = np.concatenate([counts, more[(more > 0).sum(axis=1) >= distinct]])
-    return counts[:draws, [names.index(group) for group in groups]].astype(np.float64)
+    return counts[:draws, [names.index(group) for group in groups]]
 
 
 def percentiles(draws: np.ndarray) -> Interval:
-    """The middle 95 % of draws (B,)."""
+    """Return the interval that holds the middle 95 % of draws (B,)."""
     tail = 100 * (1 - CONFIDENCE) / 2
     low, high = np.percentile(draws, (tail, 100 - tail))
     return Interval(float(low), float(high))
 
 
 def student_interval(points: Points, irreducible: float | None) -> Interval:
-    """95 % for the exponent by least squares and Student's t, one point a group, linearised at the minimum."""
+    """Return the exponent's 95 % interval by least squares and Student's t.
+
+    Each group counts as one point. The law is linearised at the minimum.
+    """
+    from scipy.special import stdtrit  # the quantile of Student's t; scipy.stats has it too and loads ten times as long
+
     points = points.one_each()
     solution, given = _solve(points, irreducible, is_robust=False)
     problem = _problem(points, given)
     jacobian, residuals = problem.jacobian(solution), problem.residuals(solution)
     freedom = len(points.x) - solution.size
     covariance = np.linalg.pinv(jacobian.T @ jacobian) * float(residuals @ residuals) / freedom
-    half = float(student_t.ppf((1 + CONFIDENCE) / 2, freedom)) * math.sqrt(max(0.0, covariance[-1, -1]))
+    half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(max(0.0, covariance[-1, -1]))
     return Interval(float(solution[-1]) - half, float(solution[-1]) + half)
 
 
 def pearson(points: Points, irreducible: float) -> float:
-    """Pearson's r of log(y - E) against log x; NaN where one of them does not change."""
+    """Return Pearson's r of log(y - E) against log x; NaN if either of them is constant."""
     x, y = np.log(points.x), np.log(points.y - irreducible)
     spread = float(x.std() * y.std())
     return float(((x - x.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else math.nan
 
 
 def r_squared(residuals: np.ndarray, y: np.ndarray) -> float:
-    """The share of the variance of log y that a law explains; NaN where y does not change."""
+    """Return the share of the variance of log y that a law explains; NaN if y is constant."""
     total = float(((np.log(y) - np.log(y).mean()) ** 2).sum())
     return 1 - float((residuals**2).sum()) / total if total > 0 else math.nan
 
 
 def runs_test(residuals: np.ndarray) -> float:
-    """Two-sided p of Wald and Wolfowitz's test, exact: small when signs of residuals (n,), in order of x, come in runs.
+    """Return the exact two-sided p of Wald and Wolfowitz's runs test of the residuals (n,), in order of x.
 
-    It is 1 where all residuals have one sign, of which the test knows nothing.
+    A small p says that signs come in runs, as they do about a law of the wrong form. It is 1 if all signs are equal,
+    of which the test knows nothing.
     """
     signs = residuals[residuals != 0] > 0
     positive, negative = int(signs.sum()), int((~signs).sum())
@@ -156,7 +169,7 @@ def runs_test(residuals: np.ndarray) -> float:
 
 
 def _orders(runs: int, positive: int, negative: int) -> int:
-    """In how many orders so many signs form so many runs."""
+    """Count the orders of so many positive and negative signs that form so many runs."""
     half, odd = divmod(runs, 2)
     if not odd:
         return 2 * math.comb(positive - 1, half - 1) * math.comb(negative - 1, half - 1)
@@ -165,22 +178,22 @@ def _orders(runs: int, positive: int, negative: int) -> int:
 
 
 def _problem(points: Points, irreducible: float | None) -> Problem:
-    """The law in u = log x less its mean.
+    """Write the law in u = log x less its mean, so that its parameters hardly depend on each other.
 
-    With E given: log y = log(E + exp(c + alpha u)), parameters (c, alpha).
-    Else: log y = a + log(1 + g (exp(alpha u) - 1) / alpha), parameters (a, g, alpha): log y and its slope at the
-    centre, which points tell well, and the curvature, which they tell badly. In E, c and alpha the minimum lies in a
-    long bent valley, where a descent stops too early.
+    With E given, log y = log(E + exp(c + alpha u)) has the parameters (c, alpha). With E free,
+    log y = a + log(1 + g (exp(alpha u) - 1) / alpha) has (a, g, alpha): a and g are log y and its slope at the centre,
+    which the points tell well, and alpha is the curvature, which they tell badly. In E, c and alpha the minimum would
+    lie in a long bent valley, where a descent stops too early.
     """
     offsets = np.log(points.x) - np.log(points.x).mean()
 
     def with_constant(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        reducible = np.exp(np.clip(parameters[:, :1] + parameters[:, 1:] * offsets, -MAX_EXPONENT, MAX_EXPONENT))
+        reducible = np.exp(np.clip(parameters[0] + parameters[1] * offsets, -MAX_EXPONENT, MAX_EXPONENT))
         share = reducible / (irreducible + reducible)
         return np.log(irreducible + reducible), np.stack([share, share * offsets], axis=-1)
 
     def with_curvature(parameters: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        centre, slope, exponent = parameters[:, :1], parameters[:, 1:2], parameters[:, 2:]
+        centre, slope, exponent = parameters
         power = np.exp(np.minimum(exponent * offsets, MAX_EXPONENT))
         bend = (power - 1) / exponent
         relative = np.maximum(1 + slope * bend, 1e-12)  # no law is negative: its cost refuses a step that far
@@ -195,7 +208,7 @@ def _problem(points: Points, irreducible: float | None) -> Problem:
 
 
 def _natural(parameters: np.ndarray, irreducible: float | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(B, p) -> (B,) each: E, log(y - E) at the centre, alpha. An E below 0 comes with NaN for the second."""
+    """Turn parameters (B, p) into E, log(y - E) at the centre, and alpha, (B,) each. The second is void if E < 0."""
     exponents = parameters[:, -1].copy()
     if irreducible is not None:
         return np.full(len(parameters), irreducible), parameters[:, 0].copy(), exponents
@@ -205,7 +218,7 @@ def _natural(parameters: np.ndarray, irreducible: float | None) -> tuple[np.ndar
 
 
 def _starts(points: Points, irreducible: float | None) -> np.ndarray:
-    """(B, p): straight lines through log(y - E) for several E."""
+    """Fit straight lines through log(y - E) for several E; return their parameters (B, p)."""
     lowest, spread = float(points.y.min()), float(np.ptp(points.y))
     guesses = {max(0.0, lowest - share * spread) for share in E_STARTS} if irreducible is None else {irreducible}
     offsets = np.log(points.x) - np.log(points.x).mean()
@@ -215,28 +228,26 @@ def _starts(points: Points, irreducible: float | None) -> np.ndarray:
         slope = float((offsets * logs).sum() / (offsets**2).sum())
         reducible = math.exp(float(logs.mean()))
         total = guess + reducible
-        rows.append(
-            [math.log(reducible), slope]
-            if irreducible is not None
-            else [math.log(total), slope * reducible / total, slope]
-        )
+        with_curvature = [math.log(total), slope * reducible / total, slope]
+        rows.append(with_curvature if irreducible is None else [math.log(reducible), slope])
     return np.asarray(rows)
 
 
 def _solve(points: Points, irreducible: float | None, *, is_robust: bool = True) -> tuple[np.ndarray, float | None]:
-    """(p,) of least squares, then of Huber's cost at the threshold that suits the noise left; and the E that was given.
+    """Fit by least squares, then by Huber's cost at the threshold that suits the noise that is left.
 
-    A loss and a rate have E >= 0: where the best E lies below, it is 0, and counts as given.
+    Returns the parameters (p,) and the E that counts as given. A loss and a rate have E >= 0: if the best E lies below
+    0, then it is 0 and counts as given.
     """
     _check(points, irreducible)
     problem = _problem(points, irreducible)
     found = minimise(problem, _starts(points, irreducible))
     if is_robust:
-        delta = huber_delta(problem.residuals(found.best()), found.best().size)
-        found = minimise(replace(problem, delta=delta), found.parameters)
-    if irreducible is None and _natural(found.best()[None], None)[0][0] < 0:
+        delta = huber_delta(problem.residuals(found), found.size)
+        found = minimise(replace(problem, delta=delta), found[None])
+    if irreducible is None and _natural(found[None], None)[0][0] < 0:
         return _solve(points, 0.0, is_robust=is_robust)
-    return found.best(), irreducible
+    return found, irreducible
 
 
 def _check(points: Points, irreducible: float | None) -> None:

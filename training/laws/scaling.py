@@ -1,28 +1,29 @@
 """The fits of a scaling study: the four metrics against parameters and against compute (eqs. 9 to 16).
 
-`analyse` takes what the runs have measured and gives laws, frontiers, intervals and gates as plain values. It reads no
-file and draws nothing.
+`analyse` takes what the runs have measured and returns laws, frontiers, intervals and gates as plain values. It reads
+no file and draws nothing.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 
-from training.flops import ACCOUNTINGS
 from training.laws.frontier import interior_minima, non_dominated, widened
-from training.laws.law_fit import Irreducible, Trust, fit_law
+from training.laws.law_fit import Irreducible, fit_law
 from training.laws.parametric_law import compute_exponents, fit_parametric, hold_out_surface, parametric_frontier
 from training.laws.power_law import Points, bootstrap, num_free, percentiles
-from training.laws.study_curves import CurveRules, SizeCurve, StudyCurves, study_curves
-from training.laws.study_data import LOSSES, METRICS, TrainedSize
+from training.laws.study_data import LOSSES, METRICS, SizeCurve, StudyCurves, TrainedSize, study_curves
 from training.laws.study_fit import (
     COMPUTE,
     FITTED,
+    FIXED,
+    KNOWN,
     PARAMETERS,
+    PRESETS,
+    FitConfig,
     FrontierLaw,
     LawFit,
     ParametricFit,
@@ -30,76 +31,22 @@ from training.laws.study_fit import (
     StudyFit,
 )
 
-FIXED, KNOWN = "fixed", "known"
-PRESETS = {"paper": (4.5, 5.0), "public-d16": (4.19, 5.0)}  # nats of the last scale, of the average
 SOURCES = {"paper": "an author of VAR, in its issue 23", "public-d16": "a public log of d16 and eq. 11"}
-COUNTED_PARAMETERS = ("total", "eq8")
 NON_DOMINATED, INTERIOR, PARAMETRIC = "non-dominated", "interior minima", "parametric"  # estimators of a frontier
 BORROWED = "that of the law by parameters: the frontier has too few sizes for its own"
 MIN_SIZES = 3
 
 
-@dataclass(frozen=True)
-class FitConfig:
-    """How a study is fitted. Error rates always have the irreducible part 0, as in eqs. 12, 15 and 16."""
-
-    irreducible: str = FITTED  # of the losses: fitted, paper, public-d16, known (the study's known_entropy) or fixed
-    irreducible_last: float = 0.0  # nats, with irreducible: fixed
-    irreducible_avg: float = 0.0
-    accounting: str = "exact"  # of compute: exact, dense_mask, six_nt or paper
-    counted_parameters: str = "total"  # or eq8, 18 d w^2
-    held_out: int = 2  # largest sizes that a law without them has to predict
-    gate: float = 0.025  # largest error of that prediction, as a share of the reducible part that was measured
-    gate_of_gain: float = 0.2  # and as a share of the fall it predicts, from the sizes it knows to the largest
-    warm_up: float = 0.02  # share of a run's images whose evaluations no curve uses: the learning rate is rising
-    untrained: float = 0.95  # of ln V: no curve has the evaluations with a loss above, of a model that knows nothing
-    draws: int = 1000  # of the bootstrap
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        choices = (FITTED, *PRESETS, KNOWN, FIXED)
-        _check_choice("fit.irreducible", self.irreducible, choices)
-        _check_choice("fit.accounting", self.accounting, ACCOUNTINGS)
-        _check_choice("fit.counted_parameters", self.counted_parameters, COUNTED_PARAMETERS)
-        fixed = (self.irreducible_last, self.irreducible_avg)
-        if self.irreducible != FIXED and any(fixed):
-            raise ValueError(
-                f"fit.irreducible_last and fit.irreducible_avg are {fixed}, but fit.irreducible is "
-                f"{self.irreducible!r} and does not use them; set fit.irreducible=fixed or leave them out"
-            )
-        for name, low, high in (
-            ("irreducible_last", 0.0, math.inf),
-            ("irreducible_avg", 0.0, math.inf),
-            ("held_out", 0, math.inf),
-            ("gate", 0.0, math.inf),
-            ("gate_of_gain", 0.0, math.inf),
-            ("warm_up", 0.0, 0.9),
-            ("untrained", 0.1, 1.0),
-            ("draws", 100, 100_000),
-            ("seed", 0, 2**32 - 1),
-        ):
-            value = getattr(self, name)
-            if not (low <= value <= high and math.isfinite(value)):
-                raise ValueError(f"fit.{name} is {value}; set a finite number from {low:g} to {high:g}")
-
-    @property
-    def trust(self) -> Trust:
-        return Trust(self.held_out, self.gate, self.gate_of_gain, self.draws)
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} is {value!r}; set one of {', '.join(choices)}")
-
-
 def analyse(runs: Sequence[TrainedSize], config: FitConfig, known: Mapping[str, float] | None = None) -> StudyFit:
-    """The laws of a study. known: nats by the names of LOSSES, for fit.irreducible: known.
+    """Fit all laws of a study. `known` is in nats by the names of LOSSES, for fit.irreducible=known.
 
-    A law that the study cannot tell is absent, and a note says why. Raises ValueError where fewer than three sizes have
-    finished, or where the irreducible part that is asked for is not given or not below what was measured.
+    A law that the study cannot tell is absent, and a note says why.
+
+    Raises:
+        ValueError: fewer than three sizes have finished; or the irreducible part that is asked for is not given, or is
+            not below what was measured.
     """
-    rules = CurveRules(config.accounting, config.counted_parameters, config.warm_up, config.untrained)
-    curves = study_curves(runs, rules)
+    curves = study_curves(runs, config)
     finished = [size for size in curves.sizes if size.is_finished]
     if len(finished) < MIN_SIZES:
         raise ValueError(
@@ -175,7 +122,7 @@ def _law_of_size(
             metric,
             PARAMETERS,
             constants[metric],
-            trust=config.trust,
+            config=config,
             left_out=left_out,
             rng=_generator(config, metric, PARAMETERS),
         )
@@ -192,7 +139,7 @@ def _law_of_compute(
     config: FitConfig,
     notes: list[str],
 ) -> tuple[LawFit | None, list[FrontierLaw]]:
-    """The law of the interior minima, and the frontier's exponent by the estimators that need no surface."""
+    """Fit the law of the interior minima, and the frontier's exponent by the estimators that need no L(N, D)."""
     rng = _generator(config, metric, COMPUTE)
     law, estimates = None, []
     try:
@@ -207,7 +154,7 @@ def _law_of_compute(
         left_out = (*curves.left_out, *frontier.left_out)
         if constant.value is None and by_size and len(frontier.points.names()) <= num_free(None):
             constant = Irreducible(by_size.law.irreducible, BORROWED)
-        law = fit_law(frontier.points, metric, COMPUTE, constant, trust=config.trust, left_out=left_out, rng=rng)
+        law = fit_law(frontier.points, metric, COMPUTE, constant, config=config, left_out=left_out, rng=rng)
         estimates.append(FrontierLaw(INTERIOR, law.law, law.exponent_interval))
     except ValueError as error:
         notes.append(f"There is no law of {metric} by compute: {error}.")
@@ -215,9 +162,9 @@ def _law_of_compute(
 
 
 def _with_bias(law: LawFit | None, estimates: list[FrontierLaw]) -> tuple[LawFit | None, list[FrontierLaw]]:
-    """The law of the interior minima with an interval that has the distance to another estimator in it.
+    """Widen the interval of the interior minima's exponent by its distance to another estimator's.
 
-    That is the surface's, which has the least bias; the non-dominated evaluations' where there is no surface.
+    The other is that of L(N, D), which has the least bias, or that of the non-dominated evaluations without L(N, D).
     """
     exponents = {each.estimator: each.law.exponent for each in estimates}
     other = exponents.get(PARAMETRIC, exponents.get(NON_DOMINATED))
@@ -231,12 +178,12 @@ def _with_bias(law: LawFit | None, estimates: list[FrontierLaw]) -> tuple[LawFit
 def _parametric(
     sizes: Sequence[SizeCurve], irreducible: float | None, metric: str, config: FitConfig, notes: list[str]
 ) -> tuple[list[ParametricFit], list[FrontierLaw]]:
-    """L(N, D) and the frontier that follows from it; no more of the two than the study tells."""
+    """Fit L(N, D), hold out the largest sizes, and derive the frontier; a note says what the study cannot tell."""
     surfaces, estimates = [], []
     try:
         rng = _generator(config, metric, PARAMETRIC)
         surface = fit_parametric(sizes, metric, irreducible, draws=config.draws, rng=rng)
-        surface = replace(surface, held_out=hold_out_surface(sizes, metric, irreducible, surface, trust=config.trust))
+        surface = replace(surface, held_out=hold_out_surface(sizes, metric, irreducible, surface, config=config))
         surfaces.append(surface)
         # PFLOP per billion parameters and billion tokens drift with size: their geometric mean stands for all sizes
         ratios = [size.pflop[-1] / (size.parameters * size.tokens[-1]) for size in sizes if len(size.pflop)]
@@ -272,7 +219,7 @@ def _remarks(laws: Sequence[LawFit], config: FitConfig) -> list[str]:
 
 
 def surface_remarks(surfaces: Sequence[ParametricFit], config: FitConfig) -> list[str]:
-    """What speaks against planning by a surface."""
+    """Say what speaks against planning by L(N, D)."""
     remarks = []
     for surface in surfaces:
         name = f"L(N, D) of {surface.metric}"
@@ -291,5 +238,5 @@ def surface_remarks(surfaces: Sequence[ParametricFit], config: FitConfig) -> lis
 
 
 def _generator(config: FitConfig, metric: str, law: str) -> np.random.Generator:
-    """Of its own for each law, so that one law's draws do not depend on the others."""
+    """Return a generator for one law, whose draws do not depend on the other laws."""
     return np.random.default_rng([config.seed, METRICS.index(metric), (PARAMETERS, COMPUTE, PARAMETRIC).index(law)])

@@ -26,9 +26,8 @@ from launchers.study.fitting import (
     summary,
     write_fit,
 )
-from training.laws.scaling import FitConfig
 from training.laws.study_data import METRICS
-from training.laws.study_fit import PARAMETERS, StudyFit
+from training.laws.study_fit import PARAMETERS, FitConfig, StudyFit
 
 
 @pytest.fixture
@@ -121,6 +120,20 @@ def test_a_damaged_fit_or_one_of_another_version_is_made_again(
     assert said.startswith(f"{tmp_path / FIT}: is no fit of this version ({words}") and said.endswith("; fitted anew")
 
 
+def test_a_fit_with_another_entropy_is_made_again(
+    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The data's source may have been drawn anew: the fit then has an irreducible part that is no longer known."""
+    source = tmp_path / "source.json"
+    config = replace(written_study(tmp_path), known_entropy=str(source))
+    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.5}')
+    write_fit(config, fitted_study(config))
+    assert not fitted_study(config).is_new
+    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.75}')
+    assert fitted_study(config).is_new
+    assert "was made with another known entropy; fitted anew" in capsys.readouterr().out
+
+
 def test_a_fit_of_unknown_settings_is_made_again(
     tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -181,7 +194,7 @@ def test_planted_laws_are_found_from_the_run_folders(tmp_path: Path) -> None:
         write_run(tmp_path, run)
     found = fitted_study(study_config(tmp_path, runs))
     law = next(law for law in found.fit.laws if (law.metric, law.variable) == ("loss_last", PARAMETERS))
-    irreducible, factor, exponent, token_factor, token_exponent = PLANTED["loss_last"]
+    irreducible, _, exponent, token_factor, token_exponent = PLANTED["loss_last"]
     rest = irreducible + token_factor * (runs[0].images[-1] * 680 / 1e9) ** -token_exponent
     assert law.law.exponent == pytest.approx(-exponent, rel=0.02)
     assert law.law.irreducible == pytest.approx(rest, rel=0.005)

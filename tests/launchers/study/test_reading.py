@@ -63,7 +63,7 @@ def test_a_number_that_was_not_finite_is_no_number(tmp_path: Path) -> None:
 def test_a_study_is_read_by_size_and_names_what_is_not_there(tmp_path: Path) -> None:
     runs = planted_runs((8, 6, 10))
     config = study_config(tmp_path, [*runs, planted_run(12)])
-    assert planned_runs(config) == ["d8-seed0", "d8-seed1", "d8-seed2", "d6-seed0", "d10-seed0", "d12-seed0"]
+    assert planned_runs(config) == ["d8-seed0", "d6-seed0", "d10-seed0", "d12-seed0", "d8-seed1", "d8-seed2"]
     for run in runs:
         write_run(tmp_path, run)
     study = read_study(config)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from study_examples import planted_fit, planted_run, planted_runs, planted_study, study_config, write_run
 from tiny import command
 
@@ -16,7 +17,8 @@ from launchers.study.fitting import FittedStudy, read_fit
 from launchers.study.reading import Source, Study
 from launchers.study.report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
 from models.var import VARConfig
-from training.flops import FLOPS_PER_PFLOP, training_flops
+from training.accounting import FLOPS_PER_PFLOP
+from training.flops import training_flops
 from training.laws.study_fit import COMPUTE
 from training.tracking.record import TrackingConfig
 
@@ -103,21 +105,20 @@ def test_only_the_papers_format_is_taken_for_the_papers() -> None:
     assert d30 < low < 4 * d30
 
 
-def test_report_writes_its_files_and_hands_them_to_mlflow_if_asked(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("is_new", [True, False])
+def test_report_writes_its_files_and_a_new_fit_and_hands_them_to_mlflow_if_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool
 ) -> None:
     published: list[StudyConfig] = []
-    drawn: list[tuple[str, int]] = []
     monkeypatch.setattr(study_report, "publish", published.append)
-    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT))
-    for name in ("draw_size_laws", "draw_compute_laws"):
-        monkeypatch.setattr(study_report, name, lambda path, runs, fit: drawn.append((path.name, len(runs))))
-    config = study_config(tmp_path, RUNS, tracking=UNTRACKED)
+    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT, is_new))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"drawn"))
+    config = study_config(tmp_path, RUNS, tracking=TrackingConfig(mlflow=is_new))
     launch_report(command(config))
-    assert drawn == [(FIGURE_5, len(RUNS)), (FIGURE_6, len(RUNS))] and (tmp_path / REPORT).is_file() and not published
-    tracked = replace(config, tracking=TrackingConfig())
-    launch_report(command(tracked))
-    assert published == [tracked] and "wrote" in capsys.readouterr().out
+    written = {REPORT, FIGURE_5, FIGURE_6} | ({"fit.json", "points.csv"} if is_new else set())
+    assert {path.name for path in tmp_path.iterdir()} == written
+    assert published == [config] * is_new
+    assert not is_new or read_fit(tmp_path) == FIT
 
 
 def test_a_study_without_a_law_in_parameters_has_a_report_too(
@@ -125,23 +126,13 @@ def test_a_study_without_a_law_in_parameters_has_a_report_too(
 ) -> None:
     fit = replace(FIT, laws=tuple(law for law in FIT.laws if law.variable == COMPUTE))
     monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, fit))
+    monkeypatch.setattr(Figure, "savefig", lambda figure, file, **options: file.write(b"drawn"))
     (tmp_path / FIGURE_5).write_bytes(b"of an earlier report")
     launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
     assert sorted(path.name for path in tmp_path.iterdir()) == [FIGURE_6, REPORT]
     text = (tmp_path / REPORT).read_text()
     assert FIGURE_5 not in text and FIGURE_6 in text and "No law was found; the notes say why." in text
     assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("is_new", [True, False])
-def test_a_fit_that_the_report_has_made_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, is_new: bool) -> None:
-    for name in ("draw_size_laws", "draw_compute_laws"):
-        monkeypatch.setattr(study_report, name, lambda *_: None)
-    monkeypatch.setattr(study_report, "fitted_study", lambda config: FittedStudy(STUDY, FIT, is_new))
-    launch_report(command(study_config(tmp_path, RUNS, tracking=UNTRACKED)))
-    written = {"fit.json", "points.csv"} if is_new else set()
-    assert {path.name for path in tmp_path.iterdir()} == {REPORT} | written
-    assert not is_new or read_fit(tmp_path) == FIT
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import shutil
 import signal
+import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +15,12 @@ import pytest
 from study_training import StudyTraining, write_run
 from tiny import command
 
+from data_pipeline.files.locks import take_lock
 from launchers.setup.config_files import load_config
 from launchers.study import run as study_run
 from launchers.study.config import StudyConfig
-from launchers.study.process import TrainingProcess, take_lock
-from launchers.study.run import STUDY_LOCK, Display, launch_run
-from launchers.study.state import FAILED, RUNNING, WAITING, plan_runs
+from launchers.study.run import STUDY_LOCK, Display, command_line, launch_run, start_training
+from launchers.study.state import FAILED, LOCK, RUNNING, WAITING, is_being_trained, plan_runs
 from training.supervision.stopping import Stopped
 
 
@@ -34,24 +33,37 @@ def go(training: StudyTraining, **options: Any) -> None:
     launch_run(command(training.config, **options))
 
 
-def test_every_size_is_trained_once_in_its_order(training: StudyTraining, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_size_is_trained_once_in_its_order_and_skipped_when_it_is_done(
+    training: StudyTraining, capsys: pytest.CaptureFixture[str]
+) -> None:
     go(training)
-    assert [len(training.starts(name)) for name in ("a-seed0", "b-seed0")] == [1, 1]
     said = capsys.readouterr().out
     assert "done: 2 runs; next: scaling_study.py fit" in said
-    assert re.findall(r"^(\w) +0 +done +10/10 +100\.0 %", said.splitlines()[-2] + "\n" + said, re.MULTILINE)
-    assert said.index("a     0     running") < said.index("b     0     running")
+    assert re.search(r"^b +0 +done +10/10 +100\.0 %", said, re.MULTILINE)
+    a, b = (re.search(rf"^{size} +0  running", said, re.MULTILINE) for size in "ab")
+    assert a and b and a.start() < b.start()
     assert load_config(StudyConfig, str(training.folder / "study" / "study.yaml")) == training.config
-
-
-def test_what_is_done_is_skipped(training: StudyTraining) -> None:
-    go(training)
     training.change(seeds=(0, 1), repeated=("b",))
     go(training)
     assert [len(training.starts(name)) for name in ("a-seed0", "b-seed0", "b-seed1")] == [1, 1, 1]
 
 
-def test_a_study_may_grow_but_its_begun_runs_stay_what_they_were(training: StudyTraining) -> None:
+def test_the_command_of_a_run_is_what_a_user_would_type(training: StudyTraining) -> None:
+    run = plan_runs(training.config)[0]
+    words = command_line(["python", "-u"], run)
+    assert words[:3] == [str(Path(sys.executable).with_name("python")), "-u", str(training.folder / "train.py")]
+    assert words[3:5] == ["--config", str(training.folder / "a.yaml")]
+    assert f"run={run.folder}" in words and "seed=0" in words and "tracking.mlflow=false" in words
+    for start, message in (([], "start is empty"), (["no-such-program"], "start is no-such-progr")):
+        with pytest.raises(ValueError, match=message):
+            command_line(start, run)
+
+
+def test_the_command_of_a_run_is_a_file_of_this_repository() -> None:
+    assert study_run.TRAIN.is_file() and study_run.TRAIN.parent.name == "launchers"
+
+
+def test_a_study_whose_begun_runs_would_change_is_refused_and_its_settings_stay(training: StudyTraining) -> None:
     go(training)
     (training.folder / "study" / "a-seed0" / "config.yaml").write_text("loop: {epochs: 1.0}\n")
     training.change(settings=("loop.epochs=2",))
@@ -70,22 +82,26 @@ def test_a_run_that_gets_on_is_started_again_and_again(training: StudyTraining) 
 def test_a_run_that_does_not_get_on_is_left_and_the_others_are_trained(
     training: StudyTraining, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    training.plan(a=[["step:3", "exit:1"], ["say:error: out of luck", "exit:74"]], b=[["step:10"]])
+    failing = ["say:error: out of luck", "say:[INFO] exits", "exit:74"]
+    training.plan(a=[["step:3", "say:hello", "exit:1"], failing], b=[["step:10"]])
     with pytest.raises(SystemExit) as ended:
         go(training)
     assert ended.value.code == 74
     assert len(training.starts("a-seed0")) == 1 + 3 and len(training.starts("b-seed0")) == 1
     said = capsys.readouterr()
+    assert "a-seed0 ended with exit code 1 at step 3: hello; started again" in said.out
     assert "a-seed0 ended with exit code 74 at step 3: error: out of luck; left as failed, see " in said.out
     assert said.err.startswith("error: 1 of 2 runs failed: a-seed0 (exit code 74); ") and said.err.count("\n") == 1
 
 
-@pytest.mark.parametrize("code", [64, 65, 70])
-def test_what_no_second_try_mends_is_not_tried_again(training: StudyTraining, code: int) -> None:
-    training.plan(a=[["step:10"]], b=[[f"exit:{code}"]])
+@pytest.mark.parametrize(("deeds", "starts", "code"), [("exit:64", 1, 64), ("exit:70", 1, 70), ("die:9", 3, 137)])
+def test_a_run_without_hope_is_started_once_and_a_killed_one_again(
+    training: StudyTraining, deeds: str, starts: int, code: int
+) -> None:
+    training.plan(a=[["step:10"]], b=[[deeds]])
     with pytest.raises(SystemExit) as ended:
         go(training)
-    assert ended.value.code == code and len(training.starts("b-seed0")) == 1
+    assert ended.value.code == code and len(training.starts("b-seed0")) == starts
 
 
 def test_a_run_that_ends_well_before_its_last_step_has_failed(training: StudyTraining) -> None:
@@ -95,15 +111,16 @@ def test_a_run_that_ends_well_before_its_last_step_has_failed(training: StudyTra
     assert ended.value.code == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
-def test_a_signal_is_handed_to_the_run_which_saves(training: StudyTraining, number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_is_handed_to_the_run_which_saves_and_the_same_command_goes_on(
+    training: StudyTraining, number: signal.Signals
+) -> None:
     training.plan(a=[["step:2", f"signal:{int(number)}", "wait", "step:4", "exit:75"], ["step:10"]], b=[["step:10"]])
     with pytest.raises(Stopped, match=f"{number.name} on rank 0, at step 4 of a-seed0; checkpoint .*step-00000004;"):
         go(training)
     assert not training.starts("b-seed0") and not (training.folder / "study" / "a-seed0" / "stop").exists()
-    if number == signal.SIGINT:  # the same command again goes on
-        go(training)
-        assert len(training.starts("a-seed0")) == 2 and len(training.starts("b-seed0")) == 1
+    go(training)
+    assert len(training.starts("a-seed0")) == 2 and len(training.starts("b-seed0")) == 1
 
 
 def test_a_signal_that_comes_with_the_end_of_a_run_stops_before_the_next(training: StudyTraining) -> None:
@@ -113,13 +130,13 @@ def test_a_signal_that_comes_with_the_end_of_a_run_stops_before_the_next(trainin
     assert not training.starts("b-seed0")
 
 
-def test_the_file_stop_in_the_folder_of_the_study_is_a_wish_as_well(
+def test_the_file_stop_in_the_folder_of_the_study_stops_it(
     training: StudyTraining, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("training.supervision.stopping.LOOK_SECONDS", 0.0)
     training.plan(a=[["step:2", "wait", "exit:75"]], b=[["step:10"]])
     (training.folder / "study").mkdir()
-    threading.Timer(0.2, (training.folder / "study" / "stop").touch).start()
+    threading.Timer(0.1, (training.folder / "study" / "stop").touch).start()
     with pytest.raises(Stopped, match="study/stop was made"):
         go(training)
     assert not (training.folder / "study" / "stop").exists()
@@ -133,12 +150,33 @@ def test_a_run_that_was_stopped_stops_the_study(training: StudyTraining) -> None
 
 
 def test_a_run_that_has_outlived_its_study_is_waited_for(training: StudyTraining) -> None:
+    """It holds the lock of its folder; a wish to stop of somebody who was killed is taken back at its start."""
     training.plan(a=[["wait", "step:10", "exit:0"]], b=[["step:10"]])
     run = plan_runs(training.config)[0]
-    orphan = TrainingProcess(training.config.start, run)
-    threading.Timer(0.3, (run.folder / "stop").touch).start()
+    run.folder.mkdir(parents=True)
+    (run.folder / "stop").touch()
+    orphan = start_training(training.config.start, run)
+    assert not (run.folder / "stop").exists() and is_being_trained(run)
+    held = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert str(run.folder / LOCK) not in held, "the lock would end with the study"
+    with pytest.raises(BlockingIOError, match="a-seed0: another process trains this run"):
+        start_training(training.config.start, run)
+    threading.Timer(0.2, (run.folder / "stop").touch).start()
     go(training)
-    assert orphan.exit_code() == 0 and len(training.starts("a-seed0")) == 1
+    assert orphan.wait() == 0 and len(training.starts("a-seed0")) == 1
+
+
+def test_a_run_that_is_left_behind_is_asked_to_save_and_end(
+    training: StudyTraining, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    training.plan(a=[["wait", "exit:75"]])
+    monkeypatch.setattr(Display, "show", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go(training)
+    run = plan_runs(training.config)[0]
+    while is_being_trained(run):
+        pass
+    assert (run.folder / "stop").exists() and not (run.folder / "checkpoints").exists()
 
 
 def test_a_study_is_trained_by_one_command_at_a_time(training: StudyTraining) -> None:
@@ -147,7 +185,6 @@ def test_a_study_is_trained_by_one_command_at_a_time(training: StudyTraining) ->
     with pytest.raises(BlockingIOError, match="study: another scaling_study.py trains this study"):
         go(training)
     os.close(lock)
-    go(training)
 
 
 def test_a_dry_run_shows_table_and_commands_and_starts_nothing(
@@ -173,62 +210,62 @@ def test_the_page_in_mlflow_learns_how_it_ended(training: StudyTraining, monkeyp
     assert told == ["RUNNING", "KILLED", "RUNNING", "FAILED", "RUNNING", "FINISHED"]
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-    def screen(self) -> list[str]:
-        """What a terminal shows after all that was written."""
-        lines: list[str] = [""]
-        for part in re.split(r"(\x1b\[\d+F\x1b\[J|\n)", self.getvalue()):
-            if part == "\n":
-                lines.append("")
-            elif part.startswith("\x1b"):
-                lines = [*lines[: -1 - int(part[2 : part.index("F")])], ""]
-            else:
-                lines[-1] += part
-        return lines[:-1]
-
-
 def row(name: str, state: str, loss: str = "") -> tuple[str, ...]:
     return (name, "0", state, "1/10", "10.0 %", loss, loss, "", "")
 
 
-def test_on_a_terminal_one_table_is_drawn_in_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
+def on_a_terminal(monkeypatch: pytest.MonkeyPatch, *, columns: int, lines: int) -> Display:
     monkeypatch.setattr(study_run, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((100, 24)))
-    terminal = Terminal()
-    display = Display(terminal)
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((columns, lines)))
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    return Display()
+
+
+def screen(written: str) -> list[str]:
+    """What a terminal shows after all that was written."""
+    lines: list[str] = [""]
+    for part in re.split(r"(\x1b\[\d+F\x1b\[J|\n)", written):
+        if part == "\n":
+            lines.append("")
+        elif part.startswith("\x1b"):
+            lines = [*lines[: -1 - int(part[2 : part.index("F")])], ""]
+        else:
+            lines[-1] += part
+    return lines[:-1]
+
+
+def test_on_a_terminal_one_table_is_drawn_in_its_place(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = on_a_terminal(monkeypatch, columns=50, lines=24)
     for loss in ("3.0", "2.0", "1.0"):
         display.show([row("a", RUNNING, loss), row("b", WAITING)])
-    display.note("a failed")
+    display.report("a failed")
     display.show([row("a", FAILED, "0.5"), row("b", RUNNING)])
-    screen = terminal.screen()
-    assert screen[0] == "a failed" and len(screen) == 4
-    assert screen[2].split()[2] == "failed" and "0.5" in screen[2] and "1.0" not in "\n".join(screen)
+    lines = screen(capsys.readouterr().out)
+    assert lines[0] == "a failed" and len(lines) == 4
+    assert lines[2].split()[2] == "failed" and "0.5" in lines[2] and "1.0" not in "\n".join(lines)
+    assert max(map(len, lines)) < 50, "a line that is broken would count as two"
 
 
-def test_a_table_that_does_not_fit_a_terminal_is_not_drawn_over_itself(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(study_run, "REDRAW_SECONDS", 0.0)
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 3)))
-    terminal = Terminal()
+def test_a_table_that_does_not_fit_a_terminal_is_not_drawn_over_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    display = on_a_terminal(monkeypatch, columns=80, lines=3)
     for state in (WAITING, RUNNING):
-        Display(terminal).show([row("a", state), row("b", WAITING)])
-    assert "\x1b" not in terminal.getvalue()
-    monkeypatch.setattr(shutil, "get_terminal_size", lambda: os.terminal_size((30, 24)))
-    narrow = Terminal()
-    Display(narrow).show([row("a", RUNNING)])
-    assert max(map(len, narrow.screen())) == 29
+        display.show([row("a", state), row("b", WAITING)])
+    assert "\x1b" not in capsys.readouterr().out
 
 
-def test_in_a_file_the_table_comes_when_a_state_changes_and_the_running_row_once_a_minute() -> None:
-    file = io.StringIO()
-    display = Display(file)
-    for _ in range(3):
-        display.show([row("a", RUNNING, "3.0"), row("b", WAITING)])
-    assert len(file.getvalue().splitlines()) == 3
-    display._drawn_time = time.monotonic() - 61
-    display.show([row("a", RUNNING, "2.0"), row("b", WAITING)])
-    assert len(file.getvalue().splitlines()) == 4 and "2.0" in file.getvalue().splitlines()[-1]
-    display.show([row("a", FAILED), row("b", RUNNING)])
-    assert len(file.getvalue().splitlines()) == 7
+def test_in_a_file_the_table_comes_when_a_state_changes_and_the_running_row_once_a_minute(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("time.monotonic", lambda: now)
+    display, written = Display(), []
+    for loss, state, later in (("3.0", RUNNING, 0), ("2.5", RUNNING, 1), ("2.0", RUNNING, 61), ("1.5", FAILED, 1)):
+        now += later
+        display.show([row("a", state, loss), row("b", WAITING)])
+        written.append(capsys.readouterr().out.splitlines())
+    assert [len(lines) for lines in written] == [3, 0, 1, 3]
+    assert "2.0" in written[2][0]

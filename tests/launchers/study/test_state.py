@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,28 +12,28 @@ import pytest
 from repository import ROOT
 from study_training import SIZE, STEPS, StudyTraining, record, write_run
 
+from data_pipeline.files.locks import take_lock
 from launchers.setup.config_files import load_config, to_yaml
 from launchers.setup.settings import TrainConfig
 from launchers.setup.yaml_files import parse_yaml
 from launchers.study import state as study_state
-from launchers.study.config import StudyConfig
+from launchers.study.config import StudyConfig, as_setting, study_name
 from launchers.study.state import (
-    COLUMNS,
+    LOCK,
     RUNNING,
     WAITING,
     Follower,
     Progress,
-    as_setting,
-    draw_table,
+    is_being_trained,
     is_done,
     plan_runs,
     refuse_changed_settings,
     row_of,
     saved_step,
-    study_name,
 )
 from training.tracking.record import TrackingConfig
 
+SIX = ["d1", "d2", "d3", "d4", "d5", "d6"]
 TWELVE = ["d6", "d8", "d10", "d12", "d14", "d16", "d18", "d20", "d22", "d24", "d26", "d30"]
 
 
@@ -43,15 +44,17 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> StudyConfig:
     return config
 
 
-def test_the_study_of_the_paper_has_twelve_sizes_each_in_its_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("file", "sizes"), [("scaling_study.yaml", TWELVE), ("synthetic/scaling_study.yaml", SIX)])
+def test_studies_of_this_repository_train_their_sizes_each_in_its_folder(
+    file: str, sizes: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(ROOT)
-    config = load_config(StudyConfig, "configs/scaling_study.yaml", ["repeated=[]"])
+    config = load_config(StudyConfig, f"configs/{file}", ["repeated=[]"])
     runs = plan_runs(config)
-    assert [run.name for run in runs] == [f"{size}-seed0" for size in TWELVE]
-    assert [run.train.model.depth for run in runs] == [int(size[1:]) for size in TWELVE]
-    assert {run.train.loop.validate_per_decade for run in runs} == {8.0}
-    assert {run.train.tracking for run in runs} == {replace(config.tracking, study="scaling")}
-    assert [run.train.run for run in runs] == [f"runs/scaling/{size}-seed0" for size in TWELVE]
+    assert [run.train.model.depth for run in runs] == [int(size[1:]) for size in sizes]
+    assert [run.train.run for run in runs] == [f"{config.folder}/{size}-seed0" for size in sizes]
+    assert {run.train.tracking for run in runs} == {replace(config.tracking, study=study_name(config))}
+    assert all(run.train.loop.validate_per_decade > 0 for run in runs)
 
 
 def test_a_study_is_called_as_its_folder_however_that_is_written(
@@ -63,7 +66,7 @@ def test_a_study_is_called_as_its_folder_however_that_is_written(
     assert {study_name(replace(config, folder=folder)) for folder in written} == {"mine"}
 
 
-def test_what_is_repeated_comes_after_all_sizes(config: StudyConfig) -> None:
+def test_repeated_sizes_come_after_all_sizes(config: StudyConfig) -> None:
     runs = plan_runs(replace(config, seeds=(3, 1), repeated=("b",)))
     assert [(run.name, run.train.seed) for run in runs] == [("a-seed3", 3), ("b-seed3", 3), ("b-seed1", 1)]
 
@@ -77,18 +80,19 @@ def test_settings_reach_every_run(config: StudyConfig) -> None:
         assert run.train.tracking == replace(tracking, study="study")
 
 
-@pytest.mark.parametrize("value", ["a b", "007", "true", "[1]", "a: b", "", "null", "x #y", "'", "http://h:1", 3, True])
-def test_a_setting_is_read_back_as_what_it_was(value: Any) -> None:
+@pytest.mark.parametrize("value", ["a b", "007", "true", "[1]", "a: b", "", "null", "x #y", "'", 3, True])
+def test_a_setting_is_read_back_as_the_value_it_was(value: Any) -> None:
     name, _, text = as_setting("a.b", value).partition("=")
     assert name == "a.b" and parse_yaml(text, name) == value
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"sizes": ()}, "sizes is empty"),
         ({"seeds": ()}, "seeds is empty"),
         ({"seeds": (1, 1)}, "name one twice"),
+        ({"sizes": ("a.yaml", "elsewhere/a.yaml")}, "name one twice"),
         ({"repeated": ("c",)}, "repeated has 'c', which is no size of this study; .*a, b"),
         ({"attempts": 0}, "attempts is 0"),
         ({"settings": ("run=x",)}, "settings has 'run=x'"),
@@ -102,42 +106,44 @@ def test_a_study_that_cannot_be_meant_is_refused(config: StudyConfig, changes: d
         plan_runs(replace(config, **changes))
 
 
-def test_two_sizes_of_one_name_are_refused(config: StudyConfig) -> None:
-    with pytest.raises(ValueError, match="name one twice"):
-        plan_runs(replace(config, sizes=(*config.sizes, "elsewhere/a.yaml")))
-
-
 def test_sizes_of_other_tokens_are_refused(config: StudyConfig, tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text(SIZE.format(depth=2).replace("runs/tokenizer", "runs/other"))
     with pytest.raises(ValueError, match="tokenizer is runs/tokenizer for a, runs/other for b"):
         plan_runs(config)
 
 
+@pytest.mark.parametrize(
+    "setting", ["optimizer.base_lr=0.001", "loop.epochs=2", "engine.precision=fp32", "label_drop=0.0"]
+)
+def test_a_begun_run_that_would_become_another_one_is_refused_by_name(config: StudyConfig, setting: str) -> None:
+    write_config(config, setting)
+    a, b = plan_runs(config)
+    with pytest.raises(ValueError, match=f"a-seed0: was trained with {setting}.*, now "):
+        refuse_changed_settings(a)
+    refuse_changed_settings(b)
+
+
+def test_a_setting_that_changes_no_loss_may_change(config: StudyConfig) -> None:
+    write_config(config, "watch.timeout_seconds=60", "data.workers=0", "engine.micro_batch=2", "loop.keep_every=7")
+    refuse_changed_settings(plan_runs(config)[0])
+
+
 def write_config(config: StudyConfig, *settings: str) -> None:
-    """The config.yaml that a run of size a leaves, trained with further settings."""
+    """Write the config.yaml that a run of size a leaves, trained with further settings."""
     run = plan_runs(replace(config, settings=settings))[0]
     run.folder.mkdir(parents=True)
     (run.folder / "config.yaml").write_text(to_yaml(run.train))
 
 
-@pytest.mark.parametrize("setting", ["optimizer.base_lr=1e-3", "loop.epochs=2"])
-def test_a_begun_run_that_would_become_another_one_is_refused_by_name(config: StudyConfig, setting: str) -> None:
-    write_config(config, setting)
-    a, b = plan_runs(config)
-    with pytest.raises(ValueError, match=f"a-seed0: was trained with {setting.replace('1e-3', '0.001')}.*, now "):
-        refuse_changed_settings(a)
-    refuse_changed_settings(b)
-
-
-def test_what_changes_no_loss_may_change(config: StudyConfig) -> None:
-    write_config(config, "watch.timeout_seconds=60", "data.workers=0", "engine.micro_batch=2", "loop.keep_every=7")
-    refuse_changed_settings(plan_runs(config)[0])
-
-
 @pytest.mark.parametrize(
-    "step, saved, validated, done",
-    [(STEPS, STEPS, True, True), (STEPS, 9, True, False), (STEPS, None, True, False), (STEPS, STEPS, False, False)]
-    + [(9, 9, True, False)],
+    ("step", "saved", "validated", "done"),
+    [
+        (STEPS, STEPS, True, True),
+        (STEPS, 9, True, False),
+        (STEPS, None, True, False),
+        (STEPS, STEPS, False, False),
+        (9, 9, True, False),
+    ],
 )
 def test_a_run_is_done_when_its_last_step_is_validated_and_saved(
     config: StudyConfig, step: int, saved: int | None, validated: bool, done: bool
@@ -147,15 +153,11 @@ def test_a_run_is_done_when_its_last_step_is_validated_and_saved(
     progress = Follower(run).look()
     assert is_done(run, progress) == done
     assert (progress.step, progress.total_steps, saved_step(run)) == (step, STEPS, saved or 0)
+    longer = plan_runs(replace(config, settings=("loop.epochs=2",)))[0]
+    assert not is_done(longer, Follower(longer).look())
 
 
-def test_a_run_that_is_to_be_longer_is_no_longer_done(config: StudyConfig) -> None:
-    run = plan_runs(replace(config, settings=("loop.epochs=2",)))[0]
-    write_run(run.folder, step=STEPS, saved=STEPS)
-    assert not is_done(run, Follower(run).look())
-
-
-def test_a_run_is_followed_through_what_is_added_and_what_is_taken_back(config: StudyConfig) -> None:
+def test_a_run_is_followed_through_records_that_are_added_and_taken_back(config: StudyConfig) -> None:
     run = plan_runs(config)[0]
     follower = Follower(run)
     assert follower.look() == Progress()
@@ -170,33 +172,19 @@ def test_a_run_is_followed_through_what_is_added_and_what_is_taken_back(config: 
     assert follower.look().step == 2
 
 
-def test_of_a_long_record_only_the_end_is_read(
-    config: StudyConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_run_is_being_trained_while_somebody_holds_its_lock(config: StudyConfig) -> None:
     run = plan_runs(config)[0]
-    write_run(run.folder, step=STEPS, saved=STEPS)
-    whole = Follower(run).look()
-    monkeypatch.setattr(study_state, "TAIL_BYTES", 400)
-    text = (run.folder / "metrics.jsonl").read_text()
-    (run.folder / "metrics.jsonl").write_text("damaged\n" + text)
-    assert Follower(run).look() == whole
-    assert capsys.readouterr().out == "", "who reads a damaged line says so"
+    assert not is_being_trained(run) and not run.folder.exists()
+    lock = take_lock(run.folder / LOCK)
+    assert lock is not None and is_being_trained(run)
+    os.close(lock)
+    assert not is_being_trained(run)
 
 
 def test_a_row_says_where_a_run_stands(config: StudyConfig) -> None:
     run = plan_runs(config)[0]
     progress = Progress(999, 1000, loss_last=2.0, loss_avg=3.14159, images_per_second=8.0)
-    assert row_of(run, RUNNING, progress) == (
-        *("a", "0", "running", "999/1,000", "99.9 %", "2.0000", "3.1416", "8.0", "0s"),
-    )
-    assert row_of(run, WAITING, replace(progress, step=5))[-3:] == ("3.1416", "", "")
+    shown = ("a", "0", "running", "999/1,000", "99.9 %", "2.0000", "3.1416", "8.0", "0s")
+    assert row_of(run, RUNNING, progress) == shown
+    assert row_of(run, WAITING, progress)[-3:] == ("3.1416", "", "")
     assert row_of(run, WAITING, Progress())[2:] == ("waiting", "0", "", "", "", "", "")
-
-
-def test_columns_stand_one_below_the_other(config: StudyConfig) -> None:
-    run = plan_runs(config)[0]
-    lines = draw_table([row_of(run, RUNNING, Progress(1, 1000, 2.0, 3.0, 8.0)), row_of(run, WAITING, Progress())])
-    assert lines[0].split() == " ".join(COLUMNS).split()
-    for name in ("loss_last", "loss_avg"):
-        end = lines[0].index(name) + len(name)
-        assert lines[1][:end].endswith("0000") and lines[1][end:].startswith("  ")

@@ -1,24 +1,37 @@
-"""Checkpoints are whole or absent, and refuse what does not fit."""
+"""Checkpoints bring back what was saved, by any number of ranks, and refuse what is damaged or does not fit."""
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import random
-import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from malformed_checkpoints import DAMAGES
 from tiny import VAR_CONFIG, VQVAE_CONFIG, PlainEngine
-from torch import nn
+from torch import Tensor, nn
 
-from models.var import VARConfig
-from training import seams
-from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
-from training.checkpoints.commit import DamagedCheckpoint, read_manifest, sealed
-from training.checkpoints.model_on_disk import committed_checkpoints, latest_checkpoint
+from training.checkpoints.checkpoint import (
+    CheckpointFailed,
+    Checkpoints,
+    Retention,
+    SavedTensors,
+    Share,
+    TrainState,
+)
+from training.checkpoints.commit import (
+    DamagedCheckpoint,
+    committed_checkpoints,
+    latest_checkpoint,
+    read_manifest,
+    sealed,
+)
+from training.checkpoints.model_on_disk import ModelOnDisk, describe
 from training.engine.distributed import World
 from training.engine.whole_state import WholeState
 
@@ -30,26 +43,13 @@ def make_engine(value: float = 1.0) -> PlainEngine:
     return PlainEngine(model)
 
 
-def make_checkpoints(
-    root: Path,
-    *,
-    keep: int = 2,
-    keep_every: int = 0,
-    world: World = World(),
-    config: VARConfig = VAR_CONFIG,
-    seed: int = 0,
-    lines: list[str] | None = None,
-    settings: dict[str, Any] | None = None,
-) -> Checkpoints:
-    return Checkpoints(
-        root,
-        retention=Retention(last=keep, every=keep_every),
-        world=world,
-        model_config=config,
-        identity={"seed": seed},
-        config=settings,
-        say=print if lines is None else lines.append,
-    )
+def make_checkpoints(root: Path, *, retention: Retention = Retention(), **changes: Any) -> Checkpoints:  # noqa: B008
+    settings = {"world": World(), "model_config": VAR_CONFIG, "identity": {"seed": 0}} | changes
+    return Checkpoints(root, retention=retention, **settings)
+
+
+def steps_of(root: Path) -> list[int]:
+    return [int(path.name.removeprefix("step-")) for path in committed_checkpoints(root)]
 
 
 @pytest.fixture
@@ -106,7 +106,7 @@ def test_the_random_generators_go_on(root: Path) -> None:
 
 
 def test_the_manifest_tells_what_a_run_was(root: Path) -> None:
-    checkpoints = make_checkpoints(root, settings={"loop": {"epochs": 2}})
+    checkpoints = make_checkpoints(root, config={"loop": {"epochs": 2}})
     path = checkpoints.save({"model": make_engine()}, TrainState(step=1), notes={"mlflow_run_id": "abc"})
     manifest = read_manifest(path)
     assert manifest["world_size"] == 1 and manifest["mlflow_run_id"] == "abc"
@@ -114,8 +114,8 @@ def test_the_manifest_tells_what_a_run_was(root: Path) -> None:
 
 
 def test_changed_settings_are_told_with_both_values(root: Path) -> None:
-    path = make_checkpoints(root, settings={"a": {"b": 1, "c": 2}}).save({"model": make_engine()}, TrainState(step=1))
-    changed = make_checkpoints(root, settings={"a": {"b": 1, "c": 3}, "d": 4}).changed_settings(path)
+    path = make_checkpoints(root, config={"a": {"b": 1, "c": 2}}).save({"model": make_engine()}, TrainState(step=1))
+    changed = make_checkpoints(root, config={"a": {"b": 1, "c": 3}, "d": 4}).changed_settings(path)
     assert list(changed) == ["a.c: 2 -> 3", "d: None -> 4"]
 
 
@@ -124,19 +124,32 @@ def test_without_a_manifest_there_is_no_checkpoint(root: Path, saved: Path) -> N
     assert latest_checkpoint(root) is None and committed_checkpoints(root) == []
 
 
-def test_a_failed_save_leaves_the_older_checkpoint_the_newest_and_no_rubbish(root: Path, saved: Path) -> None:
-    def full_disk(site: str, value: Any) -> Any:
-        if site == "checkpoint.manifest.fsync":
-            raise OSError(28, "No space left on device")
-        return value
+def test_a_failed_save_leaves_the_older_checkpoint_the_newest_and_no_rubbish(
+    root: Path, saved: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    seams.install(full_disk)
-    with pytest.raises(CheckpointFailed, match="step-00000006 is not saved, the newest is step-00000005: .*No space"):
-        make_checkpoints(root).save({"model": make_engine()}, TrainState(step=6))
-    seams.install(None)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full_disk)
+        with pytest.raises(CheckpointFailed, match="step-00000006 is not saved, the newest is step-00000005: .*space"):
+            make_checkpoints(root).save({"model": make_engine()}, TrainState(step=6))
     assert latest_checkpoint(root) == saved and list(root.iterdir()) == [saved]
     again = make_checkpoints(root).save({"model": make_engine()}, TrainState(step=6))
     assert latest_checkpoint(root) == again
+
+
+def test_the_new_name_is_forced_to_disk(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forced: list[tuple[str, bool]] = []
+    fsync = os.fsync
+
+    def noting_fsync(descriptor: int) -> None:
+        forced.append((os.readlink(f"/proc/self/fd/{descriptor}"), (root / "step-00000006").exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    make_checkpoints(root).save({"model": make_engine()}, TrainState(step=6))
+    assert forced[-1] == (str(root), True)
 
 
 def test_what_a_killed_save_left_behind_is_removed_by_the_next(root: Path, saved: Path) -> None:
@@ -147,46 +160,46 @@ def test_what_a_killed_save_left_behind_is_removed_by_the_next(root: Path, saved
 
 
 def test_the_newest_checkpoint_is_the_one_of_the_latest_step(root: Path) -> None:
-    checkpoints = make_checkpoints(root, keep=3)
+    checkpoints = make_checkpoints(root, retention=Retention(3))
     for step in (10, 9, 100):
         checkpoints.save({"model": make_engine()}, TrainState(step=step))
     assert checkpoints.latest() == root / "step-00000100"
-    assert [path.name for path in committed_checkpoints(root)] == ["step-00000009", "step-00000010", "step-00000100"]
+    assert steps_of(root) == [9, 10, 100]
 
 
 def test_only_the_newest_are_kept(root: Path) -> None:
-    checkpoints = make_checkpoints(root, keep=2)
+    checkpoints = make_checkpoints(root)
     for step in (1, 2, 3, 4):
         checkpoints.save({"model": make_engine()}, TrainState(step=step))
-    assert sorted(path.name for path in root.iterdir()) == ["step-00000003", "step-00000004"]
+    assert steps_of(root) == [3, 4] and len(list(root.iterdir())) == 2
 
 
 def test_those_to_keep_are_not_forgotten_and_do_not_count(root: Path) -> None:
-    checkpoints = make_checkpoints(root, keep=2)
+    checkpoints = make_checkpoints(root)
     for step in (1, 2, 3, 4, 5):
         checkpoints.save({"model": make_engine()}, TrainState(step=step), is_kept=step in (1, 4))
-    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [1, 3, 4, 5]
-    again = make_checkpoints(root, keep=1)  # the run is started again
+    assert steps_of(root) == [1, 3, 4, 5]
+    again = make_checkpoints(root, retention=Retention(1))  # the run is started again
     assert again.resume({"model": make_engine()}).step == 5
     again.save({"model": make_engine()}, TrainState(step=6))
-    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [1, 4, 6]
+    assert steps_of(root) == [1, 4, 6]
 
 
 def test_those_of_round_steps_are_not_forgotten(root: Path) -> None:
-    checkpoints = make_checkpoints(root, keep=1, keep_every=2)
+    checkpoints = make_checkpoints(root, retention=Retention(1, 2))
     for step in (1, 2, 3, 4, 5, 7):
         checkpoints.save({"model": make_engine()}, TrainState(step=step))
-    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [2, 4, 7]
+    assert steps_of(root) == [2, 4, 7]
 
 
 def test_what_is_kept_can_be_changed_by_hand(root: Path) -> None:
-    checkpoints = make_checkpoints(root, keep=1)
+    checkpoints = make_checkpoints(root, retention=Retention(1))
     kept = checkpoints.save({"model": make_engine()}, TrainState(step=1), is_kept=True)
     (kept / "keep").unlink()
     assert checkpoints.resume({"model": make_engine()}).step == 1  # not damaged by it
     (checkpoints.save({"model": make_engine()}, TrainState(step=2)) / "keep").touch()
     checkpoints.save({"model": make_engine()}, TrainState(step=3))
-    assert [int(path.name[-1]) for path in committed_checkpoints(root)] == [2, 3]
+    assert steps_of(root) == [2, 3]
 
 
 def test_saving_a_step_again_leaves_what_is_there(root: Path, saved: Path) -> None:
@@ -203,45 +216,23 @@ def test_saving_a_step_whose_checkpoint_is_damaged_makes_a_new_one(root: Path, s
     assert (engine.model.weight == 8).all()
 
 
-def damages() -> dict[str, Callable[[Path], Any]]:
-    share = "state/share-00000-of-00001.safetensors"
-    return {
-        "empty file": lambda path: (path / share).write_bytes(b""),
-        "cut file": lambda path: (path / share).write_bytes((path / share).read_bytes()[:-9]),
-        "flipped bit": lambda path: flip_bit(path / "weights" / "model.safetensors", 700),
-        "flipped bit in the config": lambda path: flip_bit(path / "weights" / "config.json", 90),
-        "missing file": lambda path: (path / share).unlink(),
-        "extra file": lambda path: (path / "state" / "share-00001-of-00002.safetensors").write_bytes(b"x"),
-        "no manifest": lambda path: (path / "manifest.json").unlink(),
-        "empty manifest": lambda path: (path / "manifest.json").write_text(""),
-        "manifest that is no JSON": lambda path: (path / "manifest.json").write_text("{"),
-        "flipped bit in the manifest": lambda path: flip_bit(path / "manifest.json", 200),
-        "manifest of another step": lambda path: shutil.copy(path.parent / "step-00000005" / "manifest.json", path),
-    }
-
-
-def flip_bit(file: Path, position: int) -> None:
-    content = bytearray(file.read_bytes())
-    content[position // 8] ^= 1 << position % 8
-    file.write_bytes(content)
-
-
-@pytest.mark.parametrize("kind", damages())
-def test_a_damaged_checkpoint_is_passed_over_in_one_line(root: Path, saved: Path, kind: str) -> None:
-    newest = make_checkpoints(root).save({"model": make_engine(8.0)}, TrainState(step=6))
-    damages()[kind](newest)
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_in_one_line(root: Path, kind: str) -> None:
+    for step in (1, 2):
+        newest = make_checkpoints(root).save({"model": make_engine(float(step))}, TrainState(step=step))
+    DAMAGES[kind](newest)
     engine, lines = make_engine(0.0), []
-    assert make_checkpoints(root, lines=lines).resume({"model": engine}).step == 5
-    assert (engine.model.weight == 3).all()
-    assert len(lines) == 1 and str(newest) in lines[0] and "falling back to step-00000005" in lines[0]
-    assert not newest.exists() and len(list(root.glob(".damaged-step-00000006-*"))) == 1  # and not lost
+    assert make_checkpoints(root, report=lines.append).resume({"model": engine}).step == 1
+    assert (engine.model.weight == 1).all()
+    assert len(lines) == 1 and str(newest) in lines[0] and "falling back to step-00000001" in lines[0]
+    assert not newest.exists() and len(list(root.glob(".damaged-step-00000002-*"))) == 1  # and not lost
 
 
 def test_if_no_checkpoint_is_whole_the_run_does_not_start_from_zero(root: Path, saved: Path) -> None:
     (saved / "weights" / "model.safetensors").write_bytes(b"")
     engine = make_engine(0.0)
     with pytest.raises(DamagedCheckpoint, match="none of 1 checkpoints is whole"):
-        make_checkpoints(root, lines=[]).resume({"model": engine})
+        make_checkpoints(root, report=lambda line: None).resume({"model": engine})
     assert (engine.model.weight == 0).all()  # nothing was loaded
 
 
@@ -255,20 +246,81 @@ def test_another_format_is_refused_naming_both(root: Path, saved: Path, version:
     assert saved.exists()
 
 
-def test_another_model_is_refused_naming_the_key_and_both_values(root: Path, saved: Path) -> None:
-    other = VARConfig(depth=1, patch_nums=(1, 2), vocab_size=32, code_width=4, num_classes=3)
-    with pytest.raises(ValueError, match="its vocab_size is 16, this run has 32"):
-        make_checkpoints(root, config=other).resume({"model": make_engine()})
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"model_config": replace(VAR_CONFIG, vocab_size=32)}, "its vocab_size is 16, this run has 32"),
+        ({"model_config": VQVAE_CONFIG}, "its kind is VAR, this run has VQVAE"),
+        ({"identity": {"seed": 1}}, "of another run: its seed is 0, this run has 1"),
+    ],
+)
+def test_another_model_or_run_is_refused_naming_the_key_and_both_values(
+    root: Path, saved: Path, change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_checkpoints(root, **change).resume({"model": make_engine()})
 
 
-def test_another_identity_is_refused_naming_the_key_and_both_values(root: Path, saved: Path) -> None:
-    with pytest.raises(ValueError, match="of another run: its seed is 0, this run has 1"):
-        make_checkpoints(root, seed=1).resume({"model": make_engine()})
+def tensors(*, averaged: bool = False) -> dict[str, Tensor]:
+    kinds = ("weight", "exp_avg", "exp_avg_sq", *(["ema"] if averaged else []))
+    names = [f"model/{kind}/layer{n}.weight" for kind in kinds for n in range(6)]
+    names += [f"discriminator/weight/layer{n}" for n in range(3)]
+    return {name: torch.full((8, n + 1), float(n)) for n, name in enumerate(names)}
 
 
-def test_another_kind_of_model_is_refused(root: Path, saved: Path) -> None:
-    checkpoints = Checkpoints(
-        root, retention=Retention(), world=World(), model_config=VQVAE_CONFIG, identity={"seed": 0}
-    )
-    with pytest.raises(ValueError, match="its kind is VAR, this run has VQVAE"):
-        checkpoints.resume({"model": make_engine()})
+def write_shares(folder: Path, world_size: int, offered: dict[str, Tensor]) -> list[str]:
+    """Let every rank of a world write its share; all names, and no name twice."""
+    names: list[str] = []
+    for rank in range(world_size):
+        share = Share(World(rank, world_size), describe(VAR_CONFIG))
+        for name, tensor in offered.items():
+            share.offer(name, tensor)
+        share.add_random_state({"torch": torch.tensor([rank], dtype=torch.uint8)})
+        for name, content in share.files():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(content)
+            names.append(name)
+    assert len(names) == len(set(names))
+    return names
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("world_size", [1, 2, 5])
+def test_all_that_the_ranks_were_offered_is_read_back(tmp_path: Path, world_size: int, averaged: bool) -> None:
+    offered = tensors(averaged=averaged)
+    saved = SavedTensors(tmp_path, write_shares(tmp_path, world_size, offered))
+    for name, tensor in offered.items():
+        assert torch.equal(saved.read(*name.split("/", 1)), tensor), name
+    for rank in range(world_size):
+        assert saved.random_state(rank)["torch"].tolist() == [rank]
+    assert ModelOnDisk(tmp_path / "weights").is_whole and ModelOnDisk(tmp_path / "ema").is_whole == averaged
+
+
+def test_the_ranks_write_about_as_much(tmp_path: Path) -> None:
+    write_shares(tmp_path, 3, tensors())
+    sizes = [file.stat().st_size for file in sorted((tmp_path / "state").iterdir())]
+    sizes[0] += (tmp_path / "weights" / "model.safetensors").stat().st_size
+    assert max(sizes) < 1.5 * min(sizes)
+
+
+def test_a_tensor_is_copied_since_the_next_may_reuse_its_memory() -> None:
+    share, tensor = Share(World(), describe(VAR_CONFIG)), torch.ones(3)
+    share.offer("model/exp_avg/a", tensor)
+    tensor.zero_()
+    content = dict(share.files())["state/share-00000-of-00001.safetensors"]
+    assert torch.ones(3).numpy().tobytes() in content
+
+
+def test_an_average_that_was_not_kept_begins_with_the_weight(tmp_path: Path) -> None:
+    offered = tensors()
+    saved = SavedTensors(tmp_path, write_shares(tmp_path, 1, offered))
+    assert torch.equal(saved.read("model", "ema/layer2.weight"), offered["model/weight/layer2.weight"])
+
+
+def test_a_tensor_that_is_not_there_and_a_file_that_is_none_are_named(tmp_path: Path) -> None:
+    names = write_shares(tmp_path, 1, tensors())
+    with pytest.raises(DamagedCheckpoint, match="has no model/exp_avg/other"):
+        SavedTensors(tmp_path, names).read("model", "exp_avg/other")
+    (tmp_path / "weights" / "model.safetensors").write_bytes(b"nothing")
+    with pytest.raises(DamagedCheckpoint, match="weights/model.safetensors cannot be read"):
+        SavedTensors(tmp_path, names)

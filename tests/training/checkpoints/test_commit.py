@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from malformed_checkpoints import CHECKPOINTS
+from malformed_checkpoints import CHECKPOINTS, cut, damage_of, flip
 from peak_memory import BOUND, peak_memory
 
 from data_pipeline.files.strict_json import MAX_BYTES
-from training import seams
 from training.checkpoints.commit import (
     DamagedCheckpoint,
     candidates,
@@ -28,71 +29,86 @@ from training.checkpoints.commit import (
     write_file,
 )
 
+CONTENT = b"0123456789" * 20
+
 
 def manifest_of(step: int, files: dict[str, Any]) -> dict[str, Any]:
     facts = {"format": 2, "step": step, "samples_seen": 8 * step, "useful_seconds": 1.5, "world_size": 1}
     return {**facts, "model": {}, "identity": {}, "config": {}, "engines": {"model": {}}, "files": files}
 
 
-def write(root: Path, step: int, content: bytes = b"0123456789" * 20) -> Path:
+def write(root: Path, step: int, before_commit: Callable[[Path], object] = lambda folder: None) -> Path:
     """A committed folder of two files."""
     temporary, final = root / f".tmp-{step}", root / folder_name(step)
     make_room(root, temporary)
-    files = {name: write_file(temporary / name, content, "share") for name in ("a.bin", "b/c.bin")}
+    files = {name: write_file(temporary / name, CONTENT) for name in ("a.bin", "b/c.bin")}
+    before_commit(temporary)
     publish(temporary, final, manifest_of(step, files))
     return final
 
 
-def damage(folder: Path) -> str:
-    found = structural_damage(folder)
-    if found:
-        return found
-    manifest = read_manifest(folder)
-    return content_damage(folder, manifest, list(manifest["files"]))
-
-
 def test_what_was_committed_is_sound_and_leaves_no_temporary_folder(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
-    assert damage(folder) == "" and list(tmp_path.iterdir()) == [folder]
+    assert damage_of(folder) == "" and list(tmp_path.iterdir()) == [folder]
     assert read_manifest(folder)["step"] == 7
+
+
+def test_everything_is_on_disk_before_the_rename_that_commits_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forced: list[str] = []
+    fsync, rename = os.fsync, os.rename
+
+    def noting_fsync(descriptor: int) -> None:
+        forced.append(str(Path(os.readlink(f"/proc/self/fd/{descriptor}")).relative_to(tmp_path)))
+        fsync(descriptor)
+
+    def noting_rename(source: Path, target: Path) -> None:
+        forced.append("renamed")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", noting_fsync)
+    monkeypatch.setattr(os, "rename", noting_rename)
+    write(tmp_path, 7)
+    files = [".tmp-7/a.bin", ".tmp-7/b/c.bin", ".tmp-7/manifest.json"]
+    assert forced[:3] == files and sorted(forced[3:5]) == [".tmp-7", ".tmp-7/b"] and forced[5:] == ["renamed"]
 
 
 def test_every_flipped_bit_shows(tmp_path: Path) -> None:
     folder = write(tmp_path, 7)
-    files = [folder / name for name in ("a.bin", "b/c.bin", "manifest.json")]
     chance = random.Random(0)
-    for _ in range(300):
-        file = chance.choice(files)
-        good = file.read_bytes()
-        flipped = bytearray(good)
-        flipped[chance.randrange(len(good))] ^= 1 << chance.randrange(8)
-        file.write_bytes(flipped)
-        assert damage(folder), file
-        file.write_bytes(good)
-    assert damage(folder) == ""
+    for file in (folder / name for name in ("a.bin", "b/c.bin", "manifest.json")):
+        for _ in range(100):
+            bit = chance.randrange(8 * file.stat().st_size)
+            flip(file, bit)
+            assert damage_of(folder), (file, bit)
+            flip(file, bit)
+    assert damage_of(folder) == ""
 
 
 def test_the_hash_is_of_what_was_meant_to_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A disk that takes the bytes and loses one is found out."""
-    file = tmp_path / "step-00000001" / "a.bin"
-
-    def lose_a_byte(site: str, value: Any) -> Any:
-        if site == "checkpoint.share.written":
-            file.write_bytes(file.read_bytes()[:-1] + b"?")
-
-    seams.install(lose_a_byte)
-    entry = write_file(file, b"0123456789", "share")
-    seams.install(None)
-    assert "damaged (sha256)" in content_damage(file.parent, {"files": {"a.bin": entry}}, ["a.bin"])
+    file = tmp_path / "a.bin"
+    monkeypatch.setattr(os, "fsync", lambda descriptor: file.write_bytes(CONTENT[:-1] + b"?"))
+    entry = write_file(file, CONTENT)
+    assert "damaged (sha256)" in content_damage(tmp_path, {"files": {"a.bin": entry}}, ["a.bin"])
 
 
-def test_a_file_that_another_rank_wrote_elsewhere_is_noticed_before_the_commit(tmp_path: Path) -> None:
-    temporary = tmp_path / ".tmp-1"
-    make_room(tmp_path, temporary)
-    files = {"state/share.bin": {"bytes": 3, "sha256": "0" * 64}}
-    with pytest.raises(ValueError, match="not seen by rank 0; the run folder must be on shared storage"):
-        publish(temporary, tmp_path / folder_name(1), manifest_of(1, files))
+@pytest.mark.parametrize(
+    "lose", [lambda folder: (folder / "b/c.bin").unlink(), lambda folder: cut(folder / "b/c.bin", keep=0.5)]
+)
+def test_a_file_that_rank_zero_does_not_see_whole_is_noticed_before_the_commit(
+    tmp_path: Path, lose: Callable[[Path], object]
+) -> None:
+    with pytest.raises(ValueError, match=r"c.bin was written but is not seen by rank 0; .*on shared storage"):
+        write(tmp_path, 1, before_commit=lose)
     assert candidates(tmp_path) == []
+
+
+def test_a_file_cut_after_the_commit_is_told_by_its_size_without_reading_it(tmp_path: Path) -> None:
+    folder = write(tmp_path, 1)
+    cut(folder / "a.bin", keep=0.5)
+    assert damage_of(folder) == f"{folder}/a.bin has 100 bytes instead of 200"
 
 
 def test_the_newest_comes_first_and_rubbish_does_not_count(tmp_path: Path) -> None:
@@ -111,8 +127,9 @@ def test_what_is_set_aside_is_no_candidate_and_not_lost(tmp_path: Path) -> None:
 
 
 def test_old_ones_are_forgotten_but_the_kept_the_round_and_the_newest(tmp_path: Path) -> None:
-    for step in (1, 2, 3, 4, 5, 6, 7):
-        (write(tmp_path, step) / "keep").touch() if step == 1 else write(tmp_path, step)
+    for step in range(1, 8):
+        write(tmp_path, step)
+    (tmp_path / folder_name(1) / "keep").touch()
     forget_old(tmp_path, keep=2, keep_every=3)
     assert [int(path.name[-1]) for path in candidates(tmp_path)] == [7, 6, 5, 3, 1]
 
@@ -122,7 +139,7 @@ def test_a_malformed_checkpoint_is_damage_in_one_line(tmp_path: Path, name: str)
     damage_it, reason = CHECKPOINTS[name]
     folder = write(tmp_path / "checkpoints", 1)
     outside = tmp_path / "outside.bin"
-    outside.write_bytes(b"0123456789" * 20)
+    outside.write_bytes(CONTENT)
     damage_it(folder)
     start = time.monotonic()
     line = structural_damage(folder)
@@ -138,15 +155,15 @@ def test_a_large_manifest_is_read_within_the_memory(tmp_path: Path) -> None:
     assert peak_memory(lambda: structural_damage(folder)) < BOUND
 
 
-def test_files_of_a_manifest_never_lead_out_of_its_folder(tmp_path: Path) -> None:
-    above = ("../../x", "/etc/passwd", "a/../b", "..", "a//b", "a\\b", "", "a/b/c/d", ".hidden", "x\n", "manifest.json")
-    for name in above:
-        folder = write(tmp_path, 1)
-        entry = {"bytes": 1, "sha256": "0" * 64}
-        (folder / "manifest.json").write_bytes(sealed(manifest_of(1, {name: entry})))
-        with pytest.raises(DamagedCheckpoint, match="is sealed, but lists a file"):
-            read_manifest(folder)
-        set_aside(folder)
+@pytest.mark.parametrize(
+    "name",
+    ["../../x", "/etc/passwd", "a/../b", "..", "a//b", "a\\b", "", "a/b/c/d", ".hidden", "x\n", "manifest.json"],
+)
+def test_files_of_a_manifest_never_lead_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    folder = write(tmp_path, 1)
+    (folder / "manifest.json").write_bytes(sealed(manifest_of(1, {name: {"bytes": 1, "sha256": "0" * 64}})))
+    with pytest.raises(DamagedCheckpoint, match="is sealed, but lists a file"):
+        read_manifest(folder)
 
 
 def test_another_version_is_no_damage_but_refused(tmp_path: Path) -> None:

@@ -11,12 +11,12 @@ from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
 from training.laws.frontier import GRID_POINTS, interior_minima, non_dominated, widened
 from training.laws.parametric_law import fit_parametric
 from training.laws.power_law import bootstrap, fit_power_law, percentiles
-from training.laws.study_curves import SizeCurve
+from training.laws.study_data import SizeCurve
 from training.laws.study_fit import Interval
 
 
 def drawn(name: str, x: list[float], y: list[float]) -> SizeCurve:
-    return SizeCurve(name, 1, 1.0, np.asarray(x), np.asarray(x), {"loss_avg": np.asarray(y)}, {})
+    return SizeCurve(name, 1.0, np.asarray(x), np.asarray(x), {"loss_avg": np.asarray(y)}, {})
 
 
 def test_a_frontier_drawn_by_hand() -> None:

@@ -1,21 +1,26 @@
-"""Eqs. 11 to 16 against each other and against what training costs; and laws planted so that all fits together."""
+"""Eqs. 11 to 16 against each other and against what training costs, laws planted to fit together, and Appendix B."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from launchers.study.plan import paper_models
+from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, Scales
 from models.var import VARConfig
-from training.flops import ACCOUNTINGS, DENSE_MASK, EXACT, FLOPS_PER_PFLOP, PAPER, flops_per_image
+from training.accounting import ACCOUNTINGS, BILLION, DENSE_MASK, EXACT, FLOPS_PER_PFLOP, PAPER
 from training.laws.paper_laws import (
-    BILLION,
     PAPER_LAWS,
-    PAPER_MODELS,
     Laws,
-    TrainedModel,
+    eq20,
+    eq21,
+    generation_costs,
     growth,
     implied_compute,
     notes,
@@ -27,13 +32,14 @@ from training.laws.study_fit import PowerLaw
 
 GROWTH = 0.7  # planted: N ~ C^0.7
 EXPONENTS = {"loss_last": -0.23, "loss_avg": -0.2, "error_last": -0.016, "error_avg": -0.01}
+PAPER_MODELS = paper_models()
 LARGEST = PAPER_MODELS[-1]
 
 
 def planted(accounting: str = EXACT, *, growths: dict[str, float] | None = None) -> Laws:
     """Laws of runs whose largest ends on the frontier at what its training costs by `accounting`."""
-    compute = LARGEST.images * flops_per_image(LARGEST.config)[accounting] / FLOPS_PER_PFLOP
-    billions = LARGEST.config.num_parameters / BILLION
+    compute = LARGEST.images * LARGEST.flops_per_image[accounting] / FLOPS_PER_PFLOP
+    billions = LARGEST.num_parameters / BILLION
     by_parameters, by_compute = {}, {}
     for name, exponent in EXPONENTS.items():
         law = PowerLaw(exponent=exponent, scale=2.0 * len(name), irreducible=5.0 if name.startswith("loss") else 0.0)
@@ -103,7 +109,7 @@ def test_planted_laws_name_the_compute_that_they_were_planted_with() -> None:
 )
 def test_swapped_labels_are_found_in_other_laws_and_nothing_else_is_said(kinds: tuple[str, ...], places: str) -> None:
     found = notes(relabelled(planted())[kinds], PAPER_MODELS)
-    assert places in [note for note in found if "swapped" in note][0]
+    assert places in next(note for note in found if "swapped" in note)
     assert not any("FLOPs" in note for note in found)
 
 
@@ -157,16 +163,51 @@ def test_bands_do_not_hold_laws_that_would_be_printed_otherwise() -> None:
         assert not band.low <= compute <= band.high
 
 
-def test_bad_input_is_named() -> None:
-    with pytest.raises(ValueError, match="no sizes"):
-        notes(PAPER_LAWS, [])
-    with pytest.raises(ValueError, match="must be of"):
-        Laws({}, PAPER_LAWS.by_compute)
-    rising = {**PAPER_LAWS.by_compute, "loss_avg": power(1.0, 0.1)}
-    with pytest.raises(ValueError, match="loss_avg has exponent 0.1"):
-        Laws(PAPER_LAWS.by_parameters, rising)
-
-
 def test_sizes_are_reported_from_the_smallest() -> None:
-    models = [TrainedModel(VARConfig(depth=depth), images=10**6) for depth in (8, 6)]
-    assert [size.name for size in implied_compute(PAPER_LAWS, models)] == ["d6", "d8"]
+    assert [size.name for size in implied_compute(PAPER_LAWS, PAPER_MODELS[::-1])] == ["d6", "d16", "d20", "d24", "d30"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.integers(1, 16), min_size=1, max_size=6, unique=True).map(sorted))
+def test_attention_pairs_are_those_of_a_loop_over_the_steps(patch_nums: list[int]) -> None:
+    """Appendix B: without a cache all tokens so far ask for all tokens so far; with one, only the new tokens ask."""
+    so_far, uncached, cached = 0, 0, 0
+    for side in patch_nums:
+        so_far += side * side
+        uncached += so_far * so_far
+        cached += side * side * so_far
+    raster, raster_cached, scales, scales_cached = generation_costs(patch_nums)
+    num_raster = patch_nums[-1] ** 2
+    assert raster.pairs == sum(i * i for i in range(1, num_raster + 1))  # eq. 17
+    assert raster_cached.pairs == sum(range(1, num_raster + 1))
+    assert (scales.pairs, scales_cached.pairs) == (uncached, cached)
+    assert cached == Scales(tuple(patch_nums)).block_causal_mask().sum().item()
+    assert (scales.tokens, scales.steps) == (so_far, len(patch_nums))
+
+
+@pytest.mark.parametrize("ratio", [Fraction(2), Fraction(3, 2), Fraction(13, 10)])
+@pytest.mark.parametrize("num_scales", [1, 2, 10])
+def test_eq20_and_eq21_are_the_sum_over_scales(num_scales: int, ratio: Fraction) -> None:
+    """The token counts of eq. 18 added up term by term."""
+    so_far, pairs = Fraction(0), Fraction(0)
+    for k in range(num_scales):
+        so_far += ratio ** (2 * k)
+        pairs += so_far**2
+    assert eq20(num_scales, ratio) == pairs
+    assert eq21(float(ratio ** (num_scales - 1)), float(ratio)) == pytest.approx(float(pairs), rel=1e-9)
+
+
+def test_a_schedule_of_powers_of_two_is_geometric_and_its_cost_grows_as_the_fourth_power_of_the_side() -> None:
+    assert eq20(5, 2) == generation_costs((1, 2, 4, 8, 16))[2].pairs
+    a, num_scales = 2, 30  # lemma B.2 for a = 2, at a side at which only the leading term is left
+    leading = Fraction(a**8 * a ** (4 * (num_scales - 1)), (a**2 - 1) ** 3 * (a**2 + 1))
+    assert float(eq20(num_scales, a) / leading) == pytest.approx(1, rel=1e-6)
+
+
+def test_published_schedules_with_a_cache_have_more_pairs_than_raster_order_and_fewer_steps() -> None:
+    for patch_nums, pairs in ((PATCH_NUMS_256, 286_434), (PATCH_NUMS_512, 3_269_850)):
+        raster, raster_cached, scales, scales_cached = generation_costs(patch_nums)
+        assert scales.pairs < raster.pairs  # what appendix B says
+        assert scales_cached.pairs == pairs > 5 * raster_cached.pairs  # what it does not say
+        assert scales_cached.tokens > raster_cached.tokens
+        assert scales_cached.steps * 25 < raster_cached.steps

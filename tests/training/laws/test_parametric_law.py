@@ -10,11 +10,10 @@ from planted import COMPUTE_EXPONENT, NAMES, SURFACE, curves
 from scipy.optimize import minimize
 from scipy.special import huber, logsumexp
 
-from training.laws.law_fit import Trust
 from training.laws.parametric_law import compute_exponents, fit_parametric, hold_out_surface, parametric_frontier
 from training.laws.power_law import percentiles
-from training.laws.study_curves import SizeCurve
-from training.laws.study_fit import ParametricFit
+from training.laws.study_data import SizeCurve
+from training.laws.study_fit import FitConfig, ParametricFit
 
 
 def fit(sizes: list[SizeCurve], irreducible: float | None = None) -> ParametricFit:
@@ -29,6 +28,13 @@ def numbers(found: ParametricFit) -> tuple[float, ...]:
         found.token_factor,
         found.token_exponent,
     )
+
+
+def test_a_surface_falls_to_its_irreducible_part_in_both_directions() -> None:
+    law = ParametricFit("loss_avg", 1.7, 0.4, 0.34, 0.5, 0.28, 0.1535, draws=(), num_points=9, r_squared=1.0)
+    ends = [float(law(*arguments)) for arguments in ((1.0, 1.0), (1e30, 1.0), (1.0, 1e40))]
+    assert ends == pytest.approx([1.7 + 0.4 + 0.5, 1.7 + 0.5, 1.7 + 0.4])
+    assert law(np.ones(3), np.ones(3)).shape == (3,)
 
 
 @pytest.mark.parametrize("irreducible", [None, SURFACE[0]])
@@ -90,15 +96,15 @@ def test_the_intervals_hold_the_truth_about_so_often() -> None:
 
 
 def test_a_surface_predicts_the_ends_of_the_sizes_it_has_not_seen() -> None:
-    trust = Trust(held_out=2, gate=0.025, gate_of_gain=0.2, draws=100)
+    config = FitConfig()
     sizes = curves(noise=1e-4)
-    checks = hold_out_surface(sizes, "loss_avg", None, fit(sizes), trust=trust)
+    checks = hold_out_surface(sizes, "loss_avg", None, fit(sizes), config=config)
     assert [check.name for check in checks] == list(NAMES[-2:]) and all(check.passed for check in checks)
     spoilt = sizes[-1].metrics["loss_avg"] + 0.2  # a largest size that is not as good as the law has it
     sizes[-1] = replace(sizes[-1], metrics={"loss_avg": spoilt})
-    failed = hold_out_surface(sizes, "loss_avg", None, fit(sizes), trust=trust)[-1]
+    failed = hold_out_surface(sizes, "loss_avg", None, fit(sizes), config=config)[-1]
     assert not failed.passed and failed.share > 0.025 and failed.measured == spoilt[-1]
-    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes[:4]), trust=trust) == ()
+    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes[:4]), config=config) == ()
 
 
 def test_a_broken_evaluation_hardly_moves_the_law() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,13 +16,19 @@ from training.laws.power_law import (
     fit_power_law,
     pearson,
     percentiles,
-    r_squared,
     resample,
     runs_test,
     student_interval,
 )
+from training.laws.study_fit import Interval, PowerLaw
 
 TRUTH = 5 + (2.5 * BILLIONS) ** -0.2
+
+
+def test_a_law_is_a_straight_line_in_log_log_axes_above_its_irreducible_part() -> None:  # eq. 10
+    law = PowerLaw(exponent=-0.23, scale=2.0, irreducible=4.5)
+    x = np.geomspace(1e-3, 10, 7)
+    assert np.log(law(x) - 4.5) == pytest.approx(-0.23 * np.log(x) - 0.23 * np.log(2.0))
 
 
 @pytest.mark.parametrize("irreducible", [None, 5.0])
@@ -47,30 +54,34 @@ def test_the_unit_of_x_changes_the_scale_only() -> None:
 
 
 @pytest.mark.parametrize("irreducible", [5.0, None])
-def test_an_interval_of_95_per_cent_holds_the_truth_about_so_often(irreducible: float | None) -> None:
-    """With E given by the bootstrap, with E fitted by Student's t: the quick half; the slow test has both of both."""
-    check_coverage(irreducible, draws=100, by_bootstrap=irreducible is not None, by_student=irreducible is None)
+def test_students_interval_of_95_per_cent_holds_the_truth_about_so_often(irreducible: float | None) -> None:
+    check_coverage(lambda points, rng: student_interval(points, irreducible), num_studies=200, low=0.90, high=0.98)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("irreducible", [5.0, None])
-def test_intervals_of_1000_draws_hold_the_truth_about_so_often(irreducible: float | None) -> None:
-    check_coverage(irreducible, draws=1000, by_bootstrap=True, by_student=True)
+@pytest.mark.parametrize(
+    ("irreducible", "num_studies", "draws", "low"),
+    [(5.0, 60, 60, 0.83)] + [pytest.param(known, 300, 200, 0.90, marks=pytest.mark.slow) for known in (5.0, None)],
+)
+def test_a_bootstrapped_interval_of_95_per_cent_holds_the_truth_about_so_often(
+    irreducible: float | None, num_studies: int, draws: int, low: float
+) -> None:
+    """The quick case would fail by chance less than once in 1,000 seeds; the slow ones are the measured coverage."""
+
+    def interval(points: Points, rng: np.random.Generator) -> Interval:
+        return percentiles(bootstrap(points, irreducible, draws=draws, rng=rng).exponent_draws)
+
+    check_coverage(interval, num_studies=num_studies, low=low, high=0.985)
 
 
-def check_coverage(irreducible: float | None, *, draws: int, by_bootstrap: bool, by_student: bool) -> None:
-    """Twelve sizes, noise of 0.1 %, 300 studies: 90 to 98 % of the intervals hold the exponent."""
-    rng = np.random.default_rng(11)
-    bootstrapped, student = [], []
-    for _ in range(300):
-        points = points_of(TRUTH * np.exp(1e-3 * rng.standard_normal(12)))
-        if by_bootstrap:
-            bootstrapped.append(percentiles(bootstrap(points, irreducible, draws=draws, rng=rng).exponent_draws))
-        if by_student:
-            student.append(student_interval(points, irreducible))
-    for intervals in filter(None, (bootstrapped, student)):
-        held = [interval.low <= -0.2 <= interval.high for interval in intervals]
-        assert 0.90 <= np.mean(held) <= 0.98
+def check_coverage(
+    interval: Callable[[Points, np.random.Generator], Interval], *, num_studies: int, low: float, high: float
+) -> None:
+    """Plant twelve sizes with noise of 0.1 % so many times, and bound the share of intervals that hold the exponent."""
+    rng, held = np.random.default_rng(11), []
+    for _ in range(num_studies):
+        found = interval(points_of(TRUTH * np.exp(1e-3 * rng.standard_normal(12))), rng)
+        held.append(found.low <= -0.2 <= found.high)
+    assert low <= np.mean(held) <= high
 
 
 def test_students_interval_of_a_straight_line_is_that_of_linear_regression() -> None:
@@ -120,7 +131,7 @@ def test_the_middle_of_a_group_is_its_middle_in_the_logs() -> None:
     assert middles.y == pytest.approx([6, 5])
 
 
-@pytest.mark.parametrize("num_signs", [2, 5, 8])
+@pytest.mark.parametrize("num_signs", [2, 6])
 def test_the_runs_test_counts_all_orders_of_the_signs(num_signs: int) -> None:
     def runs(signs: tuple[int, ...]) -> int:
         return 1 + sum(left != right for left, right in itertools.pairwise(signs))
@@ -133,23 +144,12 @@ def test_the_runs_test_counts_all_orders_of_the_signs(num_signs: int) -> None:
         assert runs_test(np.asarray(signs, dtype=float)) == pytest.approx(expected)
 
 
-def test_residuals_that_bend_come_in_runs() -> None:
-    wrong = fit_power_law(points_of(TRUTH), 0.0)
-    assert runs_test(np.log(TRUTH) - np.log(wrong(BILLIONS))) < 0.05
-
-
 def test_pearson_stays_above_099_where_the_exponent_is_wrong_by_half() -> None:
     """E = 4 in place of 5 nats: r says nothing, the exponent is 47 % off."""
     points = points_of(TRUTH)
     assert pearson(points, 5.0) == pytest.approx(-1)
     assert abs(pearson(points, 4.0)) > 0.99
     assert fit_power_law(points, 4.0).exponent == pytest.approx(-0.107, abs=0.003)
-
-
-def test_r_squared_is_1_for_the_law_and_0_for_the_mean() -> None:
-    y = np.asarray([2.0, 3.0, 5.0])
-    assert r_squared(np.zeros(3), y) == 1
-    assert r_squared(np.log(y) - np.log(y).mean(), y) == pytest.approx(0)
 
 
 @pytest.mark.parametrize(

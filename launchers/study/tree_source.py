@@ -1,16 +1,17 @@
 """Synthetic codes whose entropy is known exactly: the yardstick of a scaling study that no real data gives.
 
-A class and a tree of tokens. The token of a cell at scale k is drawn from a fixed table, given the class, the token of
-its parent (the cell of scale k-1 in which it lies) and that of its grandparent. A row of a table mixes three laws: one
-of the parent, one of parent and class, one of all three. Each is Zipf's law over the vocabulary in an order of its own.
-So a few contexts are frequent and most are rare, and what is left to learn grows harder the more has been learned.
+An image has a class and a tree of tokens. The parent of a token is the token of the scale before in whose cell it lies.
+A token of scale k is drawn from a fixed table, given the class, its parent and its grandparent. A row of a table mixes
+three laws: one of the parent, one of parent and class, one of all three. Each is Zipf's law over the vocabulary in an
+order of its own. So a few contexts are frequent and most are rare, and what is left to learn grows harder the more has
+been learned.
 
 Given the class and all earlier scales a token depends on its own ancestors alone. Its entropy is therefore the least
-cross-entropy that a model of the next scale can reach, and follows from the marginals of (class, grandparent, parent),
+cross-entropy that a model of the next scale can reach. It follows from the marginals of (class, grandparent, parent),
 which are propagated from scale to scale without sampling.
 
 Legend: B images, L codes of one image, K scales, Y classes, V vocabulary, G and P the values of grandparent and parent
-(V, or 1 where there is none).
+(V, or 1 if there is none).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
@@ -28,7 +30,7 @@ MAX_ZIPF = 20  # no probability may round to 0
 
 @dataclass(frozen=True)
 class TreeSourceConfig:
-    """A source; equal configs are equal sources."""
+    """The settings of a source; equal settings give equal sources."""
 
     patch_nums: tuple[int, ...] = (1, 2, 4)
     vocab_size: int = 32
@@ -41,7 +43,7 @@ class TreeSourceConfig:
         object.__setattr__(self, "patch_nums", tuple(self.patch_nums))
         object.__setattr__(self, "mixture", tuple(self.mixture))
         sides = self.patch_nums
-        if not sides or sides[0] < 1 or any(b <= a for a, b in zip(sides, sides[1:])):
+        if not sides or sides[0] < 1 or any(b <= a for a, b in pairwise(sides)):
             raise ValueError(f"patch_nums is {sides}; it holds the sides of the token maps, growing, from 1 or more")
         for name, least in (("vocab_size", 2), ("num_classes", 1), ("seed", 0)):
             if getattr(self, name) < least:
@@ -58,12 +60,12 @@ class TreeSourceConfig:
 
     @property
     def num_tokens(self) -> int:
-        """L, the codes of one image."""
+        """The number L of codes of one image."""
         return sum(side * side for side in self.patch_nums)
 
 
 class TreeSource:
-    """Draws codes, and knows what a perfect model would lose on them."""
+    """Draws codes, and knows the loss of a perfect model on them."""
 
     def __init__(self, config: TreeSourceConfig) -> None:
         self.config = config
@@ -74,7 +76,7 @@ class TreeSource:
         self._ends = np.cumsum(sizes)[:-1]
 
     def entropy(self) -> np.ndarray:
-        """(K,) nats of a token of each scale, given the class and all earlier scales; exact."""
+        """Return the exact entropy of a token of each scale, given the class and all earlier scales: (K,) nats."""
         config = self.config
         contexts = np.full((config.num_classes, 1, 1), 1 / config.num_classes)  # (Y, G, P)
         entropies = []
@@ -85,11 +87,11 @@ class TreeSource:
         return np.array(entropies)
 
     def average(self, per_scale: np.ndarray) -> float:
-        """From means per scale (K,) to the mean over all tokens, as losses are averaged in training."""
+        """Average means per scale (K,) over all tokens, as training averages losses."""
         return float(self._token_shares @ per_scale)
 
     def draw(self, num_images: int, *, seed: int, stream: int = 0) -> tuple[np.ndarray, np.ndarray]:
-        """Codes (B, L) and labels (B,), int64. Equal arguments give equal images; another stream gives others."""
+        """Draw codes (B, L) and labels (B,), int64. Equal arguments give equal images; another stream gives others."""
         random = np.random.Generator(np.random.Philox(key=[seed, stream]))
         labels = random.integers(self.config.num_classes, size=num_images)
         parts: list[np.ndarray] = []
@@ -100,7 +102,7 @@ class TreeSource:
         return np.concatenate(parts, axis=1), labels
 
     def loss(self, codes: np.ndarray, labels: np.ndarray) -> np.ndarray:
-        """(K,) the source's own cross-entropy in nats on given images: the loss of a perfect model.
+        """Return the source's own cross-entropy on given images, the loss of a perfect model: (K,) nats.
 
         codes: (B, L), labels: (B,). Raises ValueError for codes or labels that this source does not have.
         """
@@ -110,7 +112,7 @@ class TreeSource:
         return np.array([-np.log(probabilities).mean() for probabilities in drawn])
 
     def _rows(self, k: int, parts: list[np.ndarray], labels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Where in the table of scale k the rows of its cells are: class, grandparent and parent, each (B, p_k^2)."""
+        """Return the indices of the cells in the table of scale k: class, grandparent, parent, (B, p_k^2) each."""
         sides = self.config.patch_nums
         cells = np.arange(sides[k] ** 2)
         ancestors = [np.zeros((len(labels), len(cells)), dtype=np.int64)] * 2
@@ -130,19 +132,19 @@ class TreeSource:
 
 
 def _cells_around(cells: np.ndarray, side: int, coarser_side: int) -> np.ndarray:
-    """The cells of a coarser map in which the upper left corners of cells of a finer map lie, both row by row."""
+    """Return the cells of a coarser map that hold the upper left corners of cells of a finer one, both row by row."""
     y, x = np.divmod(cells, side)
     return (y * coarser_side // side) * coarser_side + x * coarser_side // side
 
 
 def _limits(table: np.ndarray) -> np.ndarray:
-    """The cumulative rows of a table, row r raised by r, one after another: one search finds row and token."""
+    """Return the cumulative rows of a table one after another, row r raised by r: one search finds row and token."""
     rows = table.reshape(-1, table.shape[-1])
     return (rows.cumsum(axis=1) + np.arange(len(rows))[:, None]).ravel()
 
 
 def _tables(config: TreeSourceConfig) -> Iterator[np.ndarray]:
-    """The table of each scale, (Y, G, P, V)."""
+    """Make the table of each scale, (Y, G, P, V)."""
     random = np.random.Generator(np.random.Philox(key=[config.seed, 2**32]))
     weights = np.arange(1, config.vocab_size + 1) ** -float(config.zipf)
     law = weights / weights.sum()

@@ -1,4 +1,4 @@
-"""data_pipeline/making/tree_source.py: the entropy it states is that of what it draws."""
+"""launchers/study/tree_source.py: the entropy it states is that of what it draws."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from itertools import product
 import numpy as np
 import pytest
 
-from data_pipeline.making.tree_source import TreeSource, TreeSourceConfig
+from launchers.study.tree_source import TreeSource, TreeSourceConfig
 
 SMALL = TreeSourceConfig(vocab_size=8, num_classes=4)
 
