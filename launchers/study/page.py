@@ -48,47 +48,34 @@ Runs = Mapping[Path, MeasuredRun | None]  # run folders that have a record; None
 def open_parent(config: StudyConfig) -> None:
     """Show that a study has started, and report where to look."""
 
-    def show(page: StudyPage) -> None:
-        page.note(status="RUNNING", git=code_version())
-        page.set_status("RUNNING")
-        describe_study(page, config)
-        say(where_to_look(page))
+    def show_start(page: StudyPage) -> None:
+        page.note(git=code_version())
+        say(show(page, config, {}, "RUNNING"))
 
-    best_effort(config, show)
+    best_effort(config, show_start)
 
 
 def close_parent(config: StudyConfig, status: str) -> None:
     """Show how the study has ended: FINISHED, FAILED, or KILLED where it was stopped."""
-
-    def show(page: StudyPage) -> None:
-        page.note(status=status)
-        describe_runs(page, read_runs(config))
-        page.set_status(status)
-
-    best_effort(config, show)
+    best_effort(config, lambda page: show(page, config, read_runs(config), status))
 
 
 def publish(config: StudyConfig) -> None:
     """Put what `fit` and `report` have made on the study's page, and report where to look."""
 
-    def show(page: StudyPage) -> None:
+    def show_results(page: StudyPage) -> None:
         runs = read_runs(config)
-        describe_runs(page, runs)
-        attach_results(page)
-        if is_finished(config, runs):
-            page.note(status="FINISHED")
-            page.set_status("FINISHED")
-        say(where_to_look(page))
+        say(show(page, config, runs, "FINISHED" if is_finished(config, runs) else ""))
 
-    best_effort(config, show)
+    best_effort(config, show_results)
 
 
-def best_effort(config: StudyConfig, show: Callable[[StudyPage], None]) -> None:
+def best_effort(config: StudyConfig, show_part: Callable[[StudyPage], object]) -> None:
     """Show something on the study's page; a tracker that is away costs one line, since the folders are the record."""
     if config.tracking.mlflow:
         try:
             with opened(config) as page:
-                show(page)
+                show_part(page)
         except Exception as error:  # whatever a tracker throws
             say(f"mlflow: {reason(error)}; `scaling_study.py sync {config.folder}` brings it up to the study")
 
@@ -118,13 +105,9 @@ def launch_sync(command: Command[StudyConfig]) -> None:
         read_fit(folder)  # damage is the study's fault, not the tracker's
     with opened(config) as page:
         sent = {run: number for run in runs if (number := send_run(run, tracking)) is not None}
-        describe_study(page, config)
-        describe_runs(page, runs)
-        attach_results(page)
         noted = read_state(folder).get("status", "")
         ended = noted if noted in ENDED else "FINISHED" if is_finished(config, runs) else "KILLED"
-        page.set_status(ended if len(sent) == len(runs) else "RUNNING")
-        address = where_to_look(page)
+        address = show(page, config, runs, ended if len(sent) == len(runs) else "RUNNING")
     known = sum(points[run] - number for run, number in sent.items())
     say(f"{folder}: {len(runs)} runs, {sum(sent.values())} points sent, {known} were there already\n{address}")
 
@@ -182,12 +165,24 @@ def is_finished(config: StudyConfig, runs: Runs) -> bool:
     return all(run is not None and run.size.is_finished for run in planned)
 
 
-def describe_study(page: StudyPage, config: StudyConfig) -> None:
-    """Set the study's tags: its sizes, its seeds and the commit of the code."""
+def show(page: StudyPage, config: StudyConfig, runs: Runs, status: str) -> str:
+    """Bring a study's page up to its folder, and return where to look.
+
+    status: RUNNING, FINISHED, FAILED or KILLED, also noted in the folder; empty: as it was.
+    """
     tags = {"sizes": " ".join(config.names()), "seeds": " ".join(map(str, config.seeds))}
     if commit := read_state(page.folder).get("git"):
         tags[COMMIT_TAG] = commit
     page.describe(tags, {}, time_ms=0)
+    describe_runs(page, runs)
+    attach_results(page)
+    if status:
+        page.note(status=status)
+        page.set_status(status)
+    address, uri = address_of(page), page.config.uri
+    if uri.startswith("http"):
+        return f"curves     {uri.rstrip('/')}/{address}"
+    return f"curves     mlflow ui --backend-store-uri {uri} --port 5000, then http://127.0.0.1:5000/{address}"
 
 
 def describe_runs(page: StudyPage, runs: Runs) -> None:
@@ -245,11 +240,3 @@ def attach_results(page: StudyPage) -> None:
 def modified(file: Path) -> int:
     """Return when a file was last changed, in ms: the same however often its numbers are sent."""
     return int(file.stat().st_mtime * 1000)
-
-
-def where_to_look(page: StudyPage) -> str:
-    """Return the address of the study's saved view, or the command that serves it."""
-    address, uri = address_of(page), page.config.uri
-    if uri.startswith("http"):
-        return f"curves     {uri.rstrip('/')}/{address}"
-    return f"curves     mlflow ui --backend-store-uri {uri} --port 5000, then http://127.0.0.1:5000/{address}"

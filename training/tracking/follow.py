@@ -38,7 +38,6 @@ from training.tracking.mlflow import (
 from training.tracking.record import TrackingConfig, absolute_uri
 from training.tracking.redaction import redacted_output
 
-ROOT = Path(__file__).resolve().parents[2]
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent dies
 NICENESS = 10  # training goes first
@@ -181,7 +180,6 @@ class MLflowView:
         self._next_start = time.monotonic() + RESTART_SECONDS
         self._hang_up()
         environment = os.environ | {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         # -P: a folder `training` where the user stands is not ours
         command = [sys.executable, "-P", "-m", "training.tracking.follow", str(self.folder)]
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # the process inherits this, for good
