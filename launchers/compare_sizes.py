@@ -21,9 +21,8 @@ from launchers.sampling.pictures import tile
 from launchers.sampling.plan import MAX_CLASSES, plan_samples
 from launchers.sampling.sampler import decode_in_parts
 from launchers.setup.assembly import Models, load_models, open_codes_or_images
-from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.config_files import load_config
-from launchers.setup.loading import refuse_several_ranks
 from launchers.setup.settings import TrainConfig, refuse_below_zero, refuse_no_png
 from models.generation import KnownTokens, generate_scales
 from models.sampling import Sampling

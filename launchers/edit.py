@@ -24,8 +24,8 @@ from data_pipeline.images.headers import read_header
 from launchers.figures.plots import Cell, draw_table
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import Models, load_models
-from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.loading import refuse_file, refuse_several_ranks
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
+from launchers.setup.loading import refuse_file
 from launchers.setup.settings import refuse_below_zero, refuse_unknown
 from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels
 from models.generation import KnownTokens, generate_scales, known_part

@@ -18,12 +18,11 @@ from launchers.figures.model_cards import (
     model_card,
 )
 from launchers.setup.assembly import load_models
-from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import (
     checkpoint_of,
     find_whole,
     load_tokenizer,
-    refuse_several_ranks,
     run_of,
     tokenizer_of,
     write_public,
@@ -54,6 +53,7 @@ class ExportConfig:
 
 
 def launch(command: Command[ExportConfig]) -> None:
+    """Write the folder, or say what would be written."""
     config, out = command.config, Path(command.config.out)
     refuse_several_ranks("export_weights.py")
     refuse_occupied(out)
@@ -62,13 +62,14 @@ def launch(command: Command[ExportConfig]) -> None:
         check_public(var.config)
     for name, size in describe_sizes(var, tokenizer).items():
         say(f"{name:<20}{size}")
-    files = {"VQVAE": f"tokenizer/{public_name(tokenizer)}"} | ({"VAR": public_name(var)} if var else {})
+    models: list[VAR | VQVAE] = [var, tokenizer] if var else [tokenizer]
+    files = {kind_of(model): public_name(model) for model in models}
     if command.dry_run:
         say(f"would write {', '.join(files.values()) if config.format == 'reference' else WEIGHTS} to {out}")
         return
     with atomic_folder(out) as folder:
         if config.format == "reference":
-            for model in filter(None, (var, tokenizer)):
+            for model in models:
                 write_public(folder / files[kind_of(model)], model)
             usage = how_to_use_in_public_code(var, tokenizer, {kind: str(out / file) for kind, file in files.items()})
         else:
@@ -80,10 +81,10 @@ def launch(command: Command[ExportConfig]) -> None:
 
 
 def load(config: ExportConfig) -> tuple[VAR | None, VQVAE]:
-    """The models of a transformer's run, or of a tokenizer's, which has no transformer."""
+    """Load the models of a transformer's run, or of a tokenizer's, which has no transformer."""
     kinds = [model.kind for model in ModelOnDisk.all_at(Path(config.run))]
     if "VAR" in kinds or not kinds:
-        ModelOnDisk.find(config.run, "VAR")  # of a folder: a public file is refused, and what is not there named
+        ModelOnDisk.find(config.run, "VAR")  # refuses a public file, and names what is not there
         models = load_models(config.run, config.tokenizer)
         return models.var, models.tokenizer
     if config.tokenizer:
@@ -92,19 +93,20 @@ def load(config: ExportConfig) -> tuple[VAR | None, VQVAE]:
 
 
 def kind_of(model: VAR | VQVAE) -> str:
+    """Return "VAR" or "VQVAE"."""
     return describe(model.config)["kind"]
 
 
 def public_name(model: VAR | VQVAE) -> str:
-    """The name that the public code gives to a file of such a model."""
+    """Return the name that the public code gives to a file of such a model, the tokenizer's in a folder of its own."""
     if isinstance(model, VAR):
         return f"var_d{model.config.depth}.pth"
     size = model.config.quantizer
-    return f"vae_ch{model.config.autoencoder.width}v{size.vocab_size}z{size.code_width}.pth"
+    return f"tokenizer/vae_ch{model.config.autoencoder.width}v{size.vocab_size}z{size.code_width}.pth"
 
 
 def write_ours(folder: Path, var: VAR | None, tokenizer: VQVAE, config: ExportConfig) -> None:
-    """Byte for byte what training wrote, where it did: the identity of a tokenizer, which codes carry, is its bytes."""
+    """Copy what training wrote byte for byte: the identity of a tokenizer, which codes carry, is its bytes."""
     if var:
         copy_model(find_whole(config.run, "VAR"), folder)
     source = config.tokenizer or (tokenizer_of(config.run) if var else config.run)
@@ -115,13 +117,14 @@ def write_ours(folder: Path, var: VAR | None, tokenizer: VQVAE, config: ExportCo
 
 
 def copy_model(model: ModelOnDisk, folder: Path) -> None:
+    """Copy the two files of a model."""
     folder.mkdir(exist_ok=True)
     for name in (CONFIG, WEIGHTS):
         shutil.copyfile(model.folder / name, folder / name)
 
 
 def provenance(run: str, kind: str) -> list[str]:
-    """What the run's own files say about its weights, as sentences."""
+    """Return what the run's own files say about its weights, as sentences."""
     checkpoint = checkpoint_of(ModelOnDisk.find(run, kind))
     if checkpoint is None:
         return [f"Exported from `{Path(run).name}`, a folder of weights without the record of a training run."]
@@ -138,17 +141,19 @@ def provenance(run: str, kind: str) -> list[str]:
 
 
 def last_validation(run: Path, step: int) -> dict[str, object] | None:
-    """The newest validation record up to `step`."""
+    """Return the newest validation record up to `step`, or None."""
     records = RunRecord(run).read()
     found = [record for record in records if record["kind"] == "validation" and record["step"] <= step]
     return found[-1] if found else None
 
 
 def is_measurement(name: str, value: object) -> bool:
+    """Return whether an entry of a validation record is a number that was measured."""
     return name not in POSITION and isinstance(value, (int, float))
 
 
 def main() -> None:
+    """Run the command line."""
     run_launcher(ExportConfig, launch, __doc__)
 
 

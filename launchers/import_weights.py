@@ -10,8 +10,8 @@ from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_folder, refuse_occupied
 from launchers.figures.model_cards import describe_sizes, how_to_use_here, model_card
-from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.loading import public_tokenizer, public_var, refuse_several_ranks
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
+from launchers.setup.loading import public_tokenizer, public_var
 from models.generation import check_configs_agree
 from models.scales import PATCH_NUMS_256
 from training.checkpoints.model_on_disk import describe, write_model
@@ -32,6 +32,7 @@ class ImportConfig:
 
 
 def launch(command: Command[ImportConfig]) -> None:
+    """Write the folder, or say what would be written."""
     config, out = command.config, Path(command.config.out)
     refuse_several_ranks("import_weights.py")
     refuse_occupied(out)
@@ -59,6 +60,7 @@ def launch(command: Command[ImportConfig]) -> None:
 
 
 def origin(files: list[str]) -> list[str]:
+    """Return what is known of where imported weights come from, as sentences."""
     return [
         f"Imported from {' and '.join(files)}, in the format of the public VAR code.",
         "How the weights were trained is not in the files.",
@@ -66,6 +68,7 @@ def origin(files: list[str]) -> list[str]:
 
 
 def main() -> None:
+    """Run the command line."""
     run_launcher(ImportConfig, launch, __doc__)
 
 

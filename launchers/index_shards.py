@@ -11,8 +11,7 @@ from pathlib import Path
 from data_pipeline.images.labels import JSON_KEY
 from data_pipeline.making.indexing import expand_shards, index_shards
 from data_pipeline.remote.remote import CacheConfig, ShardCache, without_query
-from data_pipeline.shards.index import Index, is_complete
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Index, Storage, is_complete
 from launchers.setup.command_line import Command, run_launcher, say
 
 

@@ -11,6 +11,7 @@ the shards that nobody works on. It leaves report.json and contact_sheet.png bes
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
 from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
 from launchers.setup.command_line import Command, run_launcher, say, say_nothing
-from training.engine.distributed import World
+from training.engine.place import place_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +52,7 @@ def launch(command: Command[PackConfig]) -> None:
 
 
 def pack(config: PackConfig, out: Path) -> None:
-    speaks = World.from_environment().is_rank_zero  # of workers that one launcher has started
+    speaks = place_of(os.environ).rank == 0  # of workers that one launcher has started
     report = pack_images(
         config.source,
         out,

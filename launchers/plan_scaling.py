@@ -1,4 +1,4 @@
-"""A step of every size on every number of GPUs, modelled and not measured: the table of docs/scaling-out.md.
+"""A step of every size on every number of GPUs, modelled and not measured.
 
 `python launchers/plan_scaling.py` plans for nodes of 8 H100, with settings for others, such as H200:
 `python launchers/plan_scaling.py --gpus 32 cluster.gpu_memory_gib=139 cluster.memory_tb_per_second=4.8`

@@ -20,8 +20,8 @@ from data_pipeline.files.atomic import atomic_file
 from launchers.figures.plots import AttentionMap, draw_attention
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import open_images
-from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.loading import load_tokenizer, refuse_several_ranks
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
+from launchers.setup.loading import load_tokenizer
 from launchers.setup.settings import DataConfig, ViewConfig, refuse_below_zero, refuse_no_png
 from training.engine.distributed import World
 from training.laws.dependency import bidirectionality, later_share

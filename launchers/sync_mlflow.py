@@ -11,9 +11,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.config_files import read_settings
-from launchers.setup.loading import refuse_several_ranks
 from training.tracking.curves import points_of
 from training.tracking.follow import send
 from training.tracking.mlflow import RunPage, how_it_ended, read_state

@@ -21,8 +21,7 @@ from data_pipeline.files.atomic import atomic_file
 from data_pipeline.making.encoding import is_encoded
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.writer import Sample, write_shards
-from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.loading import refuse_several_ranks
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.study.tree_source import TreeSource, TreeSourceConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig

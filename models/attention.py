@@ -77,14 +77,14 @@ def masked(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: floa
 
 def flex(block_mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
     """One fused call that skips the blocks of pairs that are masked. On the CPU it has no gradient and no speed."""
-    is_fused_by_caller = q.device.type == "cpu" or torch.compiler.is_compiling()
-    call = flex_attention if is_fused_by_caller else compiled_flex_attention()
-    return call(q, k, v, block_mask=block_mask, scale=softmax_scale)
+    if q.device.type == "cpu" or torch.compiler.is_compiling():
+        return flex_attention(q, k, v, block_mask=block_mask, scale=softmax_scale)
+    return compiled_flex_attention()(q, k, v, block_mask=block_mask, scale=softmax_scale)
 
 
 @lru_cache(maxsize=1)
-def compiled_flex_attention():
-    """Without compilation FlexAttention computes all pairs."""
+def compiled_flex_attention() -> Callable[..., Tensor]:
+    """Compile FlexAttention once: uncompiled, it computes all pairs."""
     return torch.compile(flex_attention, dynamic=False)
 
 

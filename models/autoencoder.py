@@ -248,7 +248,7 @@ class Decoder(nn.Module):
         self.conv_out = conv3x3(out_widths[0], IMAGE_CHANNELS)
 
     @property
-    def last_layer(self) -> nn.Parameter:
+    def last_layer(self) -> Tensor:
         """The weight at which the adaptive weight of the adversarial term compares gradients (VQGAN, eq. 7)."""
         return self.conv_out.weight
 

@@ -45,7 +45,8 @@ class PatchDiscriminator(nn.Module):
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
                 values = torch.empty(module.weight.shape, device="cpu")
                 module.weight.copy_(values.normal_(0, 0.02, generator=generator))
-                module.bias.zero_()
+                if module.bias is not None:
+                    module.bias.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w)."""

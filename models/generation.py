@@ -173,7 +173,10 @@ class GuidedModel:
             inputs = torch.cat([inputs, inputs])  # (2B, p_k^2, C)
         wanted = slice(None) if t else conditional
         logits = self.var.forward_scale(inputs, self.classes, k, self.cache, wanted=wanted)
-        return guide(*logits.chunk(2), t) if t else logits
+        if not t:
+            return logits
+        with_class, without = logits.chunk(2)
+        return guide(with_class, without, t)
 
 
 def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:

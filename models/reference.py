@@ -52,7 +52,8 @@ def tokenizer_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iter
     config = _tokenizer_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VQVAE(config)
-    return _fill(model, weights, _tokenizer_names(model, _phi_prefix(weights)), "tokenizer")
+    _fill(model, weights, _tokenizer_names(model, _phi_prefix(weights)), "tokenizer")
+    return model
 
 
 def var_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[int]) -> VAR:
@@ -64,7 +65,8 @@ def var_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[i
     config = _var_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VAR(config)
-    return _fill(model, weights, _var_names(model), "transformer")
+    _fill(model, weights, _var_names(model), "transformer")
+    return model
 
 
 def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
@@ -261,8 +263,8 @@ def _their_shape(name: str, shape: Iterable[int]) -> tuple[int, ...]:
     return (1, *shape, 1, 1) if name.endswith("scale_mul_1H11") else tuple(shape)
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> nn.Module:
-    """Put entries in the place of our parameters, after checking every name and shape."""
+def _fill(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
+    """Put entries in the place of a model's parameters, after checking every name and shape."""
     wanted = {names[ours]: _their_shape(names[ours], value.shape) for ours, value in model.named_parameters()}
     faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in weights]
     faults += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in wanted]
@@ -278,7 +280,6 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, s
         )
     ours = {name: weights[names[name]].reshape(value.shape) for name, value in model.named_parameters()}
     model.load_state_dict(ours, assign=True)
-    return model
 
 
 def _export(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:

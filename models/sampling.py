@@ -8,7 +8,7 @@ tokens so under rounding: a logit that differs in its last bit matters only to c
 Shapes: B batch, K scales, n tokens of a scale, L of all scales, V vocabulary, C code width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -182,7 +182,7 @@ def smooth_code_vectors(
     return torch.cat(mixed)
 
 
-def _in_turns(logits: Tensor, seeds: Tensor) -> zip:
+def _in_turns(logits: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Pair logits and seeds in parts of so few images that what is made of them fits into memory."""
     most = MAX_NUMBERS_ON_CPU if logits.device.type == "cpu" else MAX_NUMBERS
     images = max(1, most // (logits.shape[1] * logits.shape[2]))

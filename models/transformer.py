@@ -104,7 +104,7 @@ class LinearWithGivenBias(nn.Linear):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
         return F.linear(x, self.weight, bias)
 
 
@@ -298,7 +298,7 @@ class PlainFinalNorm(nn.LayerNorm):
         """As FinalNorm's; there is nothing to make."""
         return condition
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
         return super().forward(x)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts, noop_context_fn
 
 from models.attention import PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, Scales
@@ -275,7 +275,6 @@ class VAR(nn.Module):
     ) -> Tensor:
         if self.checkpointing == NO_CHECKPOINTING or not torch.is_grad_enabled():
             return block(x, condition, attend=attend, residual_scale=residual_scale)
-        chosen = {"context_fn": keep_products} if self.checkpointing == SELECTIVE_CHECKPOINTING else {}
         return checkpoint(
             block,
             x,
@@ -283,22 +282,23 @@ class VAR(nn.Module):
             attend=attend,
             residual_scale=residual_scale,
             use_reentrant=False,
-            preserve_rng_state=False,
-            **chosen,
-        )  # the blocks draw no random numbers
+            preserve_rng_state=False,  # the blocks draw no random numbers
+            context_fn=keep_products if self.checkpointing == SELECTIVE_CHECKPOINTING else noop_context_fn,
+        )
 
 
-def keep_products() -> tuple[AbstractContextManager, AbstractContextManager]:
+def keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
     """For `checkpoint`: keep what matrix products and attention gave, recompute what is cheap."""
     return create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
 
 
 def make_block(config: VARConfig) -> nn.Module:
     """A block of the kind that config.norm names."""
-    sizes = {"hidden_width": config.hidden_width, "qk_norm": config.qk_norm}
+    width, heads, hidden_width, qk_norm = config.width, config.num_heads, config.hidden_width, config.qk_norm
     if config.norm == LAYER_NORM:
-        return LayerNormBlock(config.width, config.num_heads, **sizes)
-    return AdaLNBlock(config.width, config.num_heads, shared_adaln=config.norm == SHARED_ADALN, **sizes)
+        return LayerNormBlock(width, heads, hidden_width=hidden_width, qk_norm=qk_norm)
+    is_shared = config.norm == SHARED_ADALN
+    return AdaLNBlock(width, heads, shared_adaln=is_shared, hidden_width=hidden_width, qk_norm=qk_norm)
 
 
 def draw_(parameter: Tensor, *, std: float, generator: torch.Generator) -> None:

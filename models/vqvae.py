@@ -104,7 +104,7 @@ class VQVAE(nn.Module):
         """
         self.decoder.fold_upsampling()
         for module in (self.post_quant_conv, self.decoder):
-            module.eval().requires_grad_(False).to(dtype=dtype, memory_format=torch.channels_last)
+            module.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 from data_pipeline.files.atomic import atomic_file
 from training.checkpoints.checkpoint import Checkpoints, TrainState
 from training.checkpoints.commit import folder_name, read_manifest
-from training.engine.distributed import World, agree_on_error, barrier, gather_objects
+from training.engine.distributed import World, barrier, failing_together, gather_objects
 from training.engine.engine import Engine
 from training.supervision.bad_samples import BadSamples, NoBadSamples
 from training.supervision.history import CHECKPOINT, START, STOP, History
@@ -135,13 +135,9 @@ class Run:
 
     def forget_after(self, step: int) -> None:
         """Take the steps after this one out of the record and of MLflow. A collective."""
-        problem = None
-        if self.world.is_rank_zero:
-            try:
+        with failing_together(self.world):
+            if self.world.is_rank_zero:
                 self.record.forget_after(step)
-            except OSError as error:
-                problem = error
-        agree_on_error(problem, self.world)
         if self.view is not None:
             self.view.start_over()
 

@@ -17,9 +17,8 @@ from torch import Tensor
 
 from data_pipeline.files.damage import BadSample
 from data_pipeline.images.tensors import widen
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.reader import ShardReader
-from data_pipeline.shards.storage import Storage
 
 
 @dataclass(frozen=True)

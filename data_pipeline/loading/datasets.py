@@ -19,14 +19,14 @@ from PIL import Image
 from torch import Tensor
 
 from data_pipeline.files.damage import BadSample, DamagedData, DamagedShard
+from data_pipeline.files.hashing import hash_keys, hash_uniform
 from data_pipeline.images.decoding import ImageTransform, image_of
 from data_pipeline.images.labels import JSON_KEY, label_of
 from data_pipeline.images.tensors import stack_pixels, widen
-from data_pipeline.loading.plan import Stream, hash_keys, hash_uniform
+from data_pipeline.loading.plan import Stream
 from data_pipeline.shards.codes import CodeFormat
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.reader import ShardReader
-from data_pipeline.shards.storage import Storage
 
 STRICT = "strict"
 QUARANTINE = re.compile(r"quarantine:([1-9][0-9]{0,8})")
@@ -155,7 +155,7 @@ class ImageDataset(PackedDataset):
         max_bad: int = 0,
     ) -> None:
         """Raises FileNotFoundError or ValueError if the folder is not a complete set of image shards."""
-        storage = folder if isinstance(folder, Storage) else Storage(folder)
+        storage = Storage.of(folder)
         super().__init__(storage, Index.read(storage, kind="images"), max_bad)
         self.transform = transform
         self.seed = seed
@@ -213,7 +213,7 @@ class CodeDataset(PackedDataset):
 
         tokenizer_sha256 None: any tokenizer will do, for measurements that never decode.
         """
-        storage = folder if isinstance(folder, Storage) else Storage(folder)
+        storage = Storage.of(folder)
         super().__init__(storage, Index.read(storage, kind="codes"), max_bad)
         wanted = {"patch_nums": list(patch_nums), "vocab_size": vocab_size, "tokenizer_sha256": tokenizer_sha256}
         for name, want in wanted.items():

@@ -19,6 +19,8 @@ import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 
+from data_pipeline.files.signals import STOP_SIGNALS
+
 TIMEOUT_SECONDS = 300.0  # a worker that is silent for longer is an error, not a wait without end
 LOOK_SECONDS = 1.0  # between two looks whether the workers are alive, while there is nothing to receive
 SILENCE = re.compile(r"DataLoader timed out|DataLoader worker .* exited unexpectedly")
@@ -133,7 +135,7 @@ def _unchanged(result: Result) -> Result:
 
 def _serve(trainer: int, worker: int) -> None:
     # Schedulers signal every process of a job; the trainer decides when to stop, and needs its workers until then.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     # A worker in the middle of a read would not notice by itself that there is nobody left to read for.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

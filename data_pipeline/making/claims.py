@@ -24,8 +24,7 @@ from typing import Any
 
 from data_pipeline.files.atomic import bytes_sha256, read_sealed, seal_of, write_sealed
 from data_pipeline.files.damage import DamagedData
-from data_pipeline.shards.index import INDEX_NAME, ShardEntry
-from data_pipeline.shards.storage import regular_size
+from data_pipeline.shards.index import INDEX_NAME, ShardEntry, regular_size
 
 WORK_NAME = ".work"
 PLAN, ENTRY, MERGE = "plan", "entry", "merge"

@@ -19,9 +19,10 @@ import torch
 from torch import Tensor
 
 from data_pipeline.files.damage import DamagedData
+from data_pipeline.files.hashing import hash_uniform
 from data_pipeline.images.decoding import NUM_THREADS, DecodingBudget, ImageTransform, encoded_image, map_in_threads
 from data_pipeline.images.labels import JSON_KEY, label_of
-from data_pipeline.loading.plan import Stream, hash_uniform
+from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, shard_of
 from data_pipeline.making.progress import Progress
 from data_pipeline.shards.codes import CodeFormat

@@ -21,9 +21,10 @@ import PIL
 from PIL import features
 
 from data_pipeline.files.atomic import atomic_file
+from data_pipeline.files.hashing import permutation
 from data_pipeline.images.decoding import FORMATS, DecodingBudget, resize_short_side
 from data_pipeline.images.headers import read_header
-from data_pipeline.loading.plan import Stream, permutation
+from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, forget_finished_work
 from data_pipeline.making.pack_report import SplitCount, SplitTotal, printable
 from data_pipeline.making.progress import Progress

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from data_pipeline.loading.plan import Stream, permutation
+from data_pipeline.files.hashing import permutation
+from data_pipeline.loading.plan import Stream
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 
 SPLITS = ("train", "val")

@@ -15,10 +15,9 @@ from data_pipeline.files.atomic import open_file_sha256
 from data_pipeline.images.decoding import image_of
 from data_pipeline.images.labels import JSON_KEY, label_of
 from data_pipeline.shards.codes import CodeFormat
-from data_pipeline.shards.index import INDEX_NAME, Index, ShardEntry
+from data_pipeline.shards.index import INDEX_NAME, Index, ShardEntry, Storage
 from data_pipeline.shards.members import Sample, members_of, part_checksums, read_sample
 from data_pipeline.shards.reader import load_members
-from data_pipeline.shards.storage import Storage
 from data_pipeline.shards.tar import TarFault
 
 MAX_FAULTS = 100  # named in one shard; where there are more, it has to be copied again anyway
@@ -52,7 +51,7 @@ def folders_of(location: str) -> list[str]:
 
 
 def _verify_shard(storage: Storage, index: Index, shard: ShardEntry, *, decode: bool) -> ShardReport:
-    place = storage.place_of_shard(shard)
+    place = storage.place_of(shard)
     try:
         faults = list(_faults(storage, index, shard, decode=decode))
     except (ValueError, OSError) as error:
@@ -61,7 +60,7 @@ def _verify_shard(storage: Storage, index: Index, shard: ShardEntry, *, decode: 
 
 
 def _faults(storage: Storage, index: Index, shard: ShardEntry, *, decode: bool) -> Iterator[str]:
-    place = storage.place_of_shard(shard)
+    place = storage.place_of(shard)
     with os.fdopen(storage.open(shard), "rb") as file:
         size = os.fstat(file.fileno()).st_size
         if size != shard.bytes:

@@ -1,10 +1,10 @@
 """The table of a shard's members: where each lies, how large it is, and its checksum. A file beside the index.
 
-It is made by reading the finished tar from its first to its last byte, and tells damage from the end of the data, which
-a tar alone cannot. One row per member, 33 bytes, little endian; the checksum is XXH3 over headers and content, so that
-a changed name shows as well as a changed picture. In code shards, of whose records only one view is wanted at a time, a
-row goes on with the checksum of every view, 8 bytes each. The index seals the table with its sha256. XXH3 finds damage,
-not tampering: that is what the shard's own sha256 is for.
+The table is made by reading the finished tar from its first to its last byte. It tells damage from the end of the data,
+which a tar alone cannot. It has one row per member, 33 bytes, little endian; the checksum is XXH3 over headers and
+content, so that a changed name shows as well as a changed picture. In code shards a reader wants one view at a time, so
+a row goes on with the checksum of every view, 8 bytes each. The index seals the table with its sha256. XXH3 finds
+damage, not tampering: the shard's own sha256 is for that.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ ROW = np.dtype(
 
 
 def row_type(parts: int) -> np.dtype:
-    """A row of the table of a shard whose records have so many equal parts, each with a checksum; 0: just ROW."""
+    """Return the type of a row whose member has `parts` equal parts, each with a checksum. 0: just ROW."""
     return np.dtype([*ROW.descr, ("parts", "<u8", (parts,))]) if parts else ROW
 
 
 def most_members(parts: int) -> int:
-    """How many members of so many parts a shard may have: those that its table has room for."""
+    """Return how many members of so many parts a shard may have: those that its table has room for."""
     return MAX_TABLE_BYTES // row_type(parts).itemsize
 
 
@@ -57,9 +57,9 @@ class Sample(NamedTuple):
 
 @dataclass
 class Scan:
-    """Reads a tar sample by sample; afterwards `table()` and what was left out.
+    """Reads a tar sample by sample, and keeps the rows of its table.
 
-    Of other people's tars, members with other suffixes, hidden ones and folders are not read, but counted.
+    In other people's tars, folders, hidden members and members with other suffixes are not read, but counted.
     """
 
     read: Read
@@ -71,7 +71,7 @@ class Scan:
     _keys: set[str] = field(default_factory=set)
 
     def samples(self) -> Iterator[Sample]:
-        """Every sample, in order. Raises TarFault for a damaged tar, and for samples that are ambiguous."""
+        """Yield every sample in order. Raises TarFault for a damaged tar, and for samples that are ambiguous."""
         current: Sample | None = None
         for member in walk_tar(self.read, self.total):
             key, suffix = split_name(member.name)
@@ -89,7 +89,7 @@ class Scan:
             yield current
 
     def table(self) -> np.ndarray:
-        """The rows of all members read so far. -> (members,) of row_type(parts)"""
+        """Return the rows of all members read so far. -> (members,) of row_type(parts)"""
         return np.array(self._rows, dtype=row_type(self.parts))
 
     def _begin(self, key: str, member: TarMember) -> Sample:
@@ -113,18 +113,18 @@ class Scan:
 
 
 def part_checksums(content: bytes, parts: int) -> list[int]:
-    """The checksums of the equal parts of a member; what does not divide evenly is left to the member's own."""
+    """Return the checksums of the equal parts of a member. A rest that does not divide evenly has none of these."""
     size = len(content) // parts
     return [checksum_of(content[number * size : (number + 1) * size]) for number in range(parts)]
 
 
 def members_of(rows: np.ndarray) -> list[tuple[int, int, int, int, int, int]]:
-    """Rows of a table as tuples of the fields of ROW, which is what `read_sample` takes."""
+    """Convert rows of a table to tuples of the fields of ROW, which is what `read_sample` takes."""
     return rows[list(ROW.names or ())].tolist()
 
 
 def read_sample(read: Read, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:
-    """One sample by its rows of the table: in one piece, unless something large that is not read lies between.
+    """Read one sample by its rows of the table: at once, unless something large that is not wanted lies between.
 
     Raises TarFault naming a member that was changed, and what `read` raises.
     """
@@ -136,7 +136,7 @@ def read_sample(read: Read, rows: list[tuple[int, int, int, int, int, int]], *, 
 
 
 def cut_sample(blob: bytes, rows: list[tuple[int, int, int, int, int, int]], *, check: bool = True) -> Sample:
-    """One sample from its bytes and its rows of the table. Raises TarFault naming a member that was changed."""
+    """Cut a sample out of its bytes by its rows of the table. Raises TarFault naming a member that was changed."""
     start, whole = rows[0][2], memoryview(blob)
     members: dict[str, bytes] = {}
     for sample, suffix, begin, content, size, checksum in rows:
@@ -149,9 +149,9 @@ def cut_sample(blob: bytes, rows: list[tuple[int, int, int, int, int, int]], *, 
 
 
 def split_name(name: str) -> tuple[str, str]:
-    """Key and suffix as WebDataset has them: the key ends at the first dot of the last part; lower-case suffix.
+    """Split a name into key and lower-case suffix as WebDataset does, at the first dot of the name's last part.
 
-    Both empty for what it skips: names without a dot or that begin with one, and `__meta__` parts.
+    Both are empty for what WebDataset skips: names without a dot or that begin with one, and `__meta__` parts.
     """
     folder, slash, file = name.rpartition("/")
     base, dot, suffix = file.partition(".")
@@ -163,14 +163,14 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def _kind(member: TarMember, suffix: str) -> str:
-    """What an ignored member is counted as."""
+    """Name the kind that an ignored member is counted as."""
     if not member.is_file:
         return "folders"
     return f".{suffix}"[:40] if suffix else "names without a suffix"
 
 
 def file_reader(descriptor: int) -> Read:
-    """An open file as what `Scan` reads from."""
+    """Return what `Scan` reads an open file by."""
 
     def read(position: int, size: int) -> bytes:
         return os.pread(descriptor, size, position)
@@ -179,7 +179,7 @@ def file_reader(descriptor: int) -> Read:
 
 
 def scan_file(path: Path, visit: Callable[[Sample], None] = lambda sample: None, *, parts: int = 0) -> Scan:
-    """Read a whole tar; `visit` sees every sample. parts: as Scan has them. Raises TarFault naming the file."""
+    """Read a whole tar, showing every sample to `visit`. Raises TarFault naming the file."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         scan = Scan(file_reader(descriptor), os.fstat(descriptor).st_size, parts)

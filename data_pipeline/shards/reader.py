@@ -20,7 +20,7 @@ import numpy as np
 
 from data_pipeline.files.atomic import bytes_sha256, open_file_sha256
 from data_pipeline.files.damage import DamagedData, DamagedShard
-from data_pipeline.shards.index import Index, ShardEntry
+from data_pipeline.shards.index import Index, ShardEntry, Storage
 from data_pipeline.shards.members import (
     MAX_MEMBER_BYTES,
     MAX_TABLE_BYTES,
@@ -32,7 +32,6 @@ from data_pipeline.shards.members import (
     row_type,
 )
 from data_pipeline.shards.records import NOWHERE, RecordKind, RecordPlaces
-from data_pipeline.shards.storage import Storage
 from data_pipeline.shards.tar import BLOCK_BYTES, TarFault
 
 FEWEST_OPEN_SHARDS = 64
@@ -43,16 +42,16 @@ class ShardReader:
     """Random access to the samples of a packed folder, numbered from 0 through all shards.
 
     Shards are opened at their first use, in each process for itself, so a reader may be sent to worker processes by
-    fork or spawn. Not for several threads at once. What is asked for and does not match the index is an error that
-    names shard and member; nothing is skipped. `read` looks at a sample as a whole, `read_records` at one part of each.
+    fork or spawn. It is not for several threads at once: each takes a `twin`. What is asked for and does not match the
+    index is an error that names shard and member; nothing is skipped.
     """
 
     def __init__(self, folder: str | Path | Storage, index: Index, *, check: bool = True) -> None:
-        """check: compare what is read with its checksum; off only to measure what that costs.
+        """Check that all shards are there. check: compare what is read with its checksum; off to measure its cost.
 
         Raises FileNotFoundError for a missing shard, DamagedData for one of the wrong size.
         """
-        self.storage = folder if isinstance(folder, Storage) else Storage(folder)
+        self.storage = Storage.of(folder)
         self.index = index
         self.check = check
         self._first_ids = [0, *accumulate(shard.samples for shard in index.shards)]
@@ -77,25 +76,33 @@ class ShardReader:
             os.close(descriptor)
         self._descriptors = {}
 
+    def twin(self) -> ShardReader:
+        """Return another reader of the same shards for another thread, with open files of its own."""
+        other = copy(self)
+        other._places = self._places
+        return other
+
     def read(self, sample_id: int) -> Sample:
-        """The sample with this number. Raises DamagedData, naming shard and member, if its bytes changed."""
+        """Read one sample whole. Raises DamagedData, naming shard and member, if its bytes changed."""
         number, sample = self.locate(sample_id)
-        table, first = self._table(number)
+        if number not in self._tables:
+            self._tables[number] = self._load_members(number)
+        table, first = self._tables[number]
         rows = members_of(table[first[sample] : first[sample + 1]])
         try:
             return read_sample(partial(self._read_bytes, number), rows, check=self.check)
         except TarFault as fault:
-            if self._renewed(number):
+            if self._drop_bad_copy(number):
                 return self.read(sample_id)
             raise self._damaged(number, str(fault)) from fault
 
     def read_records(
         self, ids: np.ndarray, parts: np.ndarray, kind: RecordKind, *, otherwise: Callable[[int], bytes]
     ) -> np.ndarray:
-        """Of each of B records one part, checked: (B, kind.part_bytes) uint8. parts: (B,), 0 .. kind.parts - 1.
+        """Read one part of each of B records, checked. ids, parts: (B,) -> (B, kind.part_bytes) uint8.
 
-        otherwise: makes the record of a sample that is not one such member or that could not be read, or raises what
-        is wrong with it.
+        `otherwise` is called for a sample that is not one such member or cannot be read: it makes the whole record, or
+        raises what is wrong with it.
         """
         assert parts.min() >= 0 and parts.max() < kind.parts, f"parts {parts} of {kind.parts}"
         places = self._places_of(kind)
@@ -116,48 +123,33 @@ class ShardReader:
             pieces.append(piece)
         return np.frombuffer(b"".join(pieces), dtype=np.uint8).reshape(len(ids), size)
 
+    def locate(self, sample_id: int) -> tuple[int, int]:
+        """Return the number of the shard that holds a sample, and the sample's number within it."""
+        assert 0 <= sample_id < self._first_ids[-1], f"sample {sample_id} of {len(self)}"
+        number = bisect_right(self._first_ids, sample_id) - 1
+        return number, int(sample_id) - self._first_ids[number]
+
+    def neighbours(self, sample_id: int) -> range:
+        """Return the numbers of all samples in the shard of this one."""
+        number, _ = self.locate(sample_id)
+        return range(self._first_ids[number], self._first_ids[number + 1])
+
+    def shard_of(self, sample_id: int) -> ShardEntry:
+        """Return what the index says of the shard that holds a sample."""
+        return self.index.shards[self.locate(sample_id)[0]]
+
+    def path_of(self, sample_id: int) -> str:
+        """Name the shard that holds a sample in a message."""
+        return self.storage.place_of(self.shard_of(sample_id))
+
     def _places_of(self, kind: RecordKind) -> RecordPlaces:
         assert kind.parts == self.index.record_parts, f"{kind} of records that have {self.index.record_parts} parts"
         if self._places is None or self._places.kind != kind:
             self._places = RecordPlaces(kind, [shard.samples for shard in self.index.shards])
         return self._places
 
-    def twin(self) -> ShardReader:
-        """Another reader of the same shards, for another thread, with open files of its own."""
-        other = copy(self)
-        other._places = self._places
-        return other
-
-    def locate(self, sample_id: int) -> tuple[int, int]:
-        """The number of the shard that holds a sample, and the sample's number in it."""
-        assert 0 <= sample_id < self._first_ids[-1], f"sample {sample_id} of {len(self)}"
-        number = bisect_right(self._first_ids, sample_id) - 1
-        return number, int(sample_id) - self._first_ids[number]
-
-    def neighbours(self, sample_id: int) -> range:
-        """The numbers of all samples in the shard of this one."""
-        number, _ = self.locate(sample_id)
-        return range(self._first_ids[number], self._first_ids[number + 1])
-
-    def shard_of(self, sample_id: int) -> ShardEntry:
-        return self.index.shards[self.locate(sample_id)[0]]
-
-    def path_of(self, sample_id: int) -> str:
-        """The shard that holds this sample, for error messages."""
-        return self.storage.place_of_shard(self.shard_of(sample_id))
-
-    def verify(self) -> None:
-        """Read every shard and compare its sha256 with the index. Raises DamagedData naming the first that differs."""
-        for number, shard in enumerate(self.index.shards):
-            self._table(number)
-            with os.fdopen(self.storage.open(shard), "rb") as file:
-                found = open_file_sha256(file)
-            if found != shard.sha256:
-                place = self.storage.place_of_shard(shard)
-                raise DamagedData(f"{place}: sha256 is {found}, the index says {shard.sha256}; {AGAIN}")
-
-    def _renewed(self, number: int) -> bool:
-        """Throw away a copy in the cache that is not what was fetched; False: it is, or this is no copy."""
+    def _drop_bad_copy(self, number: int) -> bool:
+        """Remove a cached copy that is not what was fetched. False: it is, or the shard is not a copy."""
         shard = self.index.shards[number]
         if not self.storage.is_remote_shard(shard):
             return False
@@ -169,23 +161,18 @@ class ShardReader:
         return True
 
     def _damaged(self, number: int, what: str) -> DamagedData:
-        place = self.storage.place_of_shard(self.index.shards[number])
-        return DamagedData(f"{place}: damaged shard, {what}; {AGAIN}")
-
-    def _table(self, number: int) -> tuple[np.ndarray, list[int]]:
-        if number not in self._tables:
-            self._tables[number] = self._load_members(number)
-        return self._tables[number]
+        return DamagedData(f"{self.storage.place_of(self.index.shards[number])}: damaged shard, {what}; {AGAIN}")
 
     def _load_members(self, number: int) -> tuple[np.ndarray, list[int]]:
         return load_members(self.storage, self.index.shards[number], parts=self.index.record_parts)
 
     def _read_bytes(self, number: int, position: int, size: int) -> bytes:
-        descriptor = self._descriptor(number)
         try:
-            content = os.pread(descriptor, size, position)
+            content = os.pread(self._descriptor(number), size, position)
         except OSError as error:
-            place = self.storage.place_of_shard(self.index.shards[number])
+            if error.filename is not None:  # of opening it, and says so
+                raise
+            place = self.storage.place_of(self.index.shards[number])
             raise OSError(error.errno, f"{error.strerror} at byte {position}", place) from error
         if len(content) != size:
             raise self._damaged(number, f"it ends at byte {position + len(content)} inside a sample")
@@ -209,7 +196,7 @@ class ShardReader:
 
 
 def most_open_shards() -> int:
-    """A quarter of the files that this process may have open (`ulimit -n`): a run has several readers, and more files.
+    """Return how many shards a reader keeps open: a quarter of what `ulimit -n` allows, as a run has several readers.
 
     Where there are more shards, each sample from one that is not open costs the opening of a file.
     """
@@ -218,9 +205,10 @@ def most_open_shards() -> int:
 
 
 def load_members(storage: Storage, shard: ShardEntry, *, parts: int) -> tuple[np.ndarray, list[int]]:
-    """The table of a shard, and the first row of each sample, then the number of rows. parts: index.record_parts.
+    """Load a shard's table of members: its rows, and the first row of each sample followed by the number of rows.
 
-    Raises FileNotFoundError if it is not there, DamagedData if it is not the one that the index seals.
+    parts: the index's `record_parts`. Raises FileNotFoundError if the table is missing, DamagedShard if it is not the
+    one that the index seals or is one that no writer makes.
     """
     place, row_dtype = storage.place_of(shard.members_name), row_type(parts)
     most = min(shard.samples * len(SUFFIXES) * row_dtype.itemsize, MAX_TABLE_BYTES)
@@ -236,7 +224,7 @@ def load_members(storage: Storage, shard: ShardEntry, *, parts: int) -> tuple[np
 
 
 def _table_fault(table: np.ndarray, shard: ShardEntry) -> str:
-    """What makes a table one that no writer makes, though it has the sha256 that the index states; empty: nothing."""
+    """Say why no writer makes a table like this one, though it has the stated sha256; nothing if a writer may."""
     starts, contents, sizes = (table[name].astype(np.int64) for name in ("start", "content", "size"))
     ends = contents + sizes
     numbers = table["sample"].astype(np.int64)

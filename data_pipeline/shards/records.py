@@ -1,8 +1,8 @@
-"""Where records lie: members of one kind and size, one a sample, as code shards have them, found many at once.
+"""Finding the records of a whole batch at once, wherever its samples lie.
 
-A table with a row for every member is made for any sample. Here the one member of each sample has a place in arrays
-over all shards, so that a whole batch is looked up at once, wherever its samples are. A record has equal parts, each
-with a checksum of its own, and one of them is read at a time.
+A record is the one member of a sample in a code shard; all records have one size. Arrays over all shards hold where
+each lies, so that a batch is looked up without a loop over tables of members. A record has equal parts, each with a
+checksum of its own, and is read one part at a time.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ NOWHERE = 0  # in place of a record's first byte: no record is where a shard's f
 
 @dataclass(frozen=True)
 class RecordKind:
-    """Which member of a sample is its record, and in how many equal parts it is read."""
+    """The member of a sample that is its record, and in how many equal parts it is read."""
 
     suffix: str
     size: int  # bytes of a record
@@ -27,6 +27,7 @@ class RecordKind:
 
     @property
     def part_bytes(self) -> int:
+        """The bytes of one part."""
         return self.size // self.parts
 
 
@@ -37,7 +38,7 @@ class RecordPlaces:
     """
 
     def __init__(self, kind: RecordKind, shard_sizes: Sequence[int]) -> None:
-        """Raises ValueError if memory cannot hold them."""
+        """Make room for the places of all records. Raises ValueError if memory cannot hold them."""
         self.kind = kind
         self._ends = np.cumsum(shard_sizes)
         self._is_known = np.zeros(len(shard_sizes), dtype=bool)
@@ -51,16 +52,16 @@ class RecordPlaces:
             raise ValueError(f"{reason}, more than there is; split the folder, or store fewer views") from None
 
     def shards_of(self, ids: np.ndarray) -> np.ndarray:
-        """The shard of each sample. ids: (B,) -> (B,)"""
+        """Find the shard of each sample. ids: (B,) -> (B,)"""
         return np.searchsorted(self._ends, ids, side="right")
 
     def unknown(self, shards: np.ndarray) -> list[int]:
-        """Those of these shards that were not filled in yet, each once."""
+        """Return those of these shards that were not filled in yet, each once."""
         is_known = self._is_known[shards]
         return [] if is_known.all() else np.unique(shards[~is_known]).tolist()
 
     def fill(self, shard: int, table: np.ndarray, first: list[int]) -> None:
-        """Fill in a shard. table, first: its members, and the first row of each sample, then the number of rows."""
+        """Fill in a shard. table: its members; first: the first row of each sample, then the number of rows."""
         members = table[np.array(first[:-1], dtype=np.int64)]
         is_record = (np.diff(first) == 1) & (members["suffix"] == SUFFIXES.index(self.kind.suffix))
         is_record &= members["size"] == self.kind.size
@@ -70,9 +71,9 @@ class RecordPlaces:
         self._is_known[shard] = True
 
     def find(self, ids: np.ndarray, parts: np.ndarray) -> tuple[list[int], list[int]]:
-        """The first byte of one part of each record, and its checksum. NOWHERE: the sample is not one such record.
+        """Return the first byte of one part of each record, and its checksum. ids, parts: (B,).
 
-        ids, parts: (B,), the samples in shards that are filled in.
+        A sample that is not one such record is NOWHERE. The samples must be in shards that are filled in.
         """
         records = self._starts[ids]
         starts = np.where(records == NOWHERE, NOWHERE, records + parts * self.kind.part_bytes)

@@ -2,7 +2,7 @@
 
 Python's tarfile takes a damaged header in the middle for the end, unpacks what is compressed, and believes sparse
 files; a reader on top of it loses samples in silence. Here whatever is not a regular, uncompressed tar to its very end
-is a fault with its place. Understood are ustar, pax and GNU long names, which is what WebDataset writers produce.
+is a fault with its place. The formats ustar, pax and GNU long names are understood: WebDataset writers produce them.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ Read = Callable[[int, int], bytes]  # (position, size) -> that many bytes of the
 
 
 class TarFault(ValueError):
-    """What is wrong with a tar, with the place, but without the file's name, which its reader knows."""
+    """A fault in a tar, with its place in the file. The file's name is left to whoever reads the file."""
 
 
 @dataclass(frozen=True)
 class TarMember:
-    """One member: all its bytes from `start` on, of which those from `content` on, `size` of them, are the file."""
+    """One member: it begins at byte `start`, and its `size` bytes of content at byte `content`."""
 
     name: str
     start: int  # of its first header; pax headers and long names come before its own
@@ -45,13 +45,13 @@ class TarMember:
 
     @property
     def stop(self) -> int:
-        """Behind the last byte of content; padding to whole blocks follows."""
+        """The position behind the last byte of content; padding to whole blocks follows."""
         return self.content + self.size
 
 
 @dataclass
 class _Extensions:
-    """What the headers before a member's own say about it."""
+    """Facts about a member that extended headers state before its own header."""
 
     start: int
     name: str | None = None
@@ -60,7 +60,7 @@ class _Extensions:
 
 
 def walk_tar(read: Read, total: int) -> Iterator[TarMember]:
-    """The members of a tar of `total` bytes, in order. Raises TarFault wherever it is not one to its last byte."""
+    """Yield the members of a tar of `total` bytes, in order. Raises TarFault where it stops being a tar."""
     position = 0
     extensions = _Extensions(0)
     while any(header := _header(read, position, total)):
@@ -84,7 +84,7 @@ def walk_tar(read: Read, total: int) -> Iterator[TarMember]:
 
 
 def member_name(headers: bytes) -> str:
-    """The name in the headers of one member, from its `start` to its `content`."""
+    """Read the name in the headers of one member, given its bytes from `start` to `content`."""
     if len(headers) == BLOCK_BYTES and not headers[345]:  # the usual case: all of the name is in its first field
         return headers[:100].split(b"\0", 1)[0].decode()
     extensions, position = _Extensions(0), 0
@@ -96,7 +96,7 @@ def member_name(headers: bytes) -> str:
 
 
 def bytes_reader(content: bytes) -> Read:
-    """Bytes in memory as what `walk_tar` reads from."""
+    """Return what `walk_tar` reads bytes in memory by."""
     return lambda position, size: content[position : position + size]
 
 
@@ -132,7 +132,7 @@ def _check_member(name: str, kind: bytes, size: int, position: int) -> None:
 
 
 def _read_extension(read: Read, info: tarfile.TarInfo, content: int, total: int, extensions: _Extensions) -> int:
-    """Note what a pax header or a GNU long name says of the member behind it; where the next header starts."""
+    """Note what a pax header or GNU long name says of the member behind it, and return where the next header is."""
     extensions.count += 1
     place = f"the extended header at byte {content - BLOCK_BYTES}"
     if extensions.count > MAX_EXTENSIONS:
@@ -162,7 +162,7 @@ def _note_pax(records: dict[str, str], extensions: _Extensions, *, is_global: bo
 
 
 def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
-    """The records "length keyword=value\\n" of a pax header, whose length counts the whole record."""
+    """Yield the records "length keyword=value\\n" of a pax header. The length counts the whole record."""
     while data:
         digits = data[:8].split(b" ", 1)[0]
         if not digits.isdigit() or not len(digits) + 3 <= int(digits) <= len(data):
@@ -175,7 +175,7 @@ def _pax_records(data: bytes) -> Iterator[tuple[str, str]]:
 
 
 def _check_end(read: Read, position: int, total: int) -> None:
-    """Behind the last member there must be zeros, at least two blocks, to the end: a hole would look like an end."""
+    """Check that zeros, at least two blocks of them, follow the last member to the end: a hole looks like an end."""
     if total - position < END_BYTES:
         raise TarFault(f"it ends at byte {total} without the two blocks of zeros that end a tar")
     while position < total:

@@ -1,4 +1,4 @@
-"""Writing tar shards. A packed folder holds `shard-000000.tar`, ..., a table of members beside each, and `index.json`.
+"""Writing packed folders: `shard-000000.tar` and so on, a table of members beside each, and at last `index.json`.
 
 The shards are plain WebDataset tars that any tool can read. What the members mean (images, labels, codes) is not known
 here.
@@ -21,27 +21,18 @@ from data_pipeline.shards.members import MAX_MEMBER_BYTES, MAX_TABLE_BYTES, SUFF
 
 KEY = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
-__all__ = ["MAX_MEMBER_BYTES", "Sample", "write_shard", "write_shards", "write_tars"]
+__all__ = ["MAX_MEMBER_BYTES", "Sample", "write_shard", "write_shards"]
 
 
 def write_shards(
     samples: Iterable[Sample], folder: Path, *, kind: Kind, meta: dict[str, Any], samples_per_shard: int
 ) -> Index:
-    """Write `samples` as shards, then their index. Equal samples give equal bytes.
+    """Write samples as shards, then their index. Equal samples give equal bytes.
 
     Raises ValueError if the folder is already packed, or a sample cannot be stored.
     """
     refuse_complete(folder)
     parts = Index(kind, (), meta).record_parts
-    index = Index(kind, write_tars(samples, folder, samples_per_shard=samples_per_shard, parts=parts), meta)
-    index.write(folder)
-    return index
-
-
-def write_tars(
-    samples: Iterable[Sample], folder: Path, *, samples_per_shard: int, parts: int = 0
-) -> tuple[ShardEntry, ...]:
-    """The first half of `write_shards`, for writers that have more to store before the index says "complete"."""
     if samples_per_shard < 1:
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -50,14 +41,16 @@ def write_tars(
     for first in stream:  # islice takes the rest of the shard from the same stream
         chunk = chain([first], islice(stream, samples_per_shard - 1))
         entries.append(write_shard(chunk, Path(folder) / shard_name(len(entries)), parts=parts))
-    return tuple(entries)
+    index = Index(kind, tuple(entries), meta)
+    index.write(folder)
+    return index
 
 
 def write_shard(samples: Iterable[Sample], path: Path, *, parts: int = 0) -> ShardEntry:
-    """Write one tar, and its table of members before it; the tar appears under `path` only when complete.
+    """Write one tar, and its table of members before it. The tar appears under `path` only when complete.
 
-    parts: of each member, those that are to have a checksum of their own: the `record_parts` of the index it is for.
-    Times and owners are fixed: equal samples give equal bytes. The table is made from the file as it lies on disk.
+    parts: in how many parts with a checksum each a member is stored; the `record_parts` of the index it is for.
+    Times and owners are fixed, so equal samples give equal bytes. The table is made from the file as it lies on disk.
     """
     num_samples = 0
     with atomic_file(path) as file:
@@ -75,7 +68,7 @@ def write_shard(samples: Iterable[Sample], path: Path, *, parts: int = 0) -> Sha
 
 
 def write_members(table: np.ndarray, shard: Path) -> str:
-    """Write the table of members that belongs to a shard; its sha256."""
+    """Write the table of members that belongs to a shard, and return its sha256."""
     content = table.tobytes()
     if len(content) > MAX_TABLE_BYTES:
         most = MAX_TABLE_BYTES // table.itemsize
@@ -86,7 +79,7 @@ def write_members(table: np.ndarray, shard: Path) -> str:
 
 
 def _storable(samples: Iterable[Sample]) -> Iterator[Sample]:
-    """The samples as they come. Raises ValueError at the first that no reader would take."""
+    """Pass samples through. Raises ValueError at the first that no reader would take."""
     for sample in samples:
         if not KEY.fullmatch(sample.key):
             raise ValueError(f"sample key {sample.key!r}, expected 1 to 80 letters, digits, _ and -")

@@ -23,9 +23,8 @@ from data_pipeline.images.tensors import widen
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import train_batches
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.reader import ShardReader, load_members
-from data_pipeline.shards.storage import Storage
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.folders import (
     CODE_SAMPLES,

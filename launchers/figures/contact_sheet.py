@@ -15,8 +15,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from data_pipeline.files.atomic import atomic_file
+from data_pipeline.files.hashing import permutation
 from data_pipeline.images.decoding import image_of
-from data_pipeline.loading.plan import Stream, permutation
+from data_pipeline.loading.plan import Stream
 from data_pipeline.making.pack_report import printable
 from data_pipeline.making.packing import FILES_NAME
 from data_pipeline.shards.index import Index

@@ -23,7 +23,7 @@ NOT_MEASURED = (
 def model_card(
     title: str, var: VAR | None, tokenizer: VQVAE | None, *, origin: Sequence[str], usage: Sequence[str]
 ) -> str:
-    """The text of a card. origin: sentences on where the weights come from; usage: paragraphs of Markdown."""
+    """Return the text of a card. origin: sentences on where the weights come from; usage: paragraphs of Markdown."""
     tags = ["image-generation", "visual-autoregressive", *(["class-conditional"] if is_conditional(var) else [])]
     rows = [f"| {name} | {size} |" for name, size in describe_sizes(var, tokenizer).items()]
     parts = [
@@ -44,10 +44,12 @@ def model_card(
 
 
 def is_conditional(var: VAR | None) -> bool:
+    """Return whether there is a transformer that takes classes."""
     return var is not None and var.config.is_conditional
 
 
 def what_it_is(var: VAR | None, tokenizer: VQVAE | None) -> str:
+    """Return what the models of a folder are, as one sentence."""
     parts = []
     if var:
         kind = "a class-conditional" if var.config.is_conditional else "an unconditional"
@@ -59,8 +61,8 @@ def what_it_is(var: VAR | None, tokenizer: VQVAE | None) -> str:
 
 
 def describe_sizes(var: VAR | None, tokenizer: VQVAE | None) -> dict[str, str]:
-    """What a reader asks first, by name: depth, parameters, V, C, classes, schedule."""
-    sizes = {}
+    """Return what a reader asks first of one model or both, by name: depth, parameters, V, C, classes, schedule."""
+    sizes: dict[str, str] = {}
     if var:
         sizes |= {
             "transformer": f"d{var.config.depth}, {var.config.num_parameters:,} parameters",
@@ -71,19 +73,20 @@ def describe_sizes(var: VAR | None, tokenizer: VQVAE | None) -> dict[str, str]:
         number = sum(parameter.numel() for parameter in tokenizer.parameters())
         sizes |= {"tokenizer": f"{number:,} parameters, {tokenizer.config.image_size} px"}
     model = var or tokenizer
+    assert model is not None, "a card is of at least one model"
     vocab_size, code_width = codes_of(model.config)
     sizes |= {"codebook": f"V = {vocab_size:,}, C = {code_width}"}
     return sizes | {"patch_nums": f"{model.config.patch_nums}, {model.scales.num_tokens:,} tokens"}
 
 
 def codes_of(config: VARConfig | VQVAEConfig) -> tuple[int, int]:
-    """V and C."""
+    """Return the number V of codes and their width C."""
     sized = config if isinstance(config, VARConfig) else config.quantizer
     return sized.vocab_size, sized.code_width
 
 
 def how_to_use_here(folder: Path, var: VAR | None, tokenizer: VQVAE | None) -> list[str]:
-    """The commands of this project that take the folder, as it was named when the card was written."""
+    """Return the commands of this project that take the folder, as it was named when the card was written."""
     name = str(folder)
     lines = []
     if var and tokenizer:
@@ -97,7 +100,7 @@ def how_to_use_here(folder: Path, var: VAR | None, tokenizer: VQVAE | None) -> l
 
 
 def how_to_use_in_public_code(var: VAR | None, tokenizer: VQVAE, files: dict[str, str]) -> list[str]:
-    """Lines that load exported files into the public code. files: "VAR" and "VQVAE" to their paths."""
+    """Return lines that load exported files into the public code. files: "VAR" and "VQVAE" to their paths."""
     ours = [f"--{'var' if kind == 'VAR' else 'tokenizer'} {file}" for kind, file in files.items()]
     patch_nums = tokenizer.config.patch_nums
     sides = " ".join(map(str, patch_nums))
@@ -125,7 +128,7 @@ def how_to_use_in_public_code(var: VAR | None, tokenizer: VQVAE, files: dict[str
 
 
 def written_into_public_code(var: VAR | None, tokenizer: VQVAE) -> list[str]:
-    """What the public code does not take as an argument and this model has otherwise."""
+    """Return what this model has otherwise than the public code, which takes no argument for it."""
     usual, ours = AutoencoderConfig(), tokenizer.config.autoencoder
     changes = [f"ch_mult {ours.multipliers}"] if ours.multipliers != usual.multipliers else []
     changes += [f"num_res_blocks {ours.num_res_blocks}"] if ours.num_res_blocks != usual.num_res_blocks else []
@@ -136,4 +139,5 @@ def written_into_public_code(var: VAR | None, tokenizer: VQVAE) -> list[str]:
 
 
 def code_block(language: str, lines: Sequence[str]) -> str:
+    """Return lines as a fenced block of Markdown."""
     return "\n".join([f"```{language}", *lines, "```"])

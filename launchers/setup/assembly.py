@@ -10,8 +10,7 @@ from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import names_of_step, train_batches, validation_batches
-from data_pipeline.shards.index import Index
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Index, Storage
 from launchers.setup.loading import (
     is_weights_file,
     load_tokenizer,

@@ -1,7 +1,8 @@
-"""From a command line to a frozen config, and from an exception to one clear line.
+"""From a command line to a frozen config, and from an exception to one clear line and an exit code.
 
-Every setting of a launcher's config can be written `a.b=c`, `--a.b=c` or `--a.b c`, and what comes later wins. With
-dashes a list takes its values one after another (`--box 0 0 8 8`), a switch needs none, and hyphens are underscores.
+A setting is written `a.b=c`, or, if it is at the top level of the command's config, `--name value`: a list takes its
+values one after another (`--box 0 0 8 8`), a switch needs none, and hyphens are underscores. What comes later wins.
+argparse has no options that may also be written as settings, so it reads the few options that are none.
 """
 
 from __future__ import annotations
@@ -15,23 +16,29 @@ import traceback
 import typing
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Generic, NoReturn, TypeVar
 
-from launchers.setup.config_files import describe_schema, load_config, nearest, one_line, setting_type, to_yaml
-from launchers.setup.exit_codes import EXIT_ERROR, describe, exit_code, lost_its_peers
-from training.engine.distributed import World, end_process
+from launchers.setup.config_files import (
+    SETTING,
+    build_config,
+    describe_schema,
+    nearest,
+    parse_setting,
+    read_layers,
+    to_yaml,
+)
+from launchers.setup.exit_codes import EXIT_ERROR, EXIT_STOPPED, describe, exit_code, lost_its_peers, one_line
+from training.engine.place import place_of
 from training.engine.unpickling import forbid_unpickling
-from training.supervision.stopping import Stopped
 from training.tracking.redaction import REMEDY, redact, redacted_output, secret_in
 
 Config = TypeVar("Config")
 RANK_ZERO_FIRST_SECONDS = 3.0  # most errors are the same on all ranks; then its launcher ends the others meanwhile
 CAUSE_FIRST_SECONDS = 2.0  # for the rank that ended first to be noticed, so that its exit code is the launcher's
-OPTIONS = ("config", "print-config", "dry-run", "world-size", "local_rank", "help")  # all that are no settings
-TAKE_A_VALUE = (["--config"], ["--world-size"], ["--local_rank"])
+OPTIONS = ("--config", "--print-config", "--dry-run", "--world-size", "--help")
 PLAIN_NAME = re.compile(r"[a-z][a-z_.-]{0,60}")
-SETTING = re.compile(r"[A-Za-z_][\w.]*=")
 SWITCH_VALUES = ("true", "false", "yes", "no", "on", "off")
 
 
@@ -45,14 +52,13 @@ class Command(Generic[Config]):
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong in one line, as every other error."""
-
     def error(self, message: str) -> NoReturn:
+        """Raise ValueError, so that a wrong option is one line as any other error."""
         raise ValueError(f"{message}; options are shown by --help")
 
 
-def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> None:
-    """Parse sys.argv, launch, and turn what can go wrong into one line and the exit code of `launchers.setup.exit_codes`.
+def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None], description: str | None) -> None:
+    """Parse sys.argv, launch, and turn an error into one line and its exit code (launchers/setup/exit_codes.py).
 
     Errors of the program itself keep their traceback; NEXTSCALE_TRACEBACK=1 in the environment shows it for all.
     Passwords and tokens are hidden in whatever is printed, and no library may unpickle what it loads with torch.
@@ -64,21 +70,31 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
         sys.exit(code)
 
 
-def _launched(schema: type[Config], launch: Callable[[Command[Config]], None], description: str) -> int:
+def _launched(schema: type[Config], launch: Callable[[Command[Config]], None], description: str | None) -> int:
     try:
         command = parse(schema, sys.argv[1:], description)
-        only_says = command is None or command.dry_run
-        if command is not None and not (only_says and _place()[0] > 0):
+        if command is not None and not (command.dry_run and _rank() > 0):
             launch(command)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error)
-        if code == EXIT_ERROR and _place()[1] == 1:
+        if code == EXIT_ERROR and _world_size() == 1:
             sys.excepthook = _print_redacted  # Python shows the traceback once nobody has caught it
             raise
-    if _place()[1] > 1:
-        end_process(code)  # at once: its peers may be gone, and the process group would wait for them
+    if _world_size() > 1:
+        end_process(code)
     return code
+
+
+def end_process(code: int) -> NoReturn:
+    """End this rank at once, its output written.
+
+    An ordinary exit waits for the process group, whose other ranks may be gone. It also takes the interpreter down
+    while gloo's threads may still want it, and now and then such a rank is aborted after its work is done and saved.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def _print_redacted(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -86,10 +102,9 @@ def _print_redacted(kind: type[BaseException], error: BaseException, trace: Trac
 
 
 def _report(error: BaseException) -> int:
-    """Say on the right stream, and after the rank that knows it best, why this process ends; its exit code."""
-    rank, _ = _place()
-    code = exit_code(error)
-    if isinstance(error, Stopped):
+    """Say why this process ends, after the rank that knows it best, and return the exit code."""
+    rank, code = _rank(), exit_code(error)
+    if code == EXIT_STOPPED:
         if rank == 0:
             say(one_line(error))
         return code
@@ -97,42 +112,59 @@ def _report(error: BaseException) -> int:
         time.sleep(CAUSE_FIRST_SECONDS)
     elif rank > 0:
         time.sleep(RANK_ZERO_FIRST_SECONDS)
-    if os.environ.get("NEXTSCALE_TRACEBACK") == "1" or (code == EXIT_ERROR and _place()[1] > 1):
+    if os.environ.get("NEXTSCALE_TRACEBACK") == "1" or (code == EXIT_ERROR and _world_size() > 1):
         traceback.print_exception(error)
     if code != EXIT_ERROR:
         print(f"error: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
     return code
 
 
-def _place() -> tuple[int, int]:
-    """The rank of this process and the number of ranks; a world of one if the environment says nothing sensible."""
+def _rank() -> int:
+    """Return the rank of this process; 0 if the environment says nothing sensible."""
     try:
-        world = World.from_environment()
+        return place_of(os.environ).rank
     except ValueError:
-        return 0, 1
-    return world.rank, world.world_size
+        return 0
 
 
-def parse(schema: type[Config], arguments: Sequence[str], description: str) -> Command[Config] | None:
-    """Parse a command line; None when it only asked for the config to be printed."""
+def _world_size() -> int:
+    """Return the number of ranks; 1 if the environment says nothing sensible."""
+    try:
+        return place_of(os.environ).world_size
+    except ValueError:
+        return 1
+
+
+def refuse_several_ranks(launcher: str) -> None:
+    """Raise ValueError if a launcher that writes one folder has been started more than once."""
+    if place_of(os.environ).world_size > 1:
+        raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
+
+
+def parse(schema: type[Config], arguments: Sequence[str], description: str | None) -> Command[Config] | None:
+    """Parse a command line; return None when it only asked for the config to be printed."""
     parser = _Parser(
+        usage="%(prog)s [--config FILE] [options] [a.b=c | --name value ...]",
         description=description,
-        epilog=f"settings, as a.b=c or --a.b c here, or as YAML:\n{describe_schema(schema)}",
+        epilog=f"settings, as a.b=c, as --name value if they have no dot, or as YAML:\n{describe_schema(schema)}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     parser.add_argument("--config", metavar="FILE", help="YAML file; `extends: OTHER.yaml` in it names its base")
     parser.add_argument("--print-config", action="store_true", help="print the resolved config as YAML and leave")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, without doing it")
     parser.add_argument("--world-size", type=int, metavar="N", help="number of GPUs that --dry-run plans for")
     parser.add_argument("--local_rank", type=int, default=0, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that win over the file")
     _refuse_secrets(arguments)
-    known = parser.parse_intermixed_args(settings_as_overrides(schema, arguments))
+    known, rest = parser.parse_known_args(arguments)
     if known.world_size is not None and (known.world_size < 1 or not known.dry_run):
         raise ValueError(f"--world-size is {known.world_size}; it is a number of GPUs, 1 or more, for --dry-run")
-    config = load_config(schema, known.config, known.overrides)
+    layers = read_layers(Path(known.config)) if known.config else []
+    layers += settings_given(schema, rest)
+    config = build_config(schema, layers, source=known.config or "command line")
     if known.print_config:
-        print(to_yaml(config), end="")
+        if _rank() == 0:
+            print(to_yaml(config), end="")
         return None
     return Command(config, dry_run=known.dry_run, world_size=known.world_size)
 
@@ -146,67 +178,56 @@ def _refuse_secrets(arguments: Sequence[str]) -> None:
             raise ValueError(f"{setting} holds {what}, which records and MLflow would show; {REMEDY}")
 
 
-def settings_as_overrides(schema: type, arguments: Sequence[str]) -> list[str]:
-    """The arguments with every setting written as a.b=c, in their order; ValueError for an option that is none."""
-    rewritten, rest = [], list(arguments)
+def settings_given(schema: type, arguments: Sequence[str]) -> list[dict[str, Any]]:
+    """Read the settings on a command line, one mapping each, in their order; ValueError for what is none."""
+    layers, rest = [], list(arguments)
     bare = [field.name for field in fields(schema) if field.metadata.get("is_bare")]  # may be given without its name
     while rest:
         argument = rest.pop(0)
-        option, equals, value = argument.partition("=")
-        key = option.removeprefix("--").replace("-", "_")
-        if not key or not option.startswith("--") or option.removeprefix("--") in OPTIONS:
-            is_value = argument.startswith("-") or SETTING.match(argument) or rewritten[-1:] in TAKE_A_VALUE
-            rewritten.append(f"{bare.pop(0)}={_as_yaml(str, argument)}" if bare and not is_value else argument)
+        if argument.startswith("-"):
+            name = _name_of_option(schema, argument)
+            layers.append({name: _take_value(typing.get_type_hints(schema)[name], argument, rest)})
+        elif bare and not SETTING.match(argument):
+            layers.append({bare.pop(0): argument})
         else:
-            rewritten.append(f"{key}={value if equals else _take_value(schema, key, option, rest)}")
-    return rewritten
+            layers.append(parse_setting(argument))
+    return layers
 
 
-def _take_value(schema: type, key: str, option: str, rest: list[str]) -> str:
-    """Take from `rest` what belongs to an option, as YAML."""
-    kind = setting_type(schema, key)
-    if kind is None:
-        names = [f"--{name.replace('_', '-')}" for name in typing.get_type_hints(schema)]
-        hint = nearest(option, [*names, *(f"--{name}" for name in OPTIONS)])
+def _name_of_option(schema: type, option: str) -> str:
+    """Find the setting that `--name` means; ValueError shows how to write what is not written so."""
+    name, equals, value = option.removeprefix("--").partition("=")
+    name, kinds = name.replace("-", "_"), typing.get_type_hints(schema)
+    if equals or "." in name:
+        also = "" if "." in name else f" or --{name.replace('_', '-')} {value}"
+        raise ValueError(f"'{option}' is not how a setting is written; write {name}={value or 'VALUE'}{also}")
+    if name not in kinds or not option.startswith("--"):
+        hint = nearest(option, [*(f"--{known.replace('_', '-')}" for known in kinds), *OPTIONS])
         raise ValueError(f"unknown option '{option}'; {hint}")
-    if is_dataclass(kind):
-        raise ValueError(f"{option} has settings of its own; write {key}.NAME=VALUE, their names are shown by --help")
-    members = typing.get_args(kind) or (kind,)  # of a union such as int | None
-    item = next((typing.get_args(member)[0] for member in (kind, *members) if typing.get_origin(member) is tuple), None)
-    if item is not None:
-        return _take_list(item, option, rest)
-    if bool in members and not (rest and rest[0].lower() in SWITCH_VALUES):
+    if is_dataclass(kinds[name]):
+        raise ValueError(f"{option} has settings of its own; write {name}.NAME=VALUE, their names are shown by --help")
+    return name
+
+
+def _take_value(kind: Any, option: str, rest: list[str]) -> str | list[str] | None:
+    """Take from `rest` what belongs to an option: for a list all up to the next option or setting."""
+    if kind is bool and not (rest and rest[0].lower() in SWITCH_VALUES):
         return "true"
-    _refuse_no_value(option, rest)
-    return _as_yaml(kind, rest.pop(0))
-
-
-def _take_list(kind: Any, option: str, rest: list[str]) -> str:
-    """The values up to the next option or setting, as a YAML list; one that is such a list already stays as it is."""
-    _refuse_no_value(option, rest)
+    if not rest or rest[0].startswith("--"):
+        raise ValueError(f"{option} is given no value; write {option} VALUE")
+    if typing.get_origin(kind) is not tuple:
+        value = rest.pop(0)
+        return None if value == "null" and kind is not str else value
     values = []
     while rest and not rest[0].startswith("--") and not SETTING.match(rest[0]):
         values.append(rest.pop(0))
-    if len(values) == 1 and values[0].startswith("["):
-        return values[0]
-    return f"[{','.join(_as_yaml(kind, value) for value in values)}]"
-
-
-def _refuse_no_value(option: str, rest: list[str]) -> None:
-    if not rest or rest[0].startswith("--"):
-        raise ValueError(f"{option} is given no value; write {option} VALUE")
-
-
-def _as_yaml(kind: Any, value: str) -> str:
-    """Text is quoted, so that a path such as 007 or a,b stays what it is."""
-    quoted = value.replace("'", "''")
-    return f"'{quoted}'" if kind is str else value
+    return values
 
 
 def say(text: str) -> None:
-    """A progress line for people."""
+    """Print a progress line for people."""
     print(text, flush=True)
 
 
 def say_nothing(text: str) -> None:
-    """Progress on the ranks that do not speak."""
+    """Drop a progress line, on the ranks that do not speak."""

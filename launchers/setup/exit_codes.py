@@ -1,4 +1,4 @@
-"""What a launcher's exit code means, and which exception ends with which; the numbers are those of sysexits.h.
+"""What a command's exit code means, and which one an exception ends it with. The numbers follow sysexits.h.
 
 code  meaning                                                          worth trying again?
 0     done
@@ -13,52 +13,26 @@ code  meaning                                                          worth try
 75    stopped as asked, everything saved                               yes: the same command goes on
 76    no progress, or another rank is lost                             yes, if the rank that ended first agrees
 130, 138, 143   ended at once, by a second SIGINT, SIGUSR1 or SIGTERM  yes, from the checkpoint before
+
+An exception that ends a command carries its number as `exit_code`, so this module imports none of ours, and no torch.
 """
 
 from __future__ import annotations
 
 import errno
 import re
+import sys
 import traceback
 from pathlib import Path
-from types import MappingProxyType
-
-import torch.distributed as dist
-
-from data_pipeline.files.damage import DamagedData
-from data_pipeline.loading.read_ahead import WorkerFailed
-from data_pipeline.remote.remote import RemoteError
-from launchers.setup.config_files import one_line
-from training.checkpoints.checkpoint import CheckpointsFailing
-from training.checkpoints.commit import DamagedCheckpoint
-from training.supervision.bad_samples import TooManyBadSamples
-from training.supervision.divergence import TrainingDiverged
-from training.supervision.stopping import Stopped
-from training.supervision.watch import EXIT_NO_PROGRESS
-from training.tracking.mlflow import TrackerUnavailable
 
 EXIT_ERROR = 1
 EXIT_BAD_INPUT = 64
 EXIT_CANNOT_CREATE = 73
+EXIT_STOPPED = 75
+EXIT_LOST_PEERS = 76
 EXIT_INTERRUPTED = 130
-CODES: MappingProxyType[type[BaseException], int] = MappingProxyType(  # the first that fits
-    {
-        Stopped: 75,
-        DamagedCheckpoint: 65,
-        DamagedData: 65,
-        TooManyBadSamples: 65,
-        TrackerUnavailable: 69,
-        RemoteError: 69,
-        TrainingDiverged: 70,
-        WorkerFailed: 71,
-        CheckpointsFailing: 74,
-        ValueError: EXIT_BAD_INPUT,
-        OSError: EXIT_BAD_INPUT,
-        KeyboardInterrupt: EXIT_INTERRUPTED,
-    }
-)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
-# how gloo and NCCL speak of another process: closed, reset, or silent for too long
+# What gloo and NCCL say when another process has closed the connection, reset it, or been silent for too long.
 LOST_PEERS = re.compile(
     r"gloo/transport/|connection (closed|reset) by peer|timed out waiting|socket timeout"
     r"|ncclRemoteError|ncclSystemError|ncclInternalError|NCCL communicator was aborted",
@@ -69,29 +43,37 @@ OUR_PACKAGES = ("launchers", "training", "data_pipeline", "models")
 
 
 def exit_code(error: BaseException) -> int:
-    """The code to end with; EXIT_ERROR for what only a mistake in the program explains."""
+    """Choose the exit code for an error; EXIT_ERROR is for what only a mistake in the program explains."""
     if lost_its_peers(error):
-        return EXIT_NO_PROGRESS
-    if _port_is_taken(error):
-        return EXIT_BAD_INPUT
-    if type(error) in (OSError, PermissionError) and error.errno in NO_ROOM:
+        return EXIT_LOST_PEERS
+    if isinstance(code := getattr(error, "exit_code", None), int):
+        return code
+    if isinstance(error, OSError) and error.errno in NO_ROOM:
         return EXIT_CANNOT_CREATE
-    return next((code for kind, code in CODES.items() if isinstance(error, kind)), EXIT_ERROR)
+    if isinstance(error, (ValueError, OSError)) or _port_is_taken(error):
+        return EXIT_BAD_INPUT
+    return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_ERROR
 
 
 def lost_its_peers(error: BaseException) -> bool:
-    """Whether a collective failed because of another rank."""
-    if isinstance(error, (dist.DistNetworkError, dist.DistStoreError)):
+    """Tell whether a collective failed because of another rank."""
+    if _is_distributed(error, "DistNetworkError", "DistStoreError"):
         return not _port_is_taken(error)
     return isinstance(error, RuntimeError) and LOST_PEERS.search(str(error)) is not None
 
 
 def _port_is_taken(error: BaseException) -> bool:
-    return isinstance(error, dist.DistNetworkError) and PORT_TAKEN.search(str(error)) is not None
+    return _is_distributed(error, "DistNetworkError") and PORT_TAKEN.search(str(error)) is not None
+
+
+def _is_distributed(error: BaseException, *names: str) -> bool:
+    """Tell whether an error is one of these classes of torch.distributed, which is loaded if it raised one."""
+    module = sys.modules.get("torch.distributed")
+    return module is not None and isinstance(error, tuple(getattr(module, name) for name in names))
 
 
 def describe(error: BaseException) -> str:
-    """What there is to say, in one line."""
+    """Say in one line what went wrong."""
     if isinstance(error, KeyboardInterrupt):
         return "interrupted"
     if _port_is_taken(error):
@@ -103,8 +85,16 @@ def describe(error: BaseException) -> str:
     return f"{how} in {_place(error)}; see its own message. ({said[:160]})"
 
 
+def one_line(error: BaseException) -> str:
+    """Return an error's message as one line of printable characters."""
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    said = " ".join(str(error).split())
+    return "".join(character if character.isprintable() else repr(character)[1:-1] for character in said)
+
+
 def _place(error: BaseException) -> str:
-    """The innermost function of ours that the error has passed."""
+    """Name the innermost function of ours that the error has passed."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if _is_ours(frame.filename)]
     return f"{Path(frames[-1].filename).stem}.{frames[-1].name}" if frames else "a collective"
 

@@ -1,4 +1,4 @@
-"""Models from where they lie: folders of ours, and public files, which no launcher but these functions knows about.
+"""Models from where they lie: folders of ours, and public files, which no other file of the launchers reads.
 
 The tokenizer of a transformer lies in its folder's `tokenizer/`, or is the one that the config of its run names.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,20 +24,19 @@ from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 from training.checkpoints.weights import read_weights
-from training.engine.distributed import World
 
 Model = TypeVar("Model", VAR, VQVAE)
-# settings of a model that its weights do not depend on, once they are there
-NOT_OF_THE_WEIGHTS = ("init_gamma", "init_head", "quantizer.beta")
+# settings on which weights do not depend once they are there
+SETTINGS_OF_TRAINING = ("init_gamma", "init_head", "quantizer.beta")
 PUBLIC_SCHEDULES = (PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024)
 SCHEDULE_OF_LENGTH = {Scales(patch_nums).num_tokens: patch_nums for patch_nums in PUBLIC_SCHEDULES}
 
 
 def find_whole(path: str, kind: str) -> ModelOnDisk:
-    """The model of a kind, "VAR" or "VQVAE", at a path; if it is that of a checkpoint, it is as it was written.
+    """Find the model of a kind, "VAR" or "VQVAE", at a path; that of a checkpoint is verified against its manifest.
 
     Raises:
-        DamagedCheckpoint: it is not.
+        DamagedCheckpoint: it is not as it was written.
         FileNotFoundError, ValueError: see ModelOnDisk.find.
     """
     found = ModelOnDisk.find(path, kind)
@@ -51,16 +50,26 @@ def find_whole(path: str, kind: str) -> ModelOnDisk:
 
 
 def load_tokenizer(path: str) -> tuple[VQVAE, str]:
-    """A trained tokenizer and its sha256, from a run folder, an exported model, or that of its transformer."""
+    """Load a trained tokenizer, frozen, and its sha256, from a run folder, an exported model, or its transformer's."""
     found = find_whole(path, "VQVAE")
-    config = build_config(VQVAEConfig, [found.config()], source=str(found.folder))
+    return _fill(found, VQVAEConfig, VQVAE), found.sha256()
+
+
+def load_var(path: str) -> VAR:
+    """Load a trained transformer, frozen, from a run folder or an exported model."""
+    return _fill(find_whole(path, "VAR"), VARConfig, VAR)
+
+
+def _fill(found: ModelOnDisk, config_kind: type[Any], model_kind: Callable[[Any], Model]) -> Model:
+    config: Any = build_config(config_kind, [found.config()], source=str(found.folder))
     with torch.device("meta"):
-        model = VQVAE(config)
-    return found.fill(model), found.sha256()
+        model = model_kind(config)
+    found.fill(model)
+    return model
 
 
 def place_tokenizer(tokenizer: VQVAE, device: torch.device, *, kinds: set[str]) -> VQVAE:
-    """The tokenizer, ready to serve data of these kinds: the whole of it on the device where images are to be encoded.
+    """Move to the device what data of these kinds, "codes" or "images", need of a tokenizer, and return the tokenizer.
 
     Codes need the quantiser alone, one part in 600 of the released tokenizer; the rest then stays on the host.
     """
@@ -69,17 +78,8 @@ def place_tokenizer(tokenizer: VQVAE, device: torch.device, *, kinds: set[str]) 
     return tokenizer
 
 
-def load_var(path: str) -> VAR:
-    """A trained transformer, from a run folder or an exported model."""
-    found = find_whole(path, "VAR")
-    config = build_config(VARConfig, [found.config()], source=str(found.folder))
-    with torch.device("meta"):
-        model = VAR(config)
-    return found.fill(model)
-
-
 def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
-    """The transformer of a public file, frozen. Its schedule is that of its number of positions, if none is given."""
+    """Load the transformer of a public file, frozen. Without a schedule it gets that of its number of positions."""
     weights = read_weights(path, "VAR")
     positions = weights.get("pos_1LC")
     if positions is None or positions.ndim != 3:
@@ -96,7 +96,7 @@ def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
 
 
 def public_tokenizer(path: str, patch_nums: tuple[int, ...]) -> VQVAE:
-    """The tokenizer of a public file, for a schedule; frozen."""
+    """Load the tokenizer of a public file, frozen; the file does not tell for which schedule."""
     weights = read_weights(path, "VQVAE")
     if "quantize.embedding.weight" not in weights:
         raise ValueError(f"{path}: has no quantize.embedding.weight; it is no file of a VAR tokenizer")
@@ -115,12 +115,12 @@ def _of_public(path: str, build: Callable[[], Model]) -> Model:
 
 
 def is_weights_file(path: str) -> bool:
-    """Whether a path is that of a file, there or not, rather than of a folder."""
+    """Return whether a path is that of a file, there or not, rather than of a folder."""
     return Path(path).is_file() or Path(path).suffix in (".pth", ".pt", ".safetensors")
 
 
 def tokenizer_of(run: str) -> str:
-    """The tokenizer that comes with a transformer: in its folder, or named by the config of its run; empty: neither."""
+    """Return the path of a transformer's tokenizer, in its folder or named by the config of its run, or ""."""
     found = ModelOnDisk.find(run, "VAR")
     if ModelOnDisk(found.folder / "tokenizer").is_whole:
         return str(found.folder / "tokenizer")
@@ -130,7 +130,7 @@ def tokenizer_of(run: str) -> str:
 
 
 def trained_tokenizer_sha256(run: str) -> str:
-    """The identity of the tokenizer that a transformer was trained with; empty where nothing tells."""
+    """Return the sha256 of the tokenizer that a transformer was trained with, or "" where nothing tells."""
     found = ModelOnDisk.find(run, "VAR")
     if ModelOnDisk(found.folder / "tokenizer").is_whole:
         return ModelOnDisk(found.folder / "tokenizer").sha256()
@@ -139,13 +139,13 @@ def trained_tokenizer_sha256(run: str) -> str:
 
 
 def checkpoint_of(model: ModelOnDisk) -> Path | None:
-    """The checkpoint that a model on disk is the weights of, if it is one's."""
+    """Return the checkpoint whose weights a model on disk is, or None."""
     folder = model.folder.absolute().parent
     return folder if (folder / "manifest.json").is_file() else None
 
 
 def run_of(checkpoint: Path) -> Path:
-    """The run folder of a checkpoint, RUN/checkpoints/step-00000001."""
+    """Return the run folder of a checkpoint, RUN/checkpoints/step-00000001."""
     return checkpoint.parent.parent
 
 
@@ -153,12 +153,6 @@ def refuse_file(folder: Path) -> None:
     """Raise ValueError if a folder to be written to is a file."""
     if folder.is_file():
         raise ValueError(f"{folder}: is a file; choose another folder with --out")
-
-
-def refuse_several_ranks(launcher: str) -> None:
-    """Raise ValueError if a launcher that writes one folder has been started more than once."""
-    if World.from_environment().world_size > 1:
-        raise ValueError(f"{launcher} runs on one process; start it with `python launchers/{launcher}`")
 
 
 def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) -> None:
@@ -172,7 +166,7 @@ def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) 
     ours = flatten(describe(model.config))
     theirs = flatten(describe(build_config(type(model.config), [found.config()], source=str(found.folder))))
     for name, value in ours.items():
-        if name not in NOT_OF_THE_WEIGHTS and theirs[name] != value:
+        if name not in SETTINGS_OF_TRAINING and theirs[name] != value:
             raise ValueError(
                 f"{found.folder}: its {name} is {theirs[name]}, this run has {value}; training can start from a model "
                 "of the same sizes only: change model or init_from"
@@ -181,7 +175,7 @@ def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) 
 
 
 def write_public(file: Path, model: VAR | VQVAE) -> None:
-    """A flat state dict with the public names, and its config beside it."""
+    """Write a model as a flat state dict with the public names, and its config beside it."""
     file.parent.mkdir(exist_ok=True)
     entries = var_to_state_dict(model) if isinstance(model, VAR) else tokenizer_to_state_dict(model)
     torch.save({name: alone(value) for name, value in entries.items()}, file)
@@ -189,5 +183,5 @@ def write_public(file: Path, model: VAR | VQVAE) -> None:
 
 
 def alone(value: Tensor) -> Tensor:
-    """A tensor in a storage of its own: torch.save would write all of a larger one."""
+    """Return a tensor in a storage of its own: torch.save would write all of a larger one."""
     return value if value.untyped_storage().nbytes() == value.nbytes else value.clone()

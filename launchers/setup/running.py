@@ -107,7 +107,7 @@ def supervise(run: Path, watch: WatchConfig, world: World) -> Iterator[Supervisi
     """From here on signals ask the run in this folder to stop, and a rank that hangs or loses its launcher ends."""
     stopping = Stopping(run, world)
     stopping.install()
-    heartbeat = Heartbeat.start(watch, world, run)
+    heartbeat = Heartbeat.start(watch, world, run, stopping)
     try:
         yield Supervision(stopping, heartbeat)
     finally:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from launchers.setup.yaml_files import parse_yaml
+from launchers.setup.config_files import parse_yaml
 from training.laws.study_fit import FitConfig
 from training.tracking.record import TrackingConfig
 

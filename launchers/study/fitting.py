@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.files.atomic import atomic_file, bytes_sha256
+from data_pipeline.files.nested import flatten
 from data_pipeline.files.strict_json import read_json
 from launchers.setup.command_line import Command, say
 from launchers.study.config import StudyConfig
@@ -59,12 +60,12 @@ def fitted_study(config: StudyConfig) -> FittedStudy:
     file = Path(config.folder) / FIT
     if file.is_file():
         try:
-            content = read_json(file, max_bytes=MAX_BYTES)
-            fit, outdated = _fit_in(content), _what_differs(content, config, study)
+            content, fit = _read(file)
+            outdated = _what_differs(content, config, study)
             if not outdated:
                 return FittedStudy(study, fit)
         except ValueError as error:
-            outdated = f"is no fit of this version ({_shortened(error)})"
+            outdated = str(error)
         say(f"{file}: {outdated}; fitted anew")
     return FittedStudy(study, analyse(study.sizes, config.fit, study.source.entropy), is_new=True)
 
@@ -73,18 +74,14 @@ def _what_differs(content: dict[str, Any], config: StudyConfig, study: Study) ->
     """Say what a fit.json was made of that is not so now; empty if all is the same."""
     if content.get("points_sha256") != bytes_sha256(points_csv(study)):
         return "is of other points"
-    made_with, asked = content.get("settings"), _settings(config, study)
-    if not isinstance(made_with, dict) or not isinstance(made_with.get("fit"), dict):
-        return "does not say with which settings it was made"
-    if made_with.get("known") != asked["known"]:
-        return "was made with another known entropy"
-    before = made_with["fit"]
-    changes = [
-        f"fit.{name}={before.get(name)}, not {value}"
-        for name, value in asked["fit"].items()
-        if before.get(name) != value
-    ]
-    return f"was made with {', '.join(changes)} (give the same settings here to keep it)" if changes else ""
+    made_with = content.get("settings")
+    before = flatten(made_with) if isinstance(made_with, dict) else {}
+    now = flatten(_settings(config, study))
+    changes = [name for name in (now | before) if before.get(name) != now.get(name)]
+    if not changes:
+        return ""
+    values = ", ".join(f"{name}={before.get(name)}, not {now.get(name)}" for name in changes)
+    return f"was made with {values} (give the same settings here to keep it)"
 
 
 def fit_study(config: StudyConfig, study: Study) -> StudyFit:
@@ -113,30 +110,23 @@ def read_fit(folder: Path) -> StudyFit:
     """
     file = folder / FIT
     try:
-        return _fit_in(read_json(file, max_bytes=MAX_BYTES))
+        return _read(file)[1]
     except FileNotFoundError:
         raise FileNotFoundError(f"{file}: is not there yet; make it with scaling_study.py fit {folder}") from None
     except ValueError as error:
-        raise ValueError(
-            f"{file}: is no fit of this version ({_shortened(error)}); make it anew: scaling_study.py fit {folder}"
-        ) from None
+        raise ValueError(f"{file}: {error}; make it anew: scaling_study.py fit {folder}") from None
 
 
-def _fit_in(content: Any) -> StudyFit:
-    """Read the fit in the content of fit.json. Raises ValueError if there is none, or one of another version."""
-    fit = content.get("fit") if isinstance(content, dict) else None
-    if not isinstance(fit, dict):
-        raise ValueError("it holds no fit")
-    if fit.get("schema") != StudyFit.schema:
-        raise ValueError(f"schema is {fit.get('schema')!r}, accepted: {StudyFit.schema}")
+def _read(file: Path) -> tuple[dict[str, Any], StudyFit]:
+    """Read a fit.json and the fit in it. Raises ValueError if there is none, or one of another version."""
     try:
-        return _from_plain(StudyFit, fit)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _shortened(error: ValueError) -> str:
-    return " ".join(str(error).split())[:120]
+        content = read_json(file, max_bytes=MAX_BYTES)
+        fit = content["fit"]
+        if fit["schema"] != StudyFit.schema:
+            raise ValueError(f"schema is {fit['schema']!r}, accepted: {StudyFit.schema}")
+        return content, _from_plain(StudyFit, fit)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"is no fit of this version ({' '.join(str(error).split())[:120]})") from None
 
 
 def points_csv(study: Study) -> bytes:

@@ -13,9 +13,8 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from launchers.setup.command_line import Command, say
+from launchers.setup.command_line import Command, refuse_several_ranks, say
 from launchers.setup.config_files import read_settings
-from launchers.setup.loading import refuse_several_ranks
 from launchers.study.config import StudyConfig, study_name
 from launchers.study.fitting import FIT, POINTS, read_fit
 from launchers.study.reading import MeasuredRun, planned_runs, read_run

@@ -11,10 +11,10 @@ from dataclasses import replace
 from typing import Any
 
 from launchers.setup.command_line import Command, say
+from launchers.setup.tables import table
 from launchers.study.config import PlanConfig, StudyConfig
 from launchers.study.fitting import FittedStudy, fitted_study
 from launchers.study.reading import Study
-from launchers.study.tables import table
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512
 from models.var import VARConfig
 from training.accounting import EXACT, IMAGENET_IMAGES, PAPER

@@ -18,21 +18,18 @@ from launchers.study.fitting import FIT, POINTS, FittedStudy, describe_study, fi
 from launchers.study.page import publish
 from launchers.study.reading import Study, read_study
 from models.var import VARConfig
-from training.accounting import EXACT, FLOPS_PER_PFLOP, IMAGENET_IMAGES
-from training.flops import training_flops
+from training.accounting import EXACT
 from training.laws.study_data import LOSSES
 from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, FitConfig, Interval, LawFit, StudyFit
 
 REPORT, FIGURE_5, FIGURE_6 = "report.md", "fig5.png", "fig6.png"
-PAPER_DEPTHS = (6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30)  # twelve, as Sec. 5.2; which is left out, it does not say
-PAPER_EPOCHS = (200, 350)  # the least and the most, Sec. 5.2
 FRONTIER = (
     "The frontier is the lowest curve at log-spaced compute, where a size inside the study has it and no smaller "
     "compute has reached a lower value. Curves are interpolated between their evaluations, so the frontier has more "
     "points than were measured; its intervals are drawn over sizes. The draws do not know the estimator's own bias, "
     "0.2 to 0.7 % of the exponent on planted studies of twelve sizes. Therefore the bootstrap's interval of an "
-    "exponent is widened on both sides by its distance to the exponent of L(N, D), or of the non-dominated evaluations without "
-    "L(N, D). Student's interval, the bands and the interval of beta leave the bias out."
+    "exponent is widened on both sides by its distance to the exponent of L(N, D), or of the non-dominated evaluations "
+    "without L(N, D). Student's interval, the bands and the interval of beta leave the bias out."
 )
 GATE = (
     "The gate: laws fitted without the largest sizes, and what they say of them. A prediction passes if its error is "
@@ -144,8 +141,9 @@ def _checks(study: Study, fit: StudyFit) -> list[str]:
         parts += ["## Noise between seeds", seeds]
     if gap := tables.gap_table(study):
         remark = (
-            f"Training losses are means over the newest steps (5 % of the run, 500 at most), with {_at_random(study)}, "
-            "which validation does not do: equal losses would not be a gap of 0."
+            "Training losses are means over the newest steps (5 % of the run, 500 at most). Training drops labels and "
+            "skips blocks at random where its config says so, which validation does not do: equal losses would not be "
+            "a gap of 0."
         )
         parts += ["## Training and validation", gap, remark]
     if entropy := tables.entropy_table(study):
@@ -155,14 +153,6 @@ def _checks(study: Study, fit: StudyFit) -> list[str]:
         )
         parts += ["## Against the source's entropy", entropy, remark, tables.irreducible_table(study, fit)]
     return parts
-
-
-def _at_random(study: Study) -> str:
-    """Say what training does at random. Stochastic depth grows from 0 at the first block, which is never skipped."""
-    drops_labels = any(run.config.label_drop > 0 and run.config.model.is_conditional for run in study.runs)
-    skips = any(run.config.model.depth > 1 for run in study.runs)
-    done = [*(["labels dropped"] if drops_labels else []), *(["blocks skipped"] if skips else [])]
-    return f"{' and '.join(done)} at random" if done else "weights that still change"
 
 
 def shown(study: Study, fit: StudyFit) -> list[str]:
@@ -249,22 +239,10 @@ def not_shown(study: Study) -> list[str]:
             f"Training data were seen up to {max(run.epochs for run in runs):,.1f} times: laws in tokens are of "
             "repeated ones."
         )
-    return [*sentences, _paper_boundary(study)]
-
-
-def _paper_boundary(study: Study) -> str:
-    model, depths = study.runs[0].config.model, {size.depth for size in study.sizes}
-    low, high = (
-        sum(training_flops(VARConfig(depth)) for depth in PAPER_DEPTHS) * epochs * IMAGENET_IMAGES
-        for epochs in PAPER_EPOCHS
-    )
-    like = VARConfig(model.depth)
-    if (model.patch_nums, model.vocab_size, model.num_classes) == (like.patch_nums, like.vocab_size, like.num_classes):
-        missing = sorted(set(PAPER_DEPTHS) - depths)
-        what = f"without {', '.join(f'd{depth}' for depth in missing)}" if missing else "with all twelve sizes"
-        return f"The format is that of ImageNet at 256 px, {what}; `scaling_study.py paper` shows the paper's own laws."
-    return (
-        f"These are not the paper's data ({model.num_classes} classes, {model.scales.num_tokens} tokens an image): its "
-        "exponents, errors and correlations on ImageNet are not reproduced here. Its twelve sizes take between "
-        f"{low / FLOPS_PER_PFLOP:,.0f} and {high / FLOPS_PER_PFLOP:,.0f} PFLOP of training, at 200 and at 350 epochs."
-    )
+    model, paper = runs[0].config.model, VARConfig(depth=16)
+    if (model.patch_nums, model.num_classes) != (paper.patch_nums, paper.num_classes):
+        sentences.append(
+            f"These are not the paper's data ({model.num_classes} classes, {model.scales.num_tokens} tokens an image): "
+            "its exponents, errors and correlations on ImageNet are not reproduced here."
+        )
+    return sentences

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.locks import take_lock
-from launchers.setup.command_line import Command, say
+from launchers.setup.command_line import Command, refuse_several_ranks, say
 from launchers.setup.config_files import to_yaml
-from launchers.setup.loading import refuse_several_ranks
+from launchers.setup.tables import table
 from launchers.study.config import STUDY, StudyConfig
 from launchers.study.page import close_parent, open_parent
 from launchers.study.slurm import refuse_queued, submit
@@ -41,7 +41,6 @@ from launchers.study.state import (
     row_of,
     saved_step,
 )
-from launchers.study.tables import table
 from training.checkpoints.commit import latest_checkpoint
 from training.engine.distributed import World
 from training.supervision.stopping import STOP_FILE, Stopped, Stopping
@@ -73,7 +72,7 @@ def launch_run(command: Command[StudyConfig]) -> None:
         refuse_changed_settings(run)
     study = TrainedStudy(config, runs)
     if command.dry_run:
-        say(table(COLUMNS, study.rows()))
+        say(table(COLUMNS, study.rows(), left=3))
         for run in study.unfinished():
             say(shlex.join(command_line(config.start, run)))
         return
@@ -116,8 +115,7 @@ def command_line(start: Sequence[str], run: PlannedRun) -> list[str]:
     """
     if not start:
         raise ValueError("start is empty; give the command before launchers/train.py: deepspeed, or python")
-    beside = Path(sys.executable).with_name(start[0])
-    program = str(beside) if beside.is_file() else shutil.which(start[0])
+    program = shutil.which(start[0], path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
     if program is None:
         raise ValueError(f"start is {' '.join(start)}, but {start[0]} is not found; install it, or start with python")
     return [program, *start[1:], str(TRAIN), *run.arguments]
@@ -152,9 +150,7 @@ def start_training(start: Sequence[str], run: PlannedRun) -> subprocess.Popen[by
 
 def last_words(run: PlannedRun) -> str:
     """Return why a run has ended, by its log: the last line that is an error, else the last line."""
-    with (run.folder / LOG).open("rb") as file:
-        file.seek(max(0, file.seek(0, os.SEEK_END) - LAST_BYTES))
-        text = file.read().decode(errors="replace").rpartition(HEADING)[2]
+    text = (run.folder / LOG).read_bytes()[-LAST_BYTES:].decode(errors="replace").rpartition(HEADING)[2]
     lines = [line.strip() for line in text.splitlines()[1:] if line.strip()]  # the first is the heading's
     errors = [line for line in lines if line.startswith("error: ")]
     return (errors or lines or ["no word of its own"])[-1]
@@ -174,7 +170,7 @@ class Display:
 
     def show(self, rows: Sequence[Sequence[str]]) -> None:
         """Show the table if it is time to."""
-        lines, states = table(COLUMNS, rows).splitlines(), [row[2] for row in rows]
+        lines, states = table(COLUMNS, rows, left=3).splitlines(), [row[2] for row in rows]
         is_new, waited = states != self._states, time.monotonic() - self._drawn_time
         width, height = shutil.get_terminal_size()
         is_live = sys.stdout.isatty() and len(lines) < height

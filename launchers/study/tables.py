@@ -1,6 +1,6 @@
-"""The tables of a study: aligned text for a terminal, and Markdown for its report.
+"""The tables of a study's report, in Markdown.
 
-Numbers in Markdown have six significant digits, so that others can compute with them. A table without rows is "".
+Numbers have six significant digits, so that others can compute with them. A table without rows is "".
 """
 
 from __future__ import annotations
@@ -11,31 +11,16 @@ from typing import Any
 
 import numpy as np
 
+from launchers.setup.tables import markdown_table
 from launchers.study.reading import MeasuredRun, Study
 from training.accounting import ACCOUNTINGS, EXACT, LABELS
 from training.laws.study_data import LOSSES, METRICS
 from training.laws.study_fit import Interval, LawFit, StudyFit
 
-Row = Sequence[Any]
 
-
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Lay out text in columns: those that begin with a digit or are empty to the right, the others to the left."""
-    columns = list(zip(header, *rows, strict=True))
-    widths = [max(map(len, column)) for column in columns]
-    is_number = [all(cell[:1].isdigit() or not cell for cell in column[1:]) for column in columns]
-    return "\n".join(
-        "  ".join(cell.rjust(w) if n else cell.ljust(w) for cell, w, n in zip(line, widths, is_number)).rstrip()
-        for line in [header, *rows]
-    )
-
-
-def markdown(header: Sequence[str], rows: Sequence[Row]) -> str:
-    """Write a Markdown table, its first column as text and the others aligned to the right."""
-    if not rows:
-        return ""
-    lines = [header, ["---", *["---:"] * (len(header) - 1)], *([text(cell) for cell in row] for row in rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Write values as a Markdown table; nothing if there are no rows."""
+    return markdown_table(columns, [[text(cell) for cell in row] for row in rows]) if rows else ""
 
 
 def text(value: Any) -> str:
@@ -57,7 +42,7 @@ def runs_table(study: Study) -> str:
     return markdown(header, [_run_row(run) for run in study.runs])
 
 
-def _run_row(run: MeasuredRun) -> Row:
+def _run_row(run: MeasuredRun) -> list[Any]:
     size, batch = run.size, run.config.loop.global_batch
     about = [size.name, size.num_parameters, size.eq8_parameters, run.config.model.width]
     recipe = [batch, run.config.optimizer.peak_lr(batch), round(run.epochs, 3)]
@@ -193,7 +178,7 @@ def seeds_table(fit: StudyFit) -> str:
 def gap_table(study: Study) -> str:
     """Show validation minus training at the end of each run whose record allows it."""
     header = ["run", "epochs", *(f"{metric}, {what}" for metric in LOSSES for what in ("training", "gap"))]
-    rows: list[Row] = []
+    rows: list[list[Any]] = []
     for run in study.runs:
         if run.training:
             gaps = [(run.training[metric], run.size.final(metric) - run.training[metric]) for metric in LOSSES]
@@ -204,7 +189,7 @@ def gap_table(study: Study) -> str:
 def entropy_table(study: Study) -> str:
     """Show the lowest loss of each run beside the source's entropy."""
     header = ["metric", "entropy", "the source's own loss", "run", "lowest loss", "- entropy", "- own loss"]
-    rows: list[Row] = []
+    rows: list[list[Any]] = []
     for metric, entropy in study.source.entropy.items():
         own = study.source.own_loss.get(metric)
         for size in study.sizes:

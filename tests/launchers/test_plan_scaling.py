@@ -1,4 +1,4 @@
-"""Plans of training on many GPUs fit the GPUs, are the fastest of those that do, and are the ones that docs/ shows."""
+"""Plans of training on many GPUs fit the GPUs, and are the fastest of those that do."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from models.var import CHECKPOINTINGS
 from training.planning.memory import estimate_memory
 from training.planning.step_time import ClusterConfig, step_time
 
-PAGE = ROOT / "docs" / "scaling-out.md"
 D16 = str(ROOT / "configs" / "d16.yaml")
 
 
@@ -26,8 +25,8 @@ def _in_the_repository(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def shown() -> list[list[str]]:
-    """The rows of the page, as cells."""
-    lines = [line for line in PAGE.read_text().splitlines() if line.startswith("| d")]
+    """The rows of the table, as cells."""
+    lines = [line for line in table(PlanScalingConfig()) if line.startswith("| d")]
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
 
 
@@ -45,10 +44,6 @@ def plan_for(stage: int, *, gib: float, gpus: int = 8) -> Plan:
     plan = best_plan(*small(stage, gib=gib), gpus)
     assert plan is not None
     return plan
-
-
-def test_the_page_shows_what_the_command_prints() -> None:
-    assert "\n".join(table(PlanScalingConfig())) in PAGE.read_text()
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -96,7 +91,7 @@ def rates(shown: list[list[str]]) -> dict[tuple[str, str], dict[str, float]]:
     return found
 
 
-def test_zero_1_is_ahead_where_the_page_says_so(shown: list[list[str]]) -> None:
+def test_zero_1_is_ahead_where_messages_outlast_computation(shown: list[list[str]]) -> None:
     ahead = {place for place, rate in rates(shown).items() if rate["1"] > rate["3"]}
     assert ahead == {("d16", "64"), ("d16", "512"), ("d20", "512")}
 

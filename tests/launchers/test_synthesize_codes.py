@@ -21,7 +21,7 @@ from launchers.setup.loading import load_tokenizer
 from launchers.setup.settings import DataConfig, TrainConfig
 from launchers.study.config import StudyConfig
 from launchers.study.tree_source import TreeSource, TreeSourceConfig
-from launchers.synthesize_codes import SynthesizeConfig, typical_stream
+from launchers.synthesize_codes import SynthesizeConfig
 from models.generation import check_configs_agree
 from models.var import VARConfig
 from models.vqvae import VQVAE
@@ -78,14 +78,6 @@ def test_source_json_says_what_the_source_loses_on_the_images_that_are_stored(ma
     assert facts["entropy_avg"] == pytest.approx((facts["entropy"][0] + 4 * facts["entropy"][1]) / 5)
     assert facts["validation_loss_last"] == pytest.approx(facts["entropy_last"], abs=0.01)  # they are typical
     assert facts["validation_loss_avg"] == pytest.approx(facts["entropy_avg"], abs=0.01)
-
-
-def test_the_validation_images_are_more_typical_than_images_drawn_anyhow() -> None:
-    source = TreeSource(SOURCE)
-    stream = typical_stream(source, 80, seed=0)
-    excess = [abs(source.loss(*source.draw(80, seed=0, stream=i)) - source.entropy())[-1] for i in (stream, *range(99))]
-    assert stream != synthesize_codes.TRAIN_STREAM
-    assert excess[0] < sorted(excess)[len(excess) // 10]
 
 
 def validation_losses(made: Path, run: Path) -> list[float]:

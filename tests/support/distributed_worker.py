@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Storage
 from launchers.setup.assembly import RunData
+from launchers.setup.command_line import end_process
 from launchers.setup.settings import DataConfig
 from models.autoencoder import AutoencoderConfig
 from models.discriminator import PatchDiscriminator
@@ -27,7 +28,7 @@ from models.quantizer import QuantizerConfig
 from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints, Retention, TrainState
-from training.engine.distributed import World, agree_on_error, barrier, end_process, join_world, leave_world
+from training.engine.distributed import World, agree_on_error, barrier, join_world, leave_world
 from training.engine.engine import Engine, EngineConfig
 from training.loop import Loop
 from training.loop_config import LoopConfig

@@ -24,6 +24,7 @@ from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Reten
 from training.engine.distributed import World, join_world, leave_world
 from training.losses import TokenScores, token_scores
 from training.seams import reach
+from training.supervision.bad_samples import BadSamples, TooManyBadSamples
 from training.var_loop import VARStage
 
 
@@ -121,6 +122,21 @@ def faulty(train_step: Callable[..., dict[str, Tensor]]) -> Callable[..., dict[s
             return train_step(*arguments)
 
     return step
+
+
+def share_bad_samples(run: str, limit: int, met: list[list[dict[str, Any]]]) -> dict[str, Any]:
+    """Share what each rank has met, once; what this one then knows, said, and is refused for."""
+    world = join_world(timeout_seconds=60)
+    said: list[str] = []
+    bad = BadSamples(Path(run), limit, world, lambda: met[world.rank])
+    count = bad.share(said.append)["bad_samples"]
+    refused = ""
+    try:
+        bad.refuse_too_many()
+    except TooManyBadSamples as error:
+        refused = str(error)
+    leave_world()
+    return {"count": count, "said": said, "refused": refused}
 
 
 def start_a_process(seconds: int) -> int:

@@ -27,18 +27,6 @@ from typing import Any
 from training import seams
 
 FOREVER = 3600.0  # seconds; longer than any test
-SPIKE = 1000.0
-SIGNALS = {
-    "kill": signal.SIGKILL,
-    "term": signal.SIGTERM,
-    "int": signal.SIGINT,
-    "usr1": signal.SIGUSR1,
-    "stop": signal.SIGSTOP,
-}
-ERRORS = {"enospc": errno.ENOSPC, "eio": errno.EIO, "eacces": errno.EACCES}
-FACTORS = {"nan": math.nan, "inf": math.inf, "spike": SPIKE}
-OTHERS = ("tear", "exit0", "abort", "segv", "exception", "sleep", "lock", "record")
-KINDS = (*SIGNALS, *ERRORS, *FACTORS, *OTHERS)
 
 
 class InjectedFault(RuntimeError):
@@ -69,14 +57,10 @@ class Fault:
         """Read what `str` writes. Raises ValueError."""
         kind, _, rest = text.partition("@")
         site, *options = rest.split(":")
-        return cls(kind, site, **dict(cls._option(text, option) for option in options))
-
-    @staticmethod
-    def _option(text: str, option: str) -> tuple[str, float]:
-        name, _, value = option.partition("=")
-        if name not in OPTIONS:
-            raise ValueError(f"fault '{text}' has option '{option}'; accepted: {', '.join(OPTIONS)}, as name=number")
-        return name, float(value) if name == "seconds" else int(value)
+        values = dict(option.split("=") for option in options)
+        if unknown := values.keys() - OPTIONS.keys():
+            raise ValueError(f"fault '{text}' has option {unknown}; accepted: {', '.join(OPTIONS)}, as name=number")
+        return cls(kind, site, **{name: (float if name == "seconds" else int)(text) for name, text in values.items()})
 
     def __str__(self) -> str:
         changed = [f"{name}={getattr(self, name)}" for name in OPTIONS if getattr(self, name) != OPTIONS[name]]
@@ -158,7 +142,8 @@ class _Injector:
         for number, fault in enumerate(self._faults):
             if fault.is_at(site) and self._is_due(number):
                 self._testify(fault, site)
-                value = act(fault, site, value)
+                outcome = KINDS[fault.kind](fault, value)
+                value = outcome if fault.kind == "nan" else value
         return value
 
     def _is_due(self, number: int) -> bool:
@@ -178,33 +163,17 @@ class _Injector:
             os.close(descriptor)
 
 
-def act(fault: Fault, site: str, value: Any) -> Any:
-    """Do what the fault's kind says; what passes the seam comes back, for the kinds that let the process go on."""
-    if fault.kind in SIGNALS:
-        os.kill(os.getpid(), SIGNALS[fault.kind])
-    elif fault.kind in ERRORS:
-        raise OSError(ERRORS[fault.kind], os.strerror(ERRORS[fault.kind]))
-    elif fault.kind in FACTORS:
-        return _multiplied(site, value, FACTORS[fault.kind])
-    elif fault.kind == "tear":
-        os.ftruncate(value, os.fstat(value).st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-    else:
-        ACTIONS[fault.kind](fault)
-    return value
+def _tear(fault: Fault, descriptor: int) -> None:
+    """Lose the second half of a file that is being forced to disk, and the process with it."""
+    os.ftruncate(descriptor, os.fstat(descriptor).st_size // 2)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _multiplied(site: str, value: Any, factor: float) -> Any:
-    if value is None:
-        raise TypeError(f"no number passes the seam '{site}', so there is none to falsify; choose another site")
-    return value * factor
+def _raise(error: Exception) -> Any:
+    raise error
 
 
-def _raise(fault: Fault) -> None:
-    raise InjectedFault(f"injected: {fault}")
-
-
-def _hold_interpreter_lock(fault: Fault) -> None:
+def _hold_interpreter_lock(fault: Fault, value: Any) -> None:
     """Wait in C without giving the lock back, deaf to every signal that can be blocked."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     try:
@@ -213,12 +182,21 @@ def _hold_interpreter_lock(fault: Fault) -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-ACTIONS: dict[str, Callable[[Fault], Any]] = {
-    "exit0": lambda fault: os._exit(0),
-    "abort": lambda fault: os.abort(),
-    "segv": lambda fault: ctypes.string_at(0),
-    "exception": _raise,
-    "sleep": lambda fault: time.sleep(fault.seconds),
+# What a fault does at its site, with the value that passes there; another value may pass instead.
+KINDS: dict[str, Callable[[Fault, Any], Any]] = {
+    "kill": lambda fault, value: os.kill(os.getpid(), signal.SIGKILL),
+    "term": lambda fault, value: os.kill(os.getpid(), signal.SIGTERM),
+    "int": lambda fault, value: os.kill(os.getpid(), signal.SIGINT),
+    "usr1": lambda fault, value: os.kill(os.getpid(), signal.SIGUSR1),
+    "enospc": lambda fault, value: _raise(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))),
+    "eio": lambda fault, value: _raise(OSError(errno.EIO, os.strerror(errno.EIO))),
+    "exception": lambda fault, value: _raise(InjectedFault(f"injected: {fault}")),
+    "nan": lambda fault, value: value * math.nan,
+    "tear": _tear,
+    "exit0": lambda fault, value: os._exit(0),
+    "abort": lambda fault, value: os.abort(),
+    "segv": lambda fault, value: ctypes.string_at(0),
+    "sleep": lambda fault, value: time.sleep(fault.seconds),
     "lock": _hold_interpreter_lock,
-    "record": lambda fault: None,
+    "record": lambda fault, value: None,
 }

@@ -26,8 +26,7 @@ from data_pipeline.shards.index import Index
 from data_pipeline.shards.members import Scan, cut_sample
 from data_pipeline.shards.tar import TarFault, bytes_reader
 from launchers.pack_images import PackConfig
-from launchers.setup.config_files import build_config
-from launchers.setup.yaml_files import parse_yaml, read_yaml
+from launchers.setup.config_files import build_config, parse_yaml
 from training.checkpoints.commit import MANIFEST, read_manifest, sealed, structural_damage
 
 MAX_PIXELS = 4_000_000  # the fuzzer is after mistakes, not after large pictures
@@ -91,19 +90,15 @@ def index(content: bytes) -> None:
 
 
 def config(content: bytes) -> None:
-    """YAML is refused, or holds plain values that PyYAML's safe reader sees too."""
-
-    def read(path: Path) -> None:
-        try:
-            values = read_yaml(path)
-        except ValueError as error:
-            assert "\n" not in str(error) and path.name in str(error)
-            return
-        assert parse_yaml(yaml.safe_dump(values, allow_unicode=True), "again") == values
-        with contextlib.suppress(ValueError):
-            build_config(PackConfig, [values if isinstance(values, dict) else {}], source="again")
-
-    with_file("config.yaml", content, read)
+    """YAML is refused, or holds plain values that PyYAML writes and this reader reads back."""
+    try:
+        values = parse_yaml(content, "config.yaml")
+    except ValueError as error:
+        assert "\n" not in str(error) and "config.yaml" in str(error)
+        return
+    assert parse_yaml(yaml.safe_dump(values), "again") == values
+    with contextlib.suppress(ValueError):
+        build_config(PackConfig, [values if isinstance(values, dict) else {}], source="again")
 
 
 def manifest(content: bytes) -> None:

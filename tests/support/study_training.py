@@ -11,9 +11,8 @@ from typing import Any
 
 import pytest
 
-from launchers.setup.config_files import build_config
+from launchers.setup.config_files import build_config, parse_yaml
 from launchers.setup.settings import TrainConfig
-from launchers.setup.yaml_files import parse_yaml
 from launchers.study import run as study_run
 from launchers.study import state as study_state
 from launchers.study.config import StudyConfig

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Iterator
@@ -10,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from faults import KINDS, Fault, Fired, InjectedFault, fired, install, sites_reached
+from faults import KINDS, Fault, Fired, fired, install, sites_reached
 from fork_world import FaultNeverFired, ForkServer
 
 from training import seams
@@ -29,14 +28,14 @@ def log(tmp_path: Path) -> Path:
     return tmp_path / "faults.jsonl"
 
 
-def pass_seams(log: Path, *faults: str, rank: int = 0, sites: str = "aab") -> list[float]:
+def pass_seams(log: Path, fault: str, *, sites: str) -> list[float]:
     """What comes out of the seams named by single letters when 1.0 goes in."""
-    install(faults, rank=rank, log=log)
+    install([fault], rank=0, log=log)
     return [seams.reach(f"site.{letter}", 1.0) for letter in sites]
 
 
 @pytest.mark.parametrize(
-    "text", ["kill@checkpoint.rename", "nan@loop.loss:rank=1:count=3:times=2", "sleep@data.*:seconds=2.5"]
+    "text", ["kill@disk.rename.*", "nan@loop.loss:rank=1:count=3:times=2", "sleep@data.*:seconds=2.5"]
 )
 def test_a_fault_is_written_as_it_is_read(text: str) -> None:
     assert str(Fault.parse(text)) == text
@@ -48,7 +47,7 @@ def test_a_fault_is_written_as_it_is_read(text: str) -> None:
         ("melt@site", f"kind 'melt'; accepted: {', '.join(KINDS)}"),
         ("kill", "at site ''"),
         ("kill@a.*.b", "at site 'a.*.b'"),
-        ("kill@a:when=3", "has option 'when=3'; accepted: rank, count, times, seconds"),
+        ("kill@a:when=3", "accepted: rank, count, times, seconds"),
         ("kill@a:count=0", "with count 0"),
     ],
 )
@@ -58,63 +57,34 @@ def test_a_fault_that_is_none_is_refused_naming_what_is_accepted(text: str, said
     assert said in str(caught.value)
 
 
-def test_a_fault_acts_the_time_it_is_told_to_and_leaves_proof(log: Path) -> None:
-    assert pass_seams(log, "spike@site.a:count=2", sites="abaa") == [1, 1, 1000, 1]
-    assert fired(log) == [Fired("spike@site.a:count=2", 0, "site.a")]
+@pytest.mark.parametrize(
+    ("fault", "sites", "acted"),
+    [
+        ("nan@site.a:count=2", "abaa", [2]),
+        ("nan@site.a:count=2:times=2", "aaaa", [1, 2]),
+        ("nan@site.*:count=3", "aba", [2]),
+        ("nan@site", "ab", []),
+        ("nan@site.a:rank=1", "ab", []),
+        ("record@site.*", "aba", []),
+    ],
+)
+def test_a_fault_acts_at_its_rank_its_sites_and_its_times(log: Path, fault: str, sites: str, acted: list[int]) -> None:
+    passed = pass_seams(log, fault, sites=sites)
+    assert [number for number, value in enumerate(passed) if value != 1] == acted
+    proof = range(len(sites)) if fault.startswith("record") else acted
+    assert fired(log) == [Fired(fault, 0, f"site.{sites[number]}") for number in proof]
 
 
-def test_a_fault_may_act_several_times_in_a_row(log: Path) -> None:
-    assert pass_seams(log, "spike@site.a:count=2:times=2", sites="aaaa") == [1, 1000, 1000, 1]
-    assert len(fired(log)) == 2
+def test_the_recorder_tells_the_sites_of_a_rank_in_order(log: Path) -> None:
+    pass_seams(log, "record@site.*", sites="aba")
+    assert sites_reached(log, rank=0) == ["site.a", "site.b", "site.a"] and sites_reached(log, rank=1) == []
 
 
-def test_a_prefix_counts_all_sites_that_begin_so(log: Path) -> None:
-    assert pass_seams(log, "spike@site.*:count=3", sites="aba") == [1, 1, 1000]
-    assert [line.site for line in fired(log)] == ["site.a"]
-
-
-def test_a_name_that_only_begins_alike_is_another_site(log: Path) -> None:
-    assert pass_seams(log, "spike@site", sites="ab") == [1, 1]
-
-
-def test_the_fault_of_another_rank_does_not_act(log: Path) -> None:
-    assert pass_seams(log, "spike@site.a:rank=1", rank=0) == [1, 1, 1]
-    assert pass_seams(log, "spike@site.a:rank=1", rank=1) == [1000, 1, 1]
-    assert [line.rank for line in fired(log)] == [1]
-
-
-def test_the_recorder_lists_every_site_and_changes_nothing(log: Path) -> None:
-    assert pass_seams(log, "record@site.*", sites="aba") == [1, 1, 1]
-    assert sites_reached(log, rank=0) == ["site.a", "site.b", "site.a"]
-    assert sites_reached(log, rank=1) == []
-
-
-@pytest.mark.parametrize(("kind", "number"), [("enospc", 28), ("eio", 5), ("eacces", 13)])
-def test_errors_are_those_of_the_system(log: Path, kind: str, number: int) -> None:
-    with pytest.raises(OSError) as caught:
-        pass_seams(log, f"{kind}@site.a")
-    assert caught.value.errno == number and os.strerror(number) in str(caught.value)
-
-
-def test_an_exception_names_its_fault(log: Path) -> None:
-    with pytest.raises(InjectedFault, match="exception@site.b"):
-        pass_seams(log, "exception@site.b")
-
-
-@pytest.mark.parametrize("kind", ["nan", "inf", "spike"])
-def test_numbers_are_falsified_with_their_gradients(log: Path, kind: str) -> None:
-    install([f"{kind}@loss"], rank=0, log=log)
+def test_a_false_number_has_false_gradients(log: Path) -> None:
+    install(["nan@loss"], rank=0, log=log)
     weight = torch.tensor([2.0, 3.0], requires_grad=True)
-    loss = seams.reach("loss", weight.sum())
-    loss.backward()
-    assert loss.isfinite() == (kind == "spike") and weight.grad[0].isfinite() == (kind == "spike")
-    assert loss != 5
-
-
-def test_a_seam_without_a_value_has_no_number_to_falsify(log: Path) -> None:
-    install(["nan@site"], rank=0, log=log)
-    with pytest.raises(TypeError, match="no number passes the seam 'site'"):
-        seams.reach("site")
+    seams.reach("loss", weight.sum()).backward()
+    assert weight.grad.isnan().all()
 
 
 def test_ranks_know_their_place_and_return_what_they_found(fork_server: ForkServer) -> None:
@@ -139,7 +109,7 @@ def test_the_way_a_rank_ends_is_reported(fork_server: ForkServer, kind: str, cod
     assert ("Traceback" in world.ranks[1].stderr) == (code == 1)
 
 
-@pytest.mark.parametrize("kind", ["stop", "sleep", "lock"])
+@pytest.mark.parametrize("kind", ["sleep", "lock"])
 def test_who_hangs_is_given_a_grace_and_then_killed(fork_server: ForkServer, kind: str) -> None:
     world = fork_server.run(HELLO, {"numbers": [1]}, faults=[f"{kind}@hello.first:rank=1"], grace=0.3)
     assert world.exit_codes == [0, -signal.SIGKILL] and not world.timed_out
@@ -153,8 +123,8 @@ def test_a_world_that_takes_too_long_is_ended(fork_server: ForkServer) -> None:
 
 
 def test_a_rank_that_holds_the_lock_hears_no_signal(fork_server: ForkServer) -> None:
-    world = fork_server.start(HELLO, {"numbers": [1]}, world_size=1, faults=["lock@hello.first"], timeout=1.5)
-    time.sleep(0.5)
+    world = fork_server.start(HELLO, {"numbers": [1]}, world_size=1, faults=["lock@hello.first"], timeout=0.8)
+    time.sleep(0.3)
     world.send(signal.SIGTERM, rank=0)
     assert world.wait().exit_codes == [-signal.SIGKILL]
 

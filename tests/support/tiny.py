@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.shards.codes import CodeFormat
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Storage
 from data_pipeline.shards.writer import Sample, write_shards
 from launchers import encode_codes, pack_images, train
 from launchers.encode_codes import EncodeConfig

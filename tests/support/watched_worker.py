@@ -44,7 +44,7 @@ def launch(command: Command[Settings]) -> None:
     world = join_world(timeout_seconds=60.0)
     stopping = Stopping(run, world)
     stopping.install()
-    heartbeat = Heartbeat.start(WATCH, world, run)
+    heartbeat = Heartbeat.start(WATCH, world, run, stopping)
     try:
         take_steps(command.config, world, stopping, heartbeat)
     finally:

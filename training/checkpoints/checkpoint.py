@@ -12,7 +12,6 @@ import hashlib
 import json
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
@@ -29,7 +28,7 @@ from training.checkpoints.commit import DamagedCheckpoint, Entry, read_manifest
 from training.checkpoints.model_on_disk import WEIGHTS, describe, model_files
 from training.checkpoints.random_state import random_state, set_random_state
 from training.checkpoints.weights import check_header
-from training.engine.distributed import World, agree_on_error, agree_on_value, gather_objects
+from training.engine.distributed import World, agree_on_value, failing_together, gather_objects
 from training.engine.engine import Engine
 from training.engine.whole_state import EMA, WEIGHT
 
@@ -127,33 +126,23 @@ class Checkpoints:
     def _write_and_commit(
         self, engines: Mapping[str, Engine], temporary: Path, final: Path, facts: dict[str, Any], *, is_kept: bool
     ) -> None:
-        with self._failing_together():
+        with failing_together(self.world):
             if self.world.is_rank_zero:
                 commit.make_room(self.root, temporary)
                 if final.exists():  # damaged
                     commit.set_aside(final)
         share = self._gather(engines)
         written: dict[str, Entry] = {}
-        with self._failing_together():
+        with failing_together(self.world):
             written = {name: commit.write_file(temporary / name, content) for name, content in share.files()}
         files = {name: entry for part in gather_objects(written, self.world) for name, entry in part.items()}
         manifest = self._manifest(engines, facts, files)
-        with self._failing_together():
+        with failing_together(self.world):
             if self.world.is_rank_zero:
                 if is_kept:
                     (temporary / commit.KEEP).touch()
                 commit.publish(temporary, final, manifest)
                 self._tidy(final)
-
-    @contextmanager
-    def _failing_together(self) -> Iterator[None]:
-        """Turn an error of one rank into the same error on all of them, so that nobody waits in vain."""
-        problem: Exception | None = None
-        try:
-            yield
-        except (OSError, ValueError) as error:
-            problem = error
-        agree_on_error(problem, self.world)
 
     def _gather(self, engines: Mapping[str, Engine]) -> Share:
         """Return this rank's share of the state, on the CPU. Every rank sees every tensor go by."""
@@ -203,7 +192,7 @@ class Checkpoints:
             if not damage:
                 self.refuse_misfit(self.root / name)
                 return self._load(self.root / name, engines)
-            with self._failing_together():
+            with failing_together(self.world):
                 if self.world.is_rank_zero:
                     commit.set_aside(self.root / name)
             fallback = f"falling back to {older}" if older else "there is no older checkpoint"

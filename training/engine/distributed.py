@@ -7,11 +7,11 @@ is the same code with `world_size` 1. Collectives go through torch.distributed, 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from training.engine import slurm
 from training.engine.host_memory import keep_freed_memory
+from training.engine.place import place_of
 
 
 @dataclass(frozen=True)
@@ -38,33 +39,8 @@ class World:
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
         """Read the variables of the deepspeed launcher and torchrun, else those of `srun`, else a world of one."""
-        if environment.get("RANK"):
-            place = _place_by_launcher(environment)
-        elif slurm.is_srun_task(environment):
-            place = slurm.read_place(environment)
-        else:
-            place = slurm.Place(0, 1, 0, 1)
+        place = place_of(environment)
         return cls(*place, _device(place.local_rank, environment))
-
-
-def _place_by_launcher(environment: Mapping[str, str]) -> slurm.Place:
-    """The place that the deepspeed launcher or torchrun gave; ValueError if no launcher can have set it so."""
-    place = {name: environment.get(name, "") for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    if not all(value.isdecimal() for value in place.values()):
-        said = ", ".join(f"{name}={value}" for name, value in place.items())
-        raise ValueError(f"{said}: launchers set all three to numbers; unset RANK, or start with deepspeed or srun")
-    rank, world_size, local_rank = map(int, place.values())
-    if not rank < world_size:
-        raise ValueError(f"RANK={rank} and WORLD_SIZE={world_size}: ranks count from 0; unset both, or correct them")
-    if slurm.is_srun_task(environment) and world_size < int(environment["SLURM_STEP_NUM_TASKS"]):
-        raise ValueError(  # each task would be a run of its own, and all would write to one folder
-            f"RANK={rank} and WORLD_SIZE={world_size} are set, but srun started {environment['SLURM_STEP_NUM_TASKS']} "
-            "tasks; unset RANK to let srun count, or start one task a node with a launcher in it"
-        )
-    local_world_size = environment.get("LOCAL_WORLD_SIZE") or environment.get("LOCAL_SIZE") or str(world_size)
-    if not local_world_size.isdecimal() or int(local_world_size) < 1:
-        raise ValueError(f"LOCAL_WORLD_SIZE={local_world_size}: it is the number of ranks on this node; unset it")
-    return slurm.Place(rank, world_size, local_rank, int(local_world_size))
 
 
 def _device(local_rank: int, environment: Mapping[str, str]) -> torch.device:
@@ -144,17 +120,6 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
-def end_process(exit_code: int) -> NoReturn:
-    """End this rank at once, its output written.
-
-    An ordinary exit takes the interpreter down while gloo's threads may still want it, and now and then such a rank is
-    aborted (SIGABRT) after its work is done and saved.
-    """
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(exit_code)
-
-
 def barrier(world: World) -> None:
     if world.world_size > 1:
         dist.barrier()
@@ -192,6 +157,17 @@ def agree_on_error(error: Exception | None, world: World) -> None:
     if failures:
         texts = sorted(set(failures.values()))
         raise ValueError(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}")
+
+
+@contextmanager
+def failing_together(world: World) -> Iterator[None]:
+    """Run a block that may fail on some ranks, and let its OSError or ValueError end all of them: a collective."""
+    problem: Exception | None = None
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        problem = error
+    agree_on_error(problem, world)
 
 
 def agree_on_value(value: Any, what: str, world: World) -> None:

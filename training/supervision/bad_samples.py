@@ -1,7 +1,7 @@
 """The bad samples of a run: counted over all ranks, listed in RUN/bad_samples.jsonl, refused above a limit.
 
-The loader replaces a bad sample and says so; here every rank learns of what any rank has met. Facts are plain mappings
-about a sample: "shard" and "sample" say which one it is, "substitute" which one was shown, "reason" why.
+The loader replaces a bad sample and says so; here every rank learns of what any rank has met. A fact is a plain mapping
+about one sample: "shard" and "sample" say which it is, "substitute" which one was shown instead, "reason" why.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from data_pipeline.files.json_lines import append_lines, read_lines
-from training.engine.distributed import World, agree_on_error, gather_objects
+from training.engine.distributed import World, failing_together, gather_objects
 
 BAD_SAMPLES = "bad_samples.jsonl"
 
@@ -25,33 +25,30 @@ class TooManyBadSamples(ValueError):
 
 
 class BadSamples:
-    """What is known on all ranks; the same number everywhere after each `share`."""
+    """The distinct bad samples of a run, the same on all ranks after each `share`."""
 
     def __init__(self, run: Path, limit: int, world: World, take: Callable[[], list[Fact]]) -> None:
-        """limit: distinct samples that are borne. take: this rank's facts since it was last called.
+        """Read what earlier starts of the run have met: a collective.
 
-        A collective: the samples that the run has met before count, too.
+        limit: distinct samples that are borne. take: returns this rank's facts since it was last called.
         """
         self.path = Path(run) / BAD_SAMPLES
         self.limit = limit
         self.world = world
         self.take = take
         known: list[Fact] = []
-        problem = None
-        try:
-            known = _read(self.path) if world.is_rank_zero else []
-        except OSError as error:
-            problem = error
-        agree_on_error(problem, world)
+        with failing_together(world):
+            if world.is_rank_zero:
+                known = _read(self.path)
         self._known = {_name(fact) for fact in gather_objects(known, world)[0]}
 
     @property
     def count(self) -> int:
-        """Distinct bad samples of the whole run so far."""
+        """The number of distinct bad samples of the whole run so far."""
         return len(self._known)
 
-    def share(self, say: Callable[[str], None]) -> dict[str, int]:
-        """Let all ranks know what each has met, list and say what is new to the run; a metric: how many in all.
+    def share(self, report: Callable[[str], None]) -> dict[str, int]:
+        """Let all ranks know what each has met; list and report what is new; return the metric "bad_samples".
 
         A collective. Raises an error on all ranks if the list cannot be written.
         """
@@ -59,15 +56,11 @@ class BadSamples:
         for facts in gather_objects(self.take(), self.world):
             new |= {_name(fact): fact for fact in facts if _name(fact) not in self._known}
         self._known |= set(new)
-        problem = None
-        if new and self.world.is_rank_zero:
-            try:
+        with failing_together(self.world):
+            if new and self.world.is_rank_zero:
                 append_lines(self.path, list(new.values()))
-            except OSError as error:
-                problem = error
-        agree_on_error(problem, self.world)
         for fact in new.values():
-            say(f"warning: a bad sample was replaced by sample {fact['substitute']}: {fact['reason']}")
+            report(f"warning: a bad sample was replaced by sample {fact['substitute']}: {fact['reason']}")
         return {"bad_samples": self.count}
 
     def refuse_too_many(self) -> None:
@@ -82,11 +75,12 @@ class BadSamples:
 class NoBadSamples:
     """For runs in which a bad sample is an error where it is met: nothing to share, no metric, no collective."""
 
-    def share(self, say: Callable[[str], None]) -> dict[str, int]:
+    def share(self, report: Callable[[str], None]) -> dict[str, int]:
+        """Return no metric."""
         return {}
 
     def refuse_too_many(self) -> None:
-        """There are none."""
+        """Refuse nothing: there are none."""
 
 
 def _name(fact: Fact) -> tuple[str, int]:

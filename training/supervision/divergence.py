@@ -1,4 +1,4 @@
-"""What is done about steps that go wrong: numbers that are not finite, and losses that jump.
+"""The steps that go wrong: numbers that are not finite, losses that jump, and what is done about them.
 
 A step whose gradient is not finite has changed nothing: the engine passes it over on all ranks. Whether the run then
 goes on, stops, or returns to its newest checkpoint and steps over the data in between, is decided here, from metrics
@@ -58,7 +58,7 @@ class DivergenceConfig:
 
 
 class DivergenceGuard:
-    """Judges the steps of a run in their order. `scales_loss`: with fp16 an infinite gradient is no accident."""
+    """Judges the steps of a run in their order. With `scales_loss` (fp16) an infinite gradient is no accident."""
 
     def __init__(self, config: DivergenceConfig, *, scales_loss: bool) -> None:
         self.config = config
@@ -77,7 +77,7 @@ class DivergenceGuard:
                 self._note(record)
 
     def problem_of(self, record: Record) -> str:
-        """What is not finite in a training record, such as "loss is nan"; empty: nothing."""
+        """Return what is not finite in a training record, such as "the loss is nan", or ""."""
         if not is_finite(record["loss"]):
             return f"the loss is {record['loss']}"
         if not self.scales_loss and not is_finite(record["gradient_norm"]):
@@ -85,10 +85,10 @@ class DivergenceGuard:
         return ""
 
     def judge(self, record: Record, next_sample: int, blame: str, *, can_roll_back: bool = True) -> str:
-        """A warning about this step, empty if it is as it should be.
+        """Return a warning about this step, or "" if it is as it should be.
 
-        next_sample: position behind the step. blame: ranks and samples of a step that is not finite. can_roll_back:
-        there is a checkpoint; until then a bad step is skipped instead.
+        next_sample: stream position behind the step. blame: ranks and samples of a step that is not finite.
+        can_roll_back: there is a checkpoint to return to; until there is one, a bad step is skipped instead.
 
         Raises:
             TrainingDiverged: the policy is to stop, or patience has ended.
@@ -116,6 +116,7 @@ class DivergenceGuard:
         self._losses.append(typical_loss(record))
 
     def _spike(self, record: Record) -> str:
+        """Return how far a loss lies above the median, if by more median absolute deviations than are usual."""
         loss = typical_loss(record)
         if self.config.spike_deviations == 0 or len(self._losses) < MIN_LOSSES:
             return ""
@@ -127,11 +128,12 @@ class DivergenceGuard:
 
 
 def typical_loss(record: Record) -> float:
-    """The one loss of a step that is watched: the average over the tokens where there is one per scale."""
-    return record.get("loss_avg", record["loss"])
+    """Return the one loss of a step that is watched: the average over the tokens where there is one per scale."""
+    loss: float = record["loss_avg"] if "loss_avg" in record else record["loss"]
+    return loss
 
 
 def is_finite(value: float | list[float] | None) -> bool:
-    """Whether a metric is a finite number, or all of a list are; None stands for one that was not when recorded."""
+    """Return whether a metric is a finite number, or all of a list are; None is one that was not when recorded."""
     numbers = value if isinstance(value, list) else [value]
     return all(number is not None and math.isfinite(number) for number in numbers)

@@ -7,6 +7,7 @@ that nobody waits for it.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -19,10 +20,9 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from training import seams
+from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_REQUEST_SECONDS = 2.0  # Ctrl-C reaches a rank from the terminal, then once more from its launcher
 LOOK_SECONDS = 0.2  # between two looks for the stop file: it lies on storage that may be slow
 STOP_FILE = "stop"
@@ -47,18 +47,18 @@ class Stopping:
 
     run: Path
     world: World
-    _signal: int = 0
+    _signal: int = 0  # the first that asked for a stop
     _signal_time: float = 0.0
-    _next_look: float = 0.0
+    _next_look: float = 0.0  # at which to look for the stop file again
     _sees_file: bool = False
     _group: dist.ProcessGroup | None = None
     _underway: _Reduction | None = None
     _is_finished: bool = False
-    _earlier: dict[int, Any] = field(default_factory=dict)
+    _earlier: dict[int, Any] = field(default_factory=dict)  # handlers, by signal
 
     def install(self) -> None:
         """Let signals ask for a stop, from now on; also those that were ignored, as under nohup. In the main thread."""
-        for number in SIGNALS:
+        for number in STOP_SIGNALS:
             self._earlier[number] = signal.signal(number, self._receive)
 
     def remove(self) -> None:
@@ -67,27 +67,34 @@ class Stopping:
             number, handler = self._earlier.popitem()
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
+    @property
+    def is_asked(self) -> bool:
+        """Whether this rank itself was asked to stop by a signal."""
+        return self._signal != 0
+
+    def ask(self, number: int) -> None:
+        """Ask for a stop as a first signal of this number would; from any thread. A later request changes nothing."""
+        if not self._signal:
+            self._signal, self._signal_time = number, time.monotonic()
+
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        """The first signal is noted; one that comes later than an echo of it ends the process on the spot."""
+        """Note the first signal; end the process on the spot for one that comes later than an echo of the first."""
         if self._is_finished:  # a launcher ends what it takes for stragglers
             return
         name = signal.Signals(number).name
-        now = time.monotonic()
         if not self._signal:
-            self._signal, self._signal_time = number, now
+            self.ask(number)
             self._write(f"{name}: training stops after this step, with a checkpoint; a second signal ends it at once")
-        elif now - self._signal_time > SAME_REQUEST_SECONDS:
+        elif time.monotonic() - self._signal_time > SAME_REQUEST_SECONDS:
             self._write(f"{name} again: ended at once, without a checkpoint")
             os._exit(128 + number)
 
-    def _write(self, text: str) -> None:
-        try:  # not print: the signal may have come in the middle of one
-            os.write(sys.__stderr__.fileno(), f"rank {self.world.rank}: {text}\n".encode())
-        except (AttributeError, OSError, ValueError):
-            pass  # the terminal is gone
+    def _write(self, line: str) -> None:
+        with contextlib.suppress(OSError):  # the terminal is gone; not print: the signal may have come in one
+            os.write(2, f"rank {self.world.rank}: {line}\n".encode())
 
     def agreed(self) -> str:
-        """Why the run is to stop, the same on all ranks after the same step, or "". A collective, once a step.
+        """Return why the run is to stop, the same on all ranks after the same step, or "". A collective, once a step.
 
         On several ranks the answer is that of one step before.
         """
@@ -108,12 +115,12 @@ class Stopping:
                 print(f"{self.run / STOP_FILE}: {error.strerror}; remove it before the next start", file=sys.stderr)
 
     def _wish(self) -> int:
-        """What this rank asks for, as a number; 0 for nothing. Of all wishes the largest is granted."""
+        """Return what this rank asks for, as a number; 0 for nothing. Of all wishes the largest is granted."""
         kind = self._signal + 1 if self._signal else _STOP_FILE_WISH if self._looks_stopped() else 0
-        return seams.reach("stopping.wish", kind * _RANKS + self.world.rank if kind else 0)
+        return kind * _RANKS + self.world.rank if kind else 0
 
     def _looks_stopped(self) -> bool:
-        """Whether the stop file is there; rank 0 looks for it, and not at every step."""
+        """Return whether the stop file is there; rank 0 looks for it, and not at every step."""
         if self.world.is_rank_zero and not self._sees_file and time.monotonic() >= self._next_look:
             self._sees_file = (self.run / STOP_FILE).exists()
             self._next_look = time.monotonic() + LOOK_SECONDS
@@ -134,6 +141,6 @@ class _Reduction:
         self._work = dist.all_reduce(self._number, op=dist.ReduceOp.MAX, group=group, async_op=True)
 
     def result(self) -> int:
-        """Wait for all ranks, if they have not been here yet."""
+        """Wait for all ranks, if they have not been here yet, and return the largest number."""
         self._work.wait()
         return int(self._number)

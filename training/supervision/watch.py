@@ -1,35 +1,39 @@
-"""A rank that makes no progress ends itself, and says what it was doing and which rank is behind.
+"""A rank that makes no progress, or whose launcher has died, ends itself with the stacks of its threads on disk.
 
-The loop beats: it writes what it begins to do to memory. A thread of the rank looks at the beats and ends a rank that
-has been silent for too long, with the stacks of all its threads on disk. What a thread cannot see (a stopped process,
-a locked interpreter, a dead launcher) is left to a process of its own, `training.supervision.watcher`.
+The loop beats: it says what it begins to do, and a thread of the rank ends a rank that has been silent for too long.
+That thread cannot run while C code holds the interpreter; behind it stands the timer of `faulthandler`, which can. The
+thread also waits for the end of the launchers above: DeepSpeed's commands let their ranks train on when they are
+killed, and report success for it. A rank that is stopped by SIGSTOP can do none of this; its launcher ends it when the
+other ranks have given up.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import faulthandler
-import json
 import math
 import os
+import select
 import signal
-import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.files.strict_json import read_json
 from training.engine.distributed import World
-from training.supervision import watcher
-from training.supervision.watcher import Beat, Board, Orders, Patience, say_if_heard
+from training.supervision.stopping import Stopping
 
+STDERR = 2
 EXIT_NO_PROGRESS = 76  # EX_PROTOCOL of sysexits.h: somebody did not keep to the common step
+TICK_SECONDS = 0.5
+GRACE_SECONDS = 5.0  # in which the thread may end the rank, with a line and EXIT_NO_PROGRESS, before the timer does
+STACKS_SECONDS = 3.0  # of these for writing the stacks: the disk may be what is stuck
+ALL_SIGNALED_SECONDS = 0.3  # a signal to the whole job may reach a launcher a little before its ranks
 LAUNCHERS_VARIABLES = ("CROSS_RANK", "TORCHELASTIC_RUN_ID")  # which deepspeed and torchrun set for their ranks alone
-REPORT_SECONDS = 10.0  # between two reports of a rank to the run folder, in a small world
-REPORTS_PER_SECOND = 8.0  # of all ranks of a large one
+LAUNCHER_MODULES = ("deepspeed.launcher.", "torch.distributed.run", "torch.distributed.launch", "accelerate.commands.")
+LAUNCHER_COMMANDS = ("deepspeed", "deepspeed.pt", "torchrun", "accelerate", "mpirun", "mpiexec", "orterun", "prterun")
 
 
 @dataclass(frozen=True)
@@ -54,30 +58,24 @@ class WatchConfig:
 class Heartbeat:
     """The beats of one rank. Made by `start`, they are watched; made directly, nobody looks."""
 
-    def __init__(self, config: WatchConfig, board: Board | None = None) -> None:
+    def __init__(self, config: WatchConfig) -> None:
         self.config = config
         self._allowed = config.start_seconds
-        self._board = board or Board(-1)
         self._watch: _Watch | None = None
-        self.beat("starting")
 
     @classmethod
-    def start(cls, config: WatchConfig, world: World, run: Path) -> Heartbeat:
-        """Begin to watch this rank; in the main thread, before its first long wait. `run` is the run folder."""
-        memory = os.memfd_create("beats")
-        try:
-            os.ftruncate(memory, Board.SIZE)
-            board = Board(memory)
-            heartbeat = cls(config, board)
-            heartbeat._watch = _Watch(config, world, run.absolute(), board, memory)
-        finally:
-            os.close(memory)
+    def start(cls, config: WatchConfig, world: World, run: Path, stopping: Stopping) -> Heartbeat:
+        """Begin to watch this rank, before its first long wait. run: the run folder. stopping: told of orphans."""
+        heartbeat = cls(config)
+        heartbeat._watch = _Watch(config, world, run.absolute(), stopping)
+        heartbeat.beat("starting")
+        heartbeat._watch.start()
         return heartbeat
 
     def beat(self, doing: str, *, allow_seconds: float | None = None) -> None:
         """Say what begins now, such as "waiting for data of step 12"; allow_seconds: that it may take, if not usual."""
-        now = time.monotonic()
-        self._board.write(doing, now, now + (self._allowed if allow_seconds is None else allow_seconds))
+        if self._watch is not None:
+            self._watch.expect(doing, self._allowed if allow_seconds is None else allow_seconds)
 
     def end_start(self) -> None:
         """The first step has ended: from the next beat on, config.timeout_seconds count."""
@@ -91,134 +89,168 @@ class Heartbeat:
 
 
 class _Watch:
-    """The thread and the process that watch this rank."""
+    """The thread that watches this rank, and the timer behind it."""
 
-    def __init__(self, config: WatchConfig, world: World, run: Path, board: Board, memory: int) -> None:
+    def __init__(self, config: WatchConfig, world: World, run: Path, stopping: Stopping) -> None:
+        self.config = config
         self.world = world
-        self.board = board
-        self.reports = Reports(run / "heartbeats", world, timeout_seconds=config.timeout_seconds)
-        self.stacks_path = run / f"stacks-rank{world.rank}.txt"
-        self._signals, self._wakeup = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        self._earlier_wakeup = signal.set_wakeup_fd(self._wakeup, warn_on_full_buffer=False)
-        self._stacks = os.memfd_create("stacks")
-        faulthandler.register(signal.SIGQUIT, file=self._stacks, all_threads=True)
-        self._process = self._start_watcher(config, memory)
-        self._closed = threading.Event()
+        self.stopping = stopping
+        self.stacks = run / f"stacks-rank{world.rank}.txt"
+        self._timers_file: int | None = None  # where the timer writes, once the run has a folder
+        self._beat = ("", 0.0, 0.0)  # what is being done, since when, until when; on the monotonic clock
+        self._closing = os.eventfd(0, os.EFD_CLOEXEC)
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
+
+    def start(self) -> None:
         self._thread.start()
 
-    def _start_watcher(self, config: WatchConfig, memory: int) -> subprocess.Popen[bytes]:
-        handle = os.pidfd_open(os.getpid())
-        orders = Orders(
-            pid=os.getpid(),
-            handle=handle,
-            board=memory,
-            signals=self._signals,
-            stacks=self._stacks,
-            stacks_path=str(self.stacks_path),
-            rank=self.world.rank,
-            orphan_seconds=config.orphan_seconds,
-            was_launched=was_launched(os.environ),
-            speaks=self.world.local_rank == 0,
-        )
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, watcher.IGNORED_SIGNALS)  # the child inherits that
-        try:
-            return subprocess.Popen(
-                [sys.executable, "-I", "-S", watcher.__file__, json.dumps(dataclasses.asdict(orders))],
-                pass_fds=(handle, memory, self._signals, self._stacks),
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,  # or Ctrl-C would reach it
-            )
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(handle)
-
-    def _look(self) -> None:
-        patience = Patience()
-        next_report = 0.0
-        while not self._closed.wait(watcher.TICK_SECONDS):
-            beat = self.board.read()
-            if patience.late(beat) > 0:
-                self._give_up(beat)
-            if time.monotonic() >= next_report:
-                self.reports.write(beat)
-                next_report = time.monotonic() + self.reports.every_seconds
-
-    def _give_up(self, beat: Beat) -> None:
-        silence = time.monotonic() - beat.time
-        say_if_heard(f"rank {self.world.rank}: no progress for {silence:.0f} s while: {beat.doing}")
-        faulthandler.dump_traceback(self._stacks, all_threads=True)
-        if behind := self.reports.behind(beat):
-            say_if_heard(f"rank {self.world.rank}: {behind}")
-        try:
-            self.stacks_path.write_bytes(os.pread(self._stacks, 1 << 20, 0))
-            say_if_heard(f"rank {self.world.rank}: its stacks are in {self.stacks_path}")
-        finally:
-            os._exit(EXIT_NO_PROGRESS)
+    def expect(self, doing: str, seconds: float) -> None:
+        """Expect the next beat within so many seconds."""
+        now = time.monotonic()
+        self._beat = (doing, now, now + seconds)
+        if self._timers_file is None and self.stacks.parent.is_dir():
+            with contextlib.suppress(OSError):
+                self._timers_file = os.open(self.stacks, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+        file = STDERR if self._timers_file is None else self._timers_file
+        faulthandler.dump_traceback_later(min(seconds + GRACE_SECONDS, threading.TIMEOUT_MAX), exit=True, file=file)
 
     def close(self) -> None:
-        self._closed.set()
+        faulthandler.cancel_dump_traceback_later()
+        os.eventfd_write(self._closing, 1)
         self._thread.join()
-        self._process.kill()
-        self._process.wait()
-        signal.set_wakeup_fd(self._earlier_wakeup)
-        faulthandler.unregister(signal.SIGQUIT)
-        for descriptor in (self._signals, self._wakeup, self._stacks):
-            os.close(descriptor)
-        self.reports.remove()
+        os.close(self._closing)
+        if self._timers_file is not None:
+            is_empty = os.fstat(self._timers_file).st_size == 0
+            os.close(self._timers_file)
+            if is_empty:  # else it has the stacks of an earlier start
+                self.stacks.unlink(missing_ok=True)
+
+    def _look(self) -> None:
+        launchers = find_launchers(os.getpid())
+        orphan_until = math.inf
+        if not launchers and was_launched(os.environ) and lost_its_launcher(os.getpid()):
+            orphan_until = self._become_orphan()
+        while self._closing not in (ready := _readable([self._closing, *launchers], TICK_SECONDS)):
+            if ready and self._is_orphaned(ready, launchers) and orphan_until == math.inf:
+                orphan_until = self._become_orphan()
+            launchers = [launcher for launcher in launchers if launcher not in ready]
+            doing, since, deadline = self._beat
+            now = time.monotonic()
+            if now > orphan_until:
+                self._give_up(f"it has not stopped within {self.config.orphan_seconds:g} s of its launcher's end")
+            if now > deadline:
+                self._give_up(f"no progress for {now - since:.0f} s while: {doing}")
+        for launcher in launchers:
+            os.close(launcher)
+
+    def _is_orphaned(self, dead: set[int], launchers: list[int]) -> bool:
+        """Return whether this rank is to stop because some of its launchers have ended, and let those above them end.
+
+        The `deepspeed` command reports success if the process that it waits for was killed by a signal: it must get a
+        signal itself before it has found its way out. After Ctrl-C the launcher nearest to the rank waits for it.
+        """
+        lowest = min(launchers.index(launcher) for launcher in dead)
+        for above in launchers[lowest + 1 :]:
+            with contextlib.suppress(OSError):  # it has ended, or belongs to somebody else
+                signal.pidfd_send_signal(above, signal.SIGTERM)
+        if lowest > 0:
+            time.sleep(ALL_SIGNALED_SECONDS)
+        return lowest == 0 or not self.stopping.is_asked
+
+    def _become_orphan(self) -> float:
+        """Ask for a stop with a checkpoint; return the time at which this rank ends in any case."""
+        self.stopping.ask(signal.SIGTERM)
+        if self.world.local_rank == 0:
+            seconds = self.config.orphan_seconds
+            self._report(f"its launcher is gone: training stops, and is ended after {seconds:g} s")
+        return time.monotonic() + self.config.orphan_seconds
+
+    def _give_up(self, reason: str) -> None:
+        """Say why, write the stacks of all threads, and end this process, whatever hangs."""
+        self._report(f"{reason}; its stacks are in {self.stacks}")
+        writer = threading.Thread(target=self._append, args=(all_stacks(),), daemon=True)
+        writer.start()
+        writer.join(STACKS_SECONDS)
+        os._exit(EXIT_NO_PROGRESS)
+
+    def _append(self, content: bytes) -> None:
+        with self.stacks.open("ab") as file:
+            file.write(content)
+
+    def _report(self, line: str) -> None:
+        """Write a line to stderr, unless its reader is gone or does not read: nobody must wait for that."""
+        poll = select.poll()
+        poll.register(STDERR, select.POLLOUT)
+        with contextlib.suppress(OSError):
+            if any(event & select.POLLOUT for _, event in poll.poll(0)):
+                os.write(STDERR, f"rank {self.world.rank}: {line}\n".encode())
+
+
+def all_stacks() -> bytes:
+    """Return the stacks of all threads of this process as text, without touching a disk."""
+    memory = os.memfd_create("stacks")
+    faulthandler.dump_traceback(memory, all_threads=True)
+    return os.pread(memory, 1 << 20, 0)
+
+
+def _readable(descriptors: Iterable[int], timeout_seconds: float) -> set[int]:
+    """Return those of the descriptors that have something to read, waiting for the first one."""
+    poll = select.poll()  # select.select knows only numbers below 1024
+    for descriptor in descriptors:
+        poll.register(descriptor, select.POLLIN)
+    return {descriptor for descriptor, _ in poll.poll(timeout_seconds * 1000)}
 
 
 def was_launched(environment: Mapping[str, str]) -> bool:
-    """Whether a launcher stands above this rank, or should."""
+    """Return whether deepspeed or torchrun stands above this rank, or should."""
     return any(name in environment for name in LAUNCHERS_VARIABLES)
 
 
-class Reports:
-    """What the ranks were last seen doing: one small file each, in a folder that all see."""
-
-    def __init__(self, folder: Path, world: World, *, timeout_seconds: float) -> None:
-        self.folder = folder
-        self.world = world
-        self.made = [each for each in (folder, *folder.parents) if not each.exists()]  # the deepest first
-        self.every_seconds = max(min(REPORT_SECONDS, timeout_seconds / 4), world.world_size / REPORTS_PER_SECOND)
-
-    def _path(self, rank: int) -> Path:
-        return self.folder / f"rank-{rank}.json"
-
-    def write(self, beat: Beat) -> None:
-        """Say what this rank is doing. A disk that is full or gone stops nobody."""
-        path = self._path(self.world.rank)
-        temporary = path.with_suffix(".tmp")
-        said = {"rank": self.world.rank, "doing": beat.doing, "since": time.time() - (time.monotonic() - beat.time)}
+def ancestors(pid: int) -> list[int]:
+    """Return the parent, its parent, and so on, up to the first process of this machine or container."""
+    found: list[int] = []
+    while pid > 0:
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            temporary.write_text(json.dumps(said))
-            os.replace(temporary, path)
+            stat = Path(f"/proc/{pid}/stat").read_text()
         except OSError:
-            pass
+            break
+        pid = int(stat.rpartition(")")[2].split()[1])  # names may hold blanks and brackets
+        found += [pid] if pid > 0 else []
+    return found
 
-    def behind(self, beat: Beat) -> str:
-        """The rank whose last beat is the oldest, in words; "" if it is this one, or not known."""
-        now = time.time()
-        oldest = now - (time.monotonic() - beat.time)
-        found = ""
-        for rank in range(self.world.world_size):
-            try:
-                said = read_json(self._path(rank))
-                since = float(said["since"])
-            except (OSError, ValueError, TypeError, KeyError):
-                continue
-            if rank != self.world.rank and since < oldest:
-                oldest = since
-                found = f"rank {rank} was last seen {now - oldest:.0f} s ago: {said.get('doing')}"
-        return found
 
-    def remove(self) -> None:
-        """Forget this rank, and its folder once that is empty; so, too, those above it that were made for it alone."""
-        try:
-            self._path(self.world.rank).unlink(missing_ok=True)
-            for each in self.made or [self.folder]:
-                each.rmdir()
-        except OSError:
-            pass  # others are still there, or the run is
+def is_launcher(pid: int) -> bool:
+    """Return whether a process is a launcher of ranks; a shell whose command names one is none."""
+    try:
+        words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+    except OSError:
+        return False
+    for place, word in enumerate(words[:6]):  # behind interpreters and their options
+        if place > 0 and words[place - 1] == "-m" and word.startswith(LAUNCHER_MODULES):
+            return True
+        if os.path.basename(word) in LAUNCHER_COMMANDS:
+            return True
+        if place > 0 and not word.startswith("-"):
+            return False  # a script or command that is none of these; what follows are its arguments
+    return False
+
+
+def find_launchers(pid: int) -> list[int]:
+    """Return the launchers above a process, the nearest first, as pidfds: readable once the process has ended."""
+    found: list[int] = []
+    for above in filter(is_launcher, ancestors(pid)):
+        with contextlib.suppress(OSError):
+            found.append(os.pidfd_open(above))
+    return found
+
+
+def lost_its_launcher(pid: int) -> bool:
+    """Return whether no ancestor can be the Python program that launched this process: it has died already."""
+    return not any(is_launcher(above) or _runs_our_python(above) for above in ancestors(pid))
+
+
+def _runs_our_python(pid: int) -> bool:
+    try:
+        return os.path.samefile(f"/proc/{pid}/exe", sys.executable)
+    except OSError:
+        return False

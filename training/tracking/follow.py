@@ -26,6 +26,7 @@ from io import FileIO
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files.signals import STOP_SIGNALS
 from training.tracking.mlflow import (
     START_OVER,
     RunPage,
@@ -38,7 +39,6 @@ from training.tracking.mlflow import (
 from training.tracking.record import TrackingConfig, absolute_uri
 from training.tracking.redaction import redacted_output
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent dies
 NICENESS = 10  # training goes first
 POLL_SECONDS = 1.0  # between looks at metrics.jsonl

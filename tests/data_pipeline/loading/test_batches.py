@@ -20,7 +20,7 @@ from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.loading.loader import train_batches
 from data_pipeline.remote.remote import CacheConfig
-from data_pipeline.shards.storage import Storage
+from data_pipeline.shards.index import Storage
 
 
 def take_until_damage(batches: Iterator[Batch]) -> tuple[list[Batch], str]:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from read_batches import flip_a_sample
 from shard_mutations import make_images
 from tiny import open_codes, pack_codes
 
@@ -108,11 +109,7 @@ def test_a_shard_of_which_nothing_can_be_read_is_an_error_at_once(tmp_path: Path
 def test_damaged_codes_are_replaced_too(tmp_path: Path) -> None:
     pack_codes(tmp_path)
     strict = open_codes(tmp_path)
-    table, _ = strict.reader._table(0)
-    content = bytearray((tmp_path / "shard-000000.tar").read_bytes())
-    start, size = (int(table[name][1]) for name in ("content", "size"))
-    content[start : start + size] = bytes(byte ^ 1 for byte in content[start : start + size])
-    (tmp_path / "shard-000000.tar").write_bytes(content)
+    flip_a_sample(tmp_path / "shard-000000.tar")
     ids, epochs = np.arange(3), np.zeros(3, np.int64)
     with pytest.raises(DamagedData, match="shard-000000.tar: damaged shard, member vq12 of sample 1"):
         strict.read(ids, epochs)

@@ -16,7 +16,7 @@ from tiny import VIEWS, open_codes, pack_codes
 from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
-from data_pipeline.loading.loader import first_of_classes, train_batches, validation_batches
+from data_pipeline.loading.loader import first_of_classes, names_of_step, train_batches, validation_batches
 from data_pipeline.shards.writer import Sample, write_shards
 
 GLOBAL_BATCH = 8
@@ -99,6 +99,16 @@ def test_as_many_epochs_as_views_show_each_view_of_each_sample_once(codes: CodeD
         assert len({tuple(order) for order in cycle.T}) > 1  # not all samples in the same order
 
 
+def test_the_names_of_a_step_are_those_of_the_samples_that_each_rank_reads(codes: CodeDataset) -> None:
+    """Two micro-batches a rank and step. A sample's first code is its number, and its key."""
+    share = {"batch_size": 2, "world_size": 2, "seed": 5}
+    for rank in range(2):
+        batches = train_batches(codes, rank=rank, samples_seen=16, **share)
+        ids = [int(code) for batch in (next(batches), next(batches)) for code in batch.data[:, 0]]
+        names = names_of_step(codes, first=16, global_batch=8, rank=rank, **share)
+        assert names == [f"shard-{number // 4:06d}.tar:{number:09d}" for number in ids]
+
+
 @pytest.mark.parametrize("num_samples", [1, 7, 8, 21])
 @pytest.mark.parametrize("world_size, batch_size", [(1, 4), (2, 4), (3, 2), (4, 16)])
 def test_validation_counts_each_sample_once(tmp_path: Path, num_samples: int, world_size: int, batch_size: int) -> None:
@@ -161,9 +171,10 @@ def test_labels_beyond_the_classes_are_refused(tmp_path: Path) -> None:
 
 
 def test_codes_beyond_the_vocabulary_are_refused(tmp_path: Path) -> None:
-    dataset = open_codes(pack_codes(tmp_path / "codes", num_samples=66))
-    with pytest.raises(ValueError, match="sample 65 has code 65, vocab_size is 64; re-run launchers/encode_codes.py"):
-        dataset.read(np.array([0, 65]), np.zeros(2, dtype=np.int64))
+    dataset = open_codes(pack_codes(tmp_path / "codes", num_samples=65))  # a sample's first code is its number
+    assert dataset.read(np.array([63]), np.zeros(1, dtype=np.int64))[0][0, 0] == 63
+    with pytest.raises(ValueError, match="sample 64 has code 64, vocab_size is 64; re-run launchers/encode_codes.py"):
+        dataset.read(np.array([0, 64]), np.zeros(2, dtype=np.int64))
 
 
 @pytest.mark.parametrize(

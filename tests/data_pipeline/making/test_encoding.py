@@ -18,10 +18,11 @@ from PIL import Image
 from torch import Tensor
 from workers import content, ended_well, fork, kill
 
+from data_pipeline.files.hashing import hash_uniform
 from data_pipeline.images.decoding import ImageTransform, image_of
 from data_pipeline.images.labels import label_of
 from data_pipeline.loading.datasets import CodeDataset
-from data_pipeline.loading.plan import Stream, hash_uniform
+from data_pipeline.loading.plan import Stream
 from data_pipeline.making import claims
 from data_pipeline.making.encoding import Encoding, Recipe, write_codes
 from data_pipeline.making.indexing import index_shards

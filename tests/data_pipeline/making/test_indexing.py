@@ -19,10 +19,9 @@ from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.making.indexing import MAX_SHARDS, expand_shards, index_shards
 from data_pipeline.making.verification import verify_shards
 from data_pipeline.remote.remote import CacheConfig, ShardCache
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.members import Sample
 from data_pipeline.shards.reader import ShardReader
-from data_pipeline.shards.storage import Storage
 
 
 def index(patterns: list[str], out: Path, **options: Any) -> Index:

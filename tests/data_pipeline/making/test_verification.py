@@ -15,9 +15,8 @@ from tiny import open_codes, pack_codes
 from data_pipeline.files.atomic import bytes_sha256
 from data_pipeline.making.verification import folders_of, verify_shards
 from data_pipeline.shards.codes import CodeFormat
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.members import Sample, row_type
-from data_pipeline.shards.storage import Storage
 from data_pipeline.shards.writer import write_shards
 
 

@@ -136,7 +136,7 @@ def test_a_forked_child_has_connections_of_its_own(server: ShardServer, cache: S
 
 def test_libraries_are_imported_at_the_first_remote_access() -> None:
     heavy = "{'fsspec', 'aiohttp', 's3fs', 'botocore'}"
-    code = f"import sys, data_pipeline.loading.prefetch, data_pipeline.shards.storage; sys.exit(bool({heavy} & set(sys.modules)))"
+    code = f"import sys, data_pipeline.loading.prefetch, data_pipeline.shards.index; sys.exit(bool({heavy} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

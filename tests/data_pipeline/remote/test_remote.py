@@ -25,9 +25,8 @@ from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.loading.loader import train_batches
 from data_pipeline.remote import downloads
 from data_pipeline.remote.remote import CacheConfig, RemoteError, ShardCache
-from data_pipeline.shards.index import Index
+from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.reader import ShardReader
-from data_pipeline.shards.storage import Storage
 from data_pipeline.shards.writer import write_shards
 
 

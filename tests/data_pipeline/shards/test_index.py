@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.files.damage import DamagedData
-from data_pipeline.shards.index import Index, ShardEntry, is_complete, refuse_complete
+from data_pipeline.shards.index import Index, ShardEntry, Storage, is_complete, refuse_complete, regular_size
 from data_pipeline.shards.writer import Sample, write_shards
 
 
@@ -133,3 +134,38 @@ def test_random_bytes_in_place_of_the_index_are_a_clear_error(tmp_path: Path) ->
     (tmp_path / "index.json").write_bytes(np.random.default_rng(0).bytes(100))
     with pytest.raises(ValueError, match="index.json: malformed index"):
         Index.read(tmp_path)
+
+
+def test_places_are_named_as_they_are(tmp_path: Path) -> None:
+    index = pack(tmp_path)
+    assert Storage(tmp_path).place_of(index.shards[0]) == str(tmp_path / "shard-000000.tar")
+    assert Storage("https://host/data/?secret=1").place_of("index.json") == "https://host/data/index.json"
+
+
+def test_small_files_are_read_up_to_a_size(tmp_path: Path) -> None:
+    (tmp_path / "index.json").write_bytes(b"x" * 100)
+    storage = Storage(tmp_path)
+    assert storage.read_small("index.json", max_bytes=100) == b"x" * 100
+    with pytest.raises(ValueError, match="index.json: 100 bytes, at most 99 are accepted"):
+        storage.read_small("index.json", max_bytes=99)
+    with pytest.raises(FileNotFoundError, match="gone: no such file"):
+        storage.read_small("gone", max_bytes=99)
+
+
+def test_shards_of_another_size_are_named(tmp_path: Path) -> None:
+    index = pack(tmp_path)
+    Storage(tmp_path).check_sizes(index.shards)
+    with (tmp_path / "shard-000001.tar").open("ab") as file:
+        file.write(b"x")
+    with pytest.raises(DamagedData, match="shard-000001.tar: .* the index says"):
+        Storage(tmp_path).check_sizes(index.shards)
+
+
+def test_only_regular_files_have_a_size(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):
+        with pytest.raises(ValueError, match="is no regular file"):
+            regular_size(path)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(FileNotFoundError, match="a part of this path is a file"):
+        regular_size(tmp_path / "file" / "index.json")

@@ -129,15 +129,6 @@ def test_damage_is_named_with_shard_and_place(tmp_path: Path, damage: Callable[[
         [reader.read(number) for number in range(3, 6)]
 
 
-def test_a_flip_anywhere_is_found_by_verify(tmp_path: Path) -> None:
-    index = pack(tmp_path)
-    content = bytearray((tmp_path / SHARD).read_bytes())
-    content[-1] ^= 1  # in the zeros at the end, where no sample is
-    (tmp_path / SHARD).write_bytes(content)
-    with pytest.raises(DamagedData, match=f"{SHARD}: sha256"):
-        ShardReader(tmp_path, index).verify()
-
-
 def test_a_table_that_is_not_the_sealed_one_is_refused(tmp_path: Path) -> None:
     index = pack(tmp_path)
     table = tmp_path / "shard-000001.members"

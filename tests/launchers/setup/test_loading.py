@@ -18,7 +18,6 @@ from launchers.setup.loading import (
     place_tokenizer,
     public_tokenizer,
     public_var,
-    refuse_several_ranks,
     tokenizer_of,
     trained_tokenizer_sha256,
 )
@@ -164,14 +163,6 @@ def test_without_a_model_to_start_from_nothing_is_touched(tmp_path: Path) -> Non
     model = VAR(VAR_CONFIG, seed=5)
     initialize(model, replace(train_config(tmp_path), init_from=""), no_checkpoints(tmp_path, model))
     assert torch.equal(model.head.weight, VAR(VAR_CONFIG, seed=5).head.weight)
-
-
-def test_a_launcher_that_writes_one_folder_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    refuse_several_ranks("import_weights.py")
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="import_weights.py runs on one process"):
-        refuse_several_ranks("import_weights.py")
 
 
 @pytest.mark.parametrize("kinds", [{"codes"}, {"images"}, {"codes", "images"}])

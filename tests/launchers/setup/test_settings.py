@@ -11,14 +11,20 @@ import torch
 import yaml
 from repository import CONFIGS
 
+from launchers.compare_sizes import CompareSizesConfig
+from launchers.edit import EditConfig
 from launchers.encode_codes import EncodeConfig
 from launchers.export_weights import ExportConfig
 from launchers.import_weights import ImportConfig
+from launchers.index_shards import IndexConfig
 from launchers.pack_images import PackConfig
+from launchers.plot_dependencies import DependencyConfig
 from launchers.sample import SampleConfig
-from launchers.setup.config_files import load_config, to_yaml
-from launchers.setup.settings import TrainConfig
+from launchers.setup.config_files import build_config, load_config, to_yaml
+from launchers.setup.settings import DataConfig, TrainConfig
+from launchers.sync_mlflow import SyncConfig
 from launchers.train_tokenizer import TokenizerConfig, refuse_unfit_engine
+from launchers.verify_shards import VerifyConfig
 from models.generation import check_configs_agree
 from models.var import VARConfig
 from models.vqvae import VQVAE
@@ -115,44 +121,91 @@ def test_the_resolved_config_reads_back_as_the_same(name: str, tmp_path: Path) -
     assert load_config(schema, str(resolved)) == config
 
 
-@pytest.mark.parametrize(
-    "schema, required",
-    [
-        (PackConfig, {"source": "digits", "out": "o"}),
-        (TokenizerConfig, {"run": "r"}),
-        (EncodeConfig, {"tokenizer": "t", "images": "i", "out": "o"}),
-        (SampleConfig, {"run": "r"}),
-        (ImportConfig, {"var": "v", "out": "o"}),
-        (ExportConfig, {"run": "r", "out": "o"}),
-    ],
-)
+MINIMAL: list[tuple[type, dict[str, Any]]] = [
+    (PackConfig, {"source": "digits", "out": "o"}),
+    (IndexConfig, {"shards": ("a.tar",), "out": "o"}),
+    (VerifyConfig, {"folder": "f"}),
+    (TokenizerConfig, {"run": "r"}),
+    (EncodeConfig, {"tokenizer": "t", "images": "i", "out": "o"}),
+    (SampleConfig, {"run": "r"}),
+    (EditConfig, {"run": "r", "image": "i", "task": "inpaint", "mask": "m"}),
+    (ImportConfig, {"var": "v", "out": "o"}),
+    (ExportConfig, {"run": "r", "out": "o"}),
+    (CompareSizesConfig, {"runs": ("r",), "out": "o.png"}),
+    (DependencyConfig, {"tokenizer": "t", "images": "i", "out": "o.png"}),
+    (SyncConfig, {"run": "r"}),
+]
+
+
+@pytest.mark.parametrize(("schema", "required"), MINIMAL)
 def test_defaults_read_back_as_the_same(schema: type, required: dict[str, Any], tmp_path: Path) -> None:
-    config = load_config(schema, None, [f"{name}={value}" for name, value in required.items()])
+    config = build_config(schema, [required], source="tests")
     assert config == schema(**required)
     resolved = tmp_path / "config.yaml"
     resolved.write_text(to_yaml(config))
     assert load_config(schema, str(resolved)) == config
 
 
-@pytest.mark.parametrize("label_drop", [-0.1, 1.0])
-def test_a_drop_rate_that_is_no_probability_is_refused(label_drop: float) -> None:
-    with pytest.raises(ValueError, match=f"label_drop is {label_drop}"):
-        TrainConfig(run="r", tokenizer="t", model=VARConfig(depth=1), label_drop=label_drop)
+RUN = {"run": "r", "tokenizer": "t", "model": VARConfig(depth=1)}
+UNCONDITIONAL = RUN | {"model": VARConfig(depth=1, num_classes=0)}
+EDIT = {"run": "r", "image": "i", "task": "inpaint", "box": (0, 0, 1, 1)}
+SIZES = {"runs": ("r",), "out": "o.png"}
+PLOT = {"tokenizer": "t", "images": "i", "out": "o.png"}
+# A command's or section's settings, and words of the error.
+REFUSED: list[tuple[type, dict[str, Any], str]] = [
+    (DataConfig, {"workers": -1}, "data.workers is -1; it must be 0 or more"),
+    (DataConfig, {"window": 0}, "data.window is 0; it must be 1 sample or more"),
+    (DataConfig, {"bad_samples": "quarantine"}, "accepted: strict, or quarantine:MAX"),
+    (TrainConfig, RUN | {"seed": -1}, "seed is -1; it must be 0 or more"),
+    (TrainConfig, RUN | {"label_drop": -0.1}, "label_drop is -0.1; it is a probability, in [0, 1)"),
+    (TrainConfig, RUN | {"label_drop": 1.0}, "label_drop is 1.0"),
+    (
+        TrainConfig,
+        UNCONDITIONAL | {"label_drop": 0.2},
+        "label_drop is 0.2; without labels (model.num_classes 0) it has",
+    ),
+    (IndexConfig, {"shards": (), "out": "o"}, "shards is empty; give paths or URLs"),
+    (IndexConfig, {"shards": ("a.tar",), "out": "o", "classes": 0}, "classes is 0; it must be 1 or more"),
+    (ImportConfig, {"out": "o"}, "nothing to import; give --var FILE, --tokenizer FILE, or both"),
+    (ExportConfig, {"run": "r", "out": "o", "format": "onnx"}, "format is onnx; accepted: safetensors, reference"),
+    (SampleConfig, {"run": "r", "format": "jpg"}, "format is jpg; accepted: png, npz"),
+    (SampleConfig, {"run": "r", "precision": "fp8"}, "precision is fp8; accepted: fp32, bf16, fp16"),
+    (SampleConfig, {"run": "r", "smooth": True, "format": "npz"}, "smoothed images are never to be measured"),
+    (EditConfig, EDIT | {"task": "draw"}, "task is draw; accepted: inpaint, outpaint, edit"),
+    (EditConfig, EDIT | {"precision": "fp8"}, "precision is fp8; accepted: fp32, bf16, fp16"),
+    (EditConfig, EDIT | {"box": ()}, "neither box nor mask given; give one of them"),
+    (EditConfig, EDIT | {"mask": "m.png"}, "both box and mask given; give one of them"),
+    (EditConfig, EDIT | {"box": (0, 1)}, "box has 2 numbers; it is Y0 X0 Y1 X1"),
+    (EditConfig, EDIT | {"variants": 0}, "variants is 0; it must be 1 or more"),
+    (EditConfig, EDIT | {"batch": 0}, "batch is 0; it must be 1 or more"),
+    (EditConfig, EDIT | {"feather": -1}, "feather is -1; it must be 0 or more"),
+    (EditConfig, EDIT | {"seed": -1}, "seed is -1; it must be 0 or more"),
+    (CompareSizesConfig, SIZES | {"runs": ()}, "runs is empty; it needs at least one"),
+    (CompareSizesConfig, SIZES | {"stages": ()}, "stages is empty; it needs at least one"),
+    (CompareSizesConfig, SIZES | {"stages": (0.5, 1.5)}, "stages has 1.5; it holds shares of the training"),
+    (CompareSizesConfig, SIZES | {"tolerance": 1.0}, "tolerance is 1.0; it is a share of the training"),
+    (CompareSizesConfig, SIZES | {"forced_scales": -1}, "forced_scales is -1; it must be 0 or more"),
+    (CompareSizesConfig, SIZES | {"out": "o.pdf"}, "out is 'o.pdf'; it must be the name of a .png file"),
+    (DependencyConfig, PLOT | {"num_images": 0}, "num_images is 0; accepted: 1 to 16"),
+    (DependencyConfig, PLOT | {"num_images": 17}, "num_images is 17; accepted: 1 to 16"),
+    (DependencyConfig, PLOT | {"seed": -1}, "seed is -1; it must be 0 or more"),
+    (DependencyConfig, PLOT | {"out": "o"}, "out is 'o'; it must be the name of a .png file"),
+]
+
+
+@pytest.mark.parametrize(("schema", "settings", "words"), REFUSED)
+def test_impossible_settings_are_refused_where_they_are_written(
+    schema: type, settings: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        schema(**settings)
+    assert words in str(caught.value)
 
 
 @pytest.mark.parametrize("label_drop", [0.0, 0.1])
 def test_an_unconditional_model_needs_no_word_about_label_drop(label_drop: float) -> None:
-    model = VARConfig(depth=1, num_classes=0)
-    assert not TrainConfig(run="r", tokenizer="t", model=model, label_drop=label_drop).model.is_conditional
+    assert not TrainConfig(**UNCONDITIONAL, label_drop=label_drop).model.is_conditional
 
 
-def test_a_label_drop_asked_for_where_there_are_no_labels_is_refused() -> None:
-    with pytest.raises(ValueError, match="label_drop is 0.2; without labels .* it has no effect"):
-        TrainConfig(run="r", tokenizer="t", model=VARConfig(depth=1, num_classes=0), label_drop=0.2)
-
-
-def test_an_import_of_nothing_and_an_export_to_an_unknown_format_are_refused() -> None:
-    with pytest.raises(ValueError, match="nothing to import; give --var FILE, --tokenizer FILE, or both"):
-        ImportConfig(out="o")
-    with pytest.raises(ValueError, match="format is onnx; accepted: safetensors, reference"):
-        ExportConfig(run="r", out="o", format="onnx")
+def test_the_policy_for_bad_samples_is_strict_unless_asked_otherwise() -> None:
+    assert DataConfig().max_bad == 0 and DataConfig(bad_samples="quarantine:7").max_bad == 7

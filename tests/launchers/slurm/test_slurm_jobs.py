@@ -15,8 +15,6 @@ import pytest
 from repository import ROOT
 
 SCRIPTS = sorted((ROOT / "launchers" / "slurm").iterdir())
-JOBS = ("train.sbatch", "scaling_array.sbatch")
-SIZES = (6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 30)
 
 # two tasks on two nodes; as the real one, it ends with the highest code of all
 SRUN = """#!/bin/bash
@@ -132,9 +130,8 @@ def test_scripts_are_bash(script: Path) -> None:
     assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_jobs_ask_to_be_warned_and_to_be_requeued_into_the_same_log(job: str) -> None:
-    text = (ROOT / "launchers" / "slurm" / job).read_text()
+def test_the_job_asks_to_be_warned_and_to_be_requeued_into_the_same_log() -> None:
+    text = (ROOT / "launchers" / "slurm" / "train.sbatch").read_text()
     options = " ".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
     for option in ("--signal=USR1@120", "--requeue", "--open-mode=append", "--output=%x-%"):
         assert option in options, option
@@ -219,9 +216,8 @@ def test_the_temporary_folder_of_a_rank_is_its_own_and_goes_with_it(cluster: Clu
     assert not list((cluster.folder / "tmp").iterdir())
 
 
-@pytest.mark.parametrize("job", JOBS)
-def test_a_missing_repository_is_one_line(cluster: Cluster, job: str) -> None:
-    done = cluster.submit(job, "a.yaml", SLURM_SUBMIT_DIR="/usr")
+def test_a_missing_repository_is_one_line(cluster: Cluster) -> None:
+    done = cluster.submit("train.sbatch", "a.yaml", SLURM_SUBMIT_DIR="/usr")
     assert done.returncode == 64
     assert done.stderr.splitlines() == [
         "error: no launchers/train.py in /usr; sbatch in the repository's folder, or export NEXTSCALE_HOME"
@@ -265,33 +261,7 @@ def test_cores_asked_of_sbatch_reach_the_step(cluster: Cluster) -> None:
     assert cluster.noted("cores") == ["6 6"]
 
 
-def array_element(index: int) -> dict[str, str]:
-    return {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": str(index)}
-
-
-def test_an_element_of_an_array_takes_its_config_and_the_common_settings(cluster: Cluster) -> None:
-    cluster.submit("scaling_array.sbatch", "a.yaml", "b.yaml", "x=1", "--y", **array_element(1))
-    assert cluster.noted("rank0")[:4] == ["--config", "b.yaml", "x=1", "--y"]
-
-
-def test_the_default_array_is_the_twelve_sizes_in_order(cluster: Cluster) -> None:
-    for index in (0, 11):
-        cluster.submit("scaling_array.sbatch", **array_element(index))
-        assert cluster.noted("rank0")[1] == f"{cluster.folder}/home/configs/d{SIZES[index]}.yaml"
-    assert all((ROOT / "configs" / f"d{depth}.yaml").is_file() for depth in SIZES)
-    assert f"--array=0-{len(SIZES) - 1}" in (ROOT / "launchers/slurm/scaling_array.sbatch").read_text()
-
-
-def test_an_element_is_requeued_without_the_rest_of_its_array(cluster: Cluster) -> None:
-    cluster.submit("scaling_array.sbatch", "a.yaml", "b.yaml", "code=75", "saves=true", **array_element(1))
+def test_an_element_of_an_array_is_requeued_without_the_rest(cluster: Cluster) -> None:
+    element = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
+    cluster.submit("train.sbatch", "a.yaml", "code=75", "saves=true", **element)
     assert cluster.requeued == ["40_1"]
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [(["a.yaml"], "element 1 of 1 configs; write --array=0-0"), (["a.yaml", "b.yaml", "run=x"], "'run=x' would be")],
-)
-def test_an_array_that_cannot_be_meant_is_one_line(cluster: Cluster, arguments: list[str], words: str) -> None:
-    done = cluster.submit("scaling_array.sbatch", *arguments, **array_element(1))
-    assert (done.returncode, done.stderr.count("\n")) == (64, 1)
-    assert words in done.stderr and not cluster.noted("srun")

@@ -18,7 +18,7 @@ from launchers.study.config import StudyConfig
 from launchers.study.fitting import (
     FIT,
     POINTS,
-    fit_study,
+    FittedStudy,
     fitted_study,
     launch_fit,
     points_csv,
@@ -26,16 +26,16 @@ from launchers.study.fitting import (
     summary,
     write_fit,
 )
-from training.laws.study_data import METRICS
+from training.laws.study_data import METRICS, TrainedSize
 from training.laws.study_fit import PARAMETERS, FitConfig, StudyFit
 
 
 @pytest.fixture
 def fits(monkeypatch: pytest.MonkeyPatch) -> list[FitConfig]:
-    """Every fit that is made, by its config; what it finds is written by hand."""
+    """Every fit that is made, by its config; the fit itself is written by hand."""
     made: list[FitConfig] = []
 
-    def analyse(runs: list, config: FitConfig, known: dict) -> object:
+    def analyse(runs: list[TrainedSize], config: FitConfig, known: dict[str, float]) -> StudyFit:
         made.append(config)
         return planted_fit(runs)
 
@@ -43,73 +43,68 @@ def fits(monkeypatch: pytest.MonkeyPatch) -> list[FitConfig]:
     return made
 
 
-def test_what_fit_writes_is_read_back_to_the_last_digit(tmp_path: Path, fits: list[FitConfig]) -> None:
+def written_study(folder: Path) -> StudyConfig:
+    """Three sizes in their run folders."""
+    runs = [planted_run(6), planted_run(8), planted_run(10)]
+    for run in runs:
+        write_run(folder, run)
+    return study_config(folder, runs)
+
+
+def test_a_fit_is_read_back_to_the_last_digit_and_nan_as_null(tmp_path: Path) -> None:
     runs = planted_runs((6, 8, 10), noise=1e-3)
-    assert read_back(tmp_path, runs) == planted_fit(runs) and len(fits) == 1
-    assert len((tmp_path / FIT).read_text().splitlines()) < 2500  # people read it: an array of numbers is one line
-
-
-def read_back(folder: Path, runs: list) -> object:
-    fit_study(study_config(folder, runs), planted_study(runs))
-    return read_fit(folder)
-
-
-def test_a_number_that_is_none_is_null_and_comes_back(
-    tmp_path: Path, fits: list[FitConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runs = planted_runs((6, 8))
     fit = planted_fit(runs)
-    fit = replace(fit, laws=(replace(fit.laws[0], pearson=math.nan, irreducible_interval=None),))
-    monkeypatch.setattr(study_fitting, "analyse", lambda *_: fit)
-    (law,) = read_back(tmp_path, runs).laws
+    write_fit(study_config(tmp_path, runs), FittedStudy(planted_study(runs), fit))
+    assert read_fit(tmp_path) == fit
+    assert len((tmp_path / FIT).read_text().splitlines()) < 2500  # people read it: an array of numbers is one line
+    odd = replace(fit, laws=(replace(fit.laws[0], pearson=math.nan, irreducible_interval=None),))
+    write_fit(study_config(tmp_path, runs), FittedStudy(planted_study(runs), odd))
+    (law,) = read_fit(tmp_path).laws
     assert math.isnan(law.pearson) and law.irreducible_interval is None and law.y == fit.laws[0].y
     assert json.loads((tmp_path / FIT).read_text())["fit"]["laws"][0]["pearson"] is None
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"fit": 3}', '{"fit": {"laws": []}}'])
-def test_a_file_that_is_no_fit_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
-    with pytest.raises(FileNotFoundError, match="make it with scaling_study.py fit"):
-        read_fit(tmp_path)
-    (tmp_path / FIT).write_text(content)
-    with pytest.raises(ValueError, match=r"fit.json: is no fit of this version \(.*make it anew"):
-        read_fit(tmp_path)
-
-
-def test_a_fit_is_made_again_and_left_to_be_written_when_points_or_settings_are_others(
+def test_a_fit_is_made_again_when_points_settings_or_entropy_are_others(
     tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    runs = [planted_run(6), planted_run(8), planted_run(10)]
-    config = study_config(tmp_path, runs)
-    for run in runs[:2]:
-        write_run(tmp_path, run)
+    """The data's source may have been drawn anew: its entropy, a fit's irreducible part, is then another one."""
+    source = tmp_path / "source.json"
+    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.5}')
+    config = replace(written_study(tmp_path), known_entropy=str(source))
     first = fitted_study(config)
-    assert first.is_new and list(tmp_path.glob("*.*")) == []
+    assert first.is_new and not (tmp_path / FIT).exists()
     write_fit(config, first)
     assert fitted_study(config).fit == first.fit and not fitted_study(config).is_new and len(fits) == 1
-    write_run(tmp_path, runs[2])
-    more = fitted_study(config)
-    assert len(more.study.runs) == 3 and more.is_new and len(fits) == 2
-    write_fit(config, more)
     before = (tmp_path / FIT).read_bytes()
     assert fitted_study(replace(config, fit=replace(config.fit, accounting="six_nt"))).is_new
-    assert [fit.accounting for fit in fits] == ["exact", "exact", "six_nt"] and (tmp_path / FIT).read_bytes() == before
-    first_said, then_said = capsys.readouterr().out.splitlines()
-    assert first_said == f"{tmp_path / FIT}: is of other points; fitted anew"
-    assert "was made with fit.accounting=exact, not six_nt (give the same settings here to keep it)" in then_said
+    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.75}')
+    assert fitted_study(config).is_new
+    write_run(tmp_path, planted_run(12))
+    assert fitted_study(replace(config, sizes=(*config.sizes, "configs/d12.yaml"))).is_new
+    assert [fit.accounting for fit in fits] == ["exact", "six_nt", "exact", "exact"]
+    assert (tmp_path / FIT).read_bytes() == before
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path / FIT}: was made with {change} (give the same settings here to keep it); fitted anew"
+        for change in ("fit.accounting=exact, not six_nt", "known.loss_avg=1.5, not 1.75")
+    ] + [f"{tmp_path / FIT}: is of other points; fitted anew"]
 
 
 @pytest.mark.parametrize(
-    "damage, words",
+    ("damage", "words"),
     [
-        (lambda text: text[:-9], "is not valid JSON"),
+        (lambda text: "{", "is not valid JSON"),
+        (lambda text: "[]", ""),
+        (lambda text: '{"fit": 3}', ""),
         (lambda text: text.replace('"schema": ', '"schema": 7'), f"schema is 7{StudyFit.schema}, accepted: "),
         (lambda text: text.replace('"laws": ', '"lore": '), "StudyFit has laws, "),
     ],
 )
-def test_a_damaged_fit_or_one_of_another_version_is_made_again(
+def test_a_damaged_fit_or_one_of_another_version_is_named_and_made_again(
     tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str], damage: Callable[[str], str], words: str
 ) -> None:
     config = written_study(tmp_path)
+    with pytest.raises(FileNotFoundError, match="make it with scaling_study.py fit"):
+        read_fit(tmp_path)
     first = fitted_study(config)
     write_fit(config, first)
     (tmp_path / FIT).write_text(damage((tmp_path / FIT).read_text()))
@@ -120,38 +115,13 @@ def test_a_damaged_fit_or_one_of_another_version_is_made_again(
     assert said.startswith(f"{tmp_path / FIT}: is no fit of this version ({words}") and said.endswith("; fitted anew")
 
 
-def test_a_fit_with_another_entropy_is_made_again(
-    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The data's source may have been drawn anew: the fit then has an irreducible part that is no longer known."""
-    source = tmp_path / "source.json"
-    config = replace(written_study(tmp_path), known_entropy=str(source))
-    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.5}')
-    write_fit(config, fitted_study(config))
-    assert not fitted_study(config).is_new
-    source.write_text('{"entropy_last": 1.25, "entropy_avg": 1.75}')
-    assert fitted_study(config).is_new
-    assert "was made with another known entropy; fitted anew" in capsys.readouterr().out
-
-
-def test_a_fit_of_unknown_settings_is_made_again(
-    tmp_path: Path, fits: list[FitConfig], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_fit_of_unknown_settings_is_made_again(tmp_path: Path, fits: list[FitConfig]) -> None:
     config = written_study(tmp_path)
     write_fit(config, fitted_study(config))
     content = json.loads((tmp_path / FIT).read_text())
     for settings in (None, [], {"known": {}, "fit": 3}):
         (tmp_path / FIT).write_text(json.dumps(content | {"settings": settings}))
         assert fitted_study(config).is_new
-        assert "does not say with which settings it was made; fitted anew" in capsys.readouterr().out
-
-
-def written_study(folder: Path) -> StudyConfig:
-    """Three sizes in their run folders."""
-    runs = [planted_run(6), planted_run(8), planted_run(10)]
-    for run in runs:
-        write_run(folder, run)
-    return study_config(folder, runs)
 
 
 def test_every_point_is_in_the_csv_with_all_its_digits() -> None:
@@ -178,13 +148,10 @@ def test_fit_says_what_was_read_and_found_and_a_dry_run_writes_nothing(
     said = capsys.readouterr().out
     assert said.count("exponent") == 8 and "note: A note of the fit." in said and "gate passed" in said
     assert (tmp_path / FIT).is_file() and (tmp_path / POINTS).is_file()
-
-
-def test_a_gate_that_fails_is_said_to() -> None:
-    fit = planted_fit(planted_runs((6, 8)))
-    law = fit.laws[0]
-    failed = replace(law, held_out=(replace(law.held_out[0], share=0.02, share_of_gain=0.5, passed=False),))
-    assert "gate FAILED (2.00% of the reducible part, 50% of the gain)" in summary(replace(fit, laws=(failed,)))[0]
+    fit = planted_fit(runs)
+    point = replace(fit.laws[0].held_out[0], share=0.02, share_of_gain=0.5, passed=False)
+    failed = replace(fit, laws=(replace(fit.laws[0], held_out=(point,)),))
+    assert "gate FAILED (2.00% of the reducible part, 50% of the gain)" in summary(failed)[0]
 
 
 def test_planted_laws_are_found_from_the_run_folders(tmp_path: Path) -> None:

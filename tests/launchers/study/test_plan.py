@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from study_examples import PLANTED, planted_fit, planted_runs, planted_study, study_config, write_run
+from study_examples import PLANTED, planted_fit, planted_runs, planted_study, study_config
 from tiny import command
 
-from launchers.study import fitting as study_fitting
 from launchers.study import plan as study_plan
 from launchers.study.config import PlanConfig
 from launchers.study.fitting import FittedStudy
@@ -25,20 +24,13 @@ from training.laws.study_fit import ParametricFit
 def test_a_budget_is_given_in_pflop_or_in_gpu_days_and_never_twice() -> None:
     assert budget(PlanConfig(pflop=12.5)) == 12.5
     assert budget(PlanConfig(gpu_days=2, gpu_tflops=1000, utilisation=0.5)) == pytest.approx(2 * 86_400 * 0.5)
+    for pflop in (-5.0, 1e300, math.inf, math.nan):
+        with pytest.raises(ValueError, match="the budget is .* PFLOP; accepted: above 0, up to 1e"):
+            budget(PlanConfig(pflop=pflop))
     with pytest.raises(ValueError, match="both plan.pflop and plan.gpu_days are given"):
         budget(PlanConfig(pflop=1, gpu_days=1))
     with pytest.raises(ValueError, match="no budget is given; write plan.pflop=NUMBER or plan.gpu_days=NUMBER"):
         budget(PlanConfig())
-
-
-@pytest.mark.parametrize("pflop", [-5.0, 1e300, math.inf, math.nan])
-def test_a_budget_that_means_nothing_is_refused_before_anything_is_said(
-    pflop: float, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = command(study_config(tmp_path, planted_runs(), plan=PlanConfig(pflop=pflop)))
-    with pytest.raises(ValueError, match="the budget is .* PFLOP; accepted: above 0, up to 1e"):
-        launch_plan(asked)
-    assert capsys.readouterr().out == ""
 
 
 def test_a_plan_by_a_law_that_failed_or_below_the_entropy_comes_with_a_warning() -> None:
@@ -69,13 +61,7 @@ def test_the_plan_spends_the_budget_on_the_size_that_the_law_prefers() -> None:
     assert lines[0].startswith(f"by loss_avg: train d{found.best.depth} on {found.best.images:,} images")
     shown = [line.split()[0] for line in lines[2:7]]
     assert shown == [f"d{depth}" for depth in range(found.best.depth - 2, found.best.depth + 3)]
-
-
-def test_sizes_that_were_asked_for_are_all_shown() -> None:
-    runs = planted_runs()
-    fit = planted_fit(runs)
-    config = PlanConfig(pflop=1e5, depths=(2, 20, 40))
-    found = allocate_with(fit.parametric[0], planted_study(runs), fit, config, 1e5)
+    found = allocate_with(fit.parametric[0], study, fit, PlanConfig(pflop=1e5, depths=(40, 2, 20)), 1e5)
     lines = plan_lines(found, shows_all=True)
     assert [line.split()[0] for line in lines[2:5]] == ["d2", "d20", "d40"]
     assert lines[2].endswith("parameters, tokens") and lines[3].endswith(" -")
@@ -93,20 +79,9 @@ def test_plan_answers_for_every_law_and_refuses_where_there_is_none(
     launch_plan(asked)
     said = capsys.readouterr().out
     assert "budget: 100,000 PFLOP" in said and "by loss_avg: train" in said and "by loss_last: train" in said
+    assert list(tmp_path.iterdir()) == [], "nothing is written"
     with pytest.raises(ValueError, match="too few for L.N, D.*train more sizes"):
         launch_plan(asked)
-
-
-def test_plan_answers_and_leaves_the_folder_as_it_is(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    runs = planted_runs((6, 8))
-    for run in runs:
-        write_run(tmp_path, run)
-    monkeypatch.setattr(study_fitting, "analyse", lambda *_: planted_fit(runs))
-    launch_plan(command(study_config(tmp_path, runs, plan=PlanConfig(pflop=1e5))))
-    assert "by loss_avg: train" in capsys.readouterr().out
-    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(run.name for run in runs)
 
 
 def test_the_papers_laws_come_with_what_does_not_fit_together(

@@ -16,9 +16,6 @@ from launchers.study.config import StudyConfig
 from launchers.study.fitting import FittedStudy, read_fit
 from launchers.study.reading import Source, Study
 from launchers.study.report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
-from models.var import VARConfig
-from training.accounting import FLOPS_PER_PFLOP
-from training.flops import training_flops
 from training.laws.study_fit import COMPUTE
 from training.tracking.record import TrackingConfig
 
@@ -45,12 +42,6 @@ def test_the_report_has_all_that_a_reader_needs_to_judge_the_laws() -> None:
     assert report.index("## What this shows") < report.index("## What this does not show") < report.index("points.csv")
 
 
-def test_a_report_without_laws_says_so_and_shows_the_rest() -> None:
-    bare = replace(FIT, laws=(), frontiers=(), parametric=(), seeds=())
-    report = compose_report(FittedStudy(STUDY, bare), study_config(Path("mine"), RUNS))
-    assert report.count("No law was found; the notes say why.") == 2 and "18,492,580" in report
-
-
 def test_gates_are_counted() -> None:
     failed = replace(FIT.laws[0], held_out=(replace(FIT.laws[0].held_out[0], passed=False, share=0.25),))
     sentences = shown(STUDY, replace(FIT, laws=(failed, *FIT.laws[1:])))
@@ -58,7 +49,7 @@ def test_gates_are_counted() -> None:
     assert any("Against compute, 4 of 4 predictions" in each for each in sentences)
 
 
-def test_a_loss_that_does_not_fall_is_said_not_to() -> None:
+def test_a_loss_that_rises_with_size_is_named() -> None:
     assert any(each.startswith("loss_avg falls with every size") for each in shown(STUDY, FIT))
     worse = replace(RUNS[2], metrics=RUNS[2].metrics | {"loss_avg": RUNS[2].metrics["loss_avg"] + 0.5})
     runs = [worse if run is RUNS[2] else run for run in RUNS]
@@ -94,15 +85,9 @@ def test_the_limits_are_those_of_the_runs() -> None:
     metrics = {name: values[:1] for name, values in RUNS[0].metrics.items()}
     once = replace(RUNS[0], images=np.array([768]), metrics=metrics)
     assert "laws in tokens are of repeated" not in " ".join(not_shown(planted_study([once])))
-
-
-def test_only_the_papers_format_is_taken_for_the_papers() -> None:
-    assert "format is that of ImageNet at 256 px, without d14, d16" in not_shown(STUDY)[-1]
+    assert "not the paper's data" not in said
     last = not_shown(with_model(STUDY, num_classes=10, patch_nums=(1, 2, 4)))[-1]
     assert "not the paper's data (10 classes, 21 tokens an image)" in last
-    d30 = training_flops(VARConfig(30)) * 200 * 1_281_167 / FLOPS_PER_PFLOP
-    low = float(last.split("between ")[1].split(" ")[0].replace(",", ""))
-    assert d30 < low < 4 * d30
 
 
 @pytest.mark.parametrize("is_new", [True, False])
@@ -132,26 +117,9 @@ def test_a_study_without_a_law_in_parameters_has_a_report_too(
     assert sorted(path.name for path in tmp_path.iterdir()) == [FIGURE_6, REPORT]
     text = (tmp_path / REPORT).read_text()
     assert FIGURE_5 not in text and FIGURE_6 in text and "No law was found; the notes say why." in text
+    bare = FittedStudy(STUDY, replace(FIT, laws=(), frontiers=(), parametric=(), seeds=()))
+    assert "18,492,580" in compose_report(bare, study_config(Path("mine"), RUNS)), "without laws the rest is shown"
     assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "label_drop, depths, words",
-    [
-        (0.1, (6, 8), "with labels dropped and blocks skipped at random, which"),
-        (0.0, (6, 8), "with blocks skipped at random, which"),
-        (0.1, (1, 1), "with labels dropped at random, which"),
-        (0.0, (1, 1), "with weights that still change, which"),
-    ],
-)
-def test_training_differs_from_validation_by_what_the_runs_did(
-    label_drop: float, depths: tuple[int, int], words: str
-) -> None:
-    runs = tuple(
-        replace(run, config=replace(run.config, label_drop=label_drop, model=VARConfig(depth)))
-        for run, depth in zip(STUDY.runs, depths)
-    )
-    assert words in compose_report(FittedStudy(replace(STUDY, runs=runs), FIT), study_config(Path("mine"), RUNS))
 
 
 def test_an_unfinished_study_is_named_by_its_folder_and_says_once_what_is_absent(

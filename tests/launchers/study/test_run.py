@@ -40,7 +40,7 @@ def test_every_size_is_trained_once_in_its_order_and_skipped_when_it_is_done(
     said = capsys.readouterr().out
     assert "done: 2 runs; next: scaling_study.py fit" in said
     assert re.search(r"^b +0 +done +10/10 +100\.0 %", said, re.MULTILINE)
-    a, b = (re.search(rf"^{size} +0  running", said, re.MULTILINE) for size in "ab")
+    a, b = (re.search(rf"^{size} +0 +running", said, re.MULTILINE) for size in "ab")
     assert a and b and a.start() < b.start()
     assert load_config(StudyConfig, str(training.folder / "study" / "study.yaml")) == training.config
     training.change(seeds=(0, 1), repeated=("b",))

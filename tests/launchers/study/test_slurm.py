@@ -13,7 +13,6 @@ from study_training import StudyTraining, write_run
 from tiny import command
 
 from launchers.study.run import launch_run
-from launchers.study.slurm import FIT, options_of
 
 SBATCH = """#!/bin/bash
 echo "$*" >> "$NOTES/sbatch"
@@ -82,6 +81,9 @@ def test_one_array_trains_all_and_a_job_behind_it_fits(cluster: Cluster, capsys:
         arguments = arguments_of(script, element)
         assert arguments[:2] == ["--config", str(cluster.folder / f"{size}.yaml")]
         assert {f"run={folder}/{size}-seed{seed}", f"seed={seed}", "tracking.study=study"} <= set(arguments)
+    for name in ("train-1", "fit"):
+        assert subprocess.run(["bash", "-n"], input=cluster.script(name), text=True).returncode == 0
+        assert '. "$home/launchers/slurm/common.sh"' in cluster.script(name)
     for verb in ("fit", "report"):
         assert f'python3 "$home/launchers/scaling_study.py" {verb} {folder}\n' in cluster.script("fit")
     said = capsys.readouterr().out
@@ -90,31 +92,21 @@ def test_one_array_trains_all_and_a_job_behind_it_fits(cluster: Cluster, capsys:
     assert (folder / "study.yaml").exists() and not cluster.starts("a-seed0")
 
 
-def test_scripts_are_bash_and_use_what_all_job_scripts_share(cluster: Cluster) -> None:
-    cluster.go(settings=("label_drop=0.1",), sbatch=("--comment='a b'",))
-    for name in ("train-1", "fit"):
-        assert subprocess.run(["bash", "-n"], input=cluster.script(name), text=True).returncode == 0
-        assert '. "$home/launchers/slurm/common.sh"' in cluster.script(name)
-
-
 def test_sizes_with_options_of_their_own_have_an_array_of_their_own(cluster: Cluster) -> None:
-    cluster.go(sbatch=("--nodes=2 --partition=gpu", "b: --nodes=8", "fit: --time=10"))
+    cluster.go(sbatch=("a,b: --mem=4G", "--nodes=2 --partition=gpu", "b: --nodes=8", "fit: --time=10"))
     assert [line.split()[-1][-14:] for line in cluster.noted("sbatch")[:2]] == ["train-1.sbatch", "train-2.sbatch"]
     assert "--dependency=afterok:41:42 " in cluster.noted("sbatch")[2]
     first, second, fit = (cluster.script(name) for name in ("train-1", "train-2", "fit"))
-    assert "#SBATCH --nodes=2 --partition=gpu\nset -e" in first and "a-seed0" in first and "b-seed0" not in first
-    assert "#SBATCH --nodes=2 --partition=gpu\n#SBATCH --nodes=8\nset -e" in second
+    assert (
+        "#SBATCH --nodes=2 --partition=gpu\n#SBATCH --mem=4G\nset -e" in first
+        and "a-seed0" in first
+        and "b-seed0" not in first
+    )
+    assert "#SBATCH --nodes=2 --partition=gpu\n#SBATCH --mem=4G\n#SBATCH --nodes=8\nset -e" in second
     assert "#SBATCH --time=10\nset -e" in fit and "--nodes" not in fit
 
 
-def test_options_of_some_sizes_are_for_these_alone(cluster: Cluster) -> None:
-    cluster.change(sbatch=("a,b: --mem=4G", "--nodes=2", "b: --time=1:00"))
-    assert options_of(cluster.config, "a") == ("--nodes=2", "--mem=4G")
-    assert options_of(cluster.config, "b") == ("--nodes=2", "--mem=4G", "--time=1:00")
-    assert options_of(cluster.config, FIT) == ()
-
-
-@pytest.mark.parametrize("entry", ["c: --nodes=2", "nodes=8", "a:", "a: nodes=8", "--nodes=2\n--mem=1"])
+@pytest.mark.parametrize("entry", ["c: --nodes=2", "nodes=8", "a:", "--nodes=2\n--mem=1"])
 def test_options_that_cannot_be_meant_are_refused_before_anything_is_submitted(cluster: Cluster, entry: str) -> None:
     with pytest.raises(ValueError, match="(?s)sbatch has .* known here: a, b, fit"):
         cluster.go(sbatch=(entry,))

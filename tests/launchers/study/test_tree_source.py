@@ -67,14 +67,6 @@ def test_every_token_is_drawn_as_often_as_its_table_says() -> None:
     assert labels.mean() == pytest.approx(0.5, abs=0.02)
 
 
-def test_no_other_source_of_the_same_sizes_loses_less_on_what_this_one_draws() -> None:
-    source = TreeSource(SMALL)
-    drawn = source.draw(500, seed=0)
-    for seed in range(1, 5):
-        other = TreeSource(TreeSourceConfig(vocab_size=8, num_classes=4, seed=seed))
-        assert (other.loss(*drawn) > source.loss(*drawn)).all()
-
-
 @pytest.mark.parametrize("zipf", [0.0, 2.0])
 def test_with_one_law_alone_every_scale_has_the_entropy_of_that_law(zipf: float) -> None:
     weights = np.arange(1, 9) ** -zipf
@@ -89,11 +81,6 @@ def test_equal_configs_and_seeds_draw_equal_images_and_other_streams_draw_others
     assert all((a == b).all() for a, b in zip(first, again))
     for other in ({"seed": 2}, {"seed": 1, "stream": 1}):
         assert (TreeSource(SMALL).draw(50, **other)[0] != first[0]).any(axis=1).all()
-
-
-def test_the_mean_over_tokens_weighs_a_scale_by_its_tokens() -> None:
-    assert TreeSource(SMALL).average(np.array([21.0, 0.0, 0.0])) == pytest.approx(1)
-    assert TreeSource(SMALL).average(np.array([0.0, 0.0, 21.0])) == pytest.approx(16)
 
 
 @pytest.mark.parametrize(

@@ -43,14 +43,10 @@ def test_a_config_becomes_plain_data_that_names_its_kind() -> None:
 
 def test_a_model_is_found_from_run_checkpoint_and_exported_folder(root: Path, saved: Path, tmp_path: Path) -> None:
     exported = shutil.copytree(saved / "weights", tmp_path / "exported")
-    for path, folder in ((root.parent, saved / "weights"), (saved, saved / "weights"), (exported, exported)):
+    newest = save_checkpoint(root, 6)
+    for path, folder in ((root.parent, newest / "weights"), (saved, saved / "weights"), (exported, exported)):
         assert ModelOnDisk.find(path, "VAR") == ModelOnDisk(folder)
         assert ModelOnDisk.find(str(path), "VAR") == ModelOnDisk(folder)
-
-
-def test_a_run_folder_means_its_newest_checkpoint(root: Path, saved: Path) -> None:
-    newest = save_checkpoint(root, 6)
-    assert ModelOnDisk.find(root.parent, "VAR").folder == newest / "weights"
 
 
 def test_a_transformers_folder_leads_to_its_tokenizer_with_or_without_the_transformer(tmp_path: Path) -> None:
@@ -63,7 +59,9 @@ def test_a_transformers_folder_leads_to_its_tokenizer_with_or_without_the_transf
     assert ModelOnDisk.find(tmp_path, "VQVAE").folder == tmp_path / "tokenizer"
 
 
-def test_where_there_is_no_model_the_path_is_named(tmp_path: Path) -> None:
+def test_where_there_is_no_such_model_the_path_is_named(tmp_path: Path, saved: Path) -> None:
+    with pytest.raises(ValueError, match="holds a VAR, a VQVAE is needed"):
+        ModelOnDisk.find(saved, "VQVAE")
     with pytest.raises(FileNotFoundError, match=f"{tmp_path}/nothing: no such file or folder"):
         ModelOnDisk.find(tmp_path / "nothing", "VAR")
 
@@ -98,11 +96,6 @@ def test_weights_are_copied_into_a_model_that_goes_on_training(tmp_path: Path) -
     assert torch.equal(model.head.weight, VAR(VAR_CONFIG, seed=3).head.weight)
     assert model.training and all(parameter.requires_grad for parameter in parameters)
     assert all(one is other for one, other in zip(parameters, model.parameters(), strict=True))
-
-
-def test_a_model_of_another_kind_is_refused(saved: Path) -> None:
-    with pytest.raises(ValueError, match="holds a VAR, a VQVAE is needed"):
-        ModelOnDisk.find(saved, "VQVAE")
 
 
 @pytest.mark.parametrize(

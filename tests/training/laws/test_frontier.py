@@ -20,16 +20,11 @@ def drawn(name: str, x: list[float], y: list[float]) -> SizeCurve:
 
 
 def test_a_frontier_drawn_by_hand() -> None:
-    small, large = drawn("small", [1, 2, 4, 8], [9, 7, 6, 5.5]), drawn("large", [3, 4, 6, 8], [8, 6, 5, 4])
+    small, large = drawn("small", [1, 2, 2.5, 4, 8], [9, 7, 7.5, 6, 5.5]), drawn("large", [3, 4, 6, 8], [8, 6, 5, 4])
     points = non_dominated([small, large], "loss_avg")
     assert points.x.tolist() == [1, 2, 4, 6, 8]
     assert points.y.tolist() == [9, 7, 6, 5, 4]
     assert (points.groups[0], points.groups[-1]) == ("small", "large")
-
-
-def test_a_curve_that_rises_adds_nothing_to_the_frontier() -> None:
-    points = non_dominated([drawn("only", [1, 2, 3, 4], [5, 3, 4, 6])], "loss_avg")
-    assert points.y.tolist() == [5, 3]
 
 
 def test_interior_minima_leave_out_the_smallest_and_the_largest_size() -> None:

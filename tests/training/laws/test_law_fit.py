@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 from planted import BILLIONS, NAMES, points_of
 
 from training.laws.law_fit import Irreducible, fit_law, hold_out, split
-from training.laws.power_law import Points
 from training.laws.study_fit import PARAMETERS, FitConfig, LawFit
 
 CONFIG = FitConfig(draws=100)
@@ -90,15 +88,6 @@ def test_so_many_sizes_are_held_out_as_leave_enough_to_fit(
     assert len(hold_out(points, irreducible, 5.0, config=CONFIG, rng=np.random.default_rng(0))) == expected
 
 
-def test_groups_are_held_out_whole_and_predicted_at_their_middle() -> None:
-    x = np.geomspace(1, 1e4, 60)
-    groups = tuple(f"d{index // 10}" for index in range(60))
-    kept, held = split(Points(groups, x, 5 + x**-0.2), 2, 5.0)
-    assert set(kept.groups) == {"d0", "d1", "d2", "d3"}
-    assert held.groups == ("d4", "d5")
-    assert held.x[1] == pytest.approx(np.sqrt(x[50] * x[59]))
-
-
 def test_the_sensitivity_table_shows_how_the_exponent_moves() -> None:
     rows = fit(TRUTH, None).sensitivity
     assert rows[0].irreducible == 0
@@ -117,9 +106,3 @@ def test_a_fit_says_what_it_was_made_of() -> None:
     assert found.irreducible_interval.low < found.law.irreducible < found.irreducible_interval.high
     assert np.shape(found.draws) == (100, 3)
     assert fit(TRUTH, 5.0).irreducible_interval is None
-
-
-def test_nothing_is_held_out_where_that_is_asked() -> None:
-    found = fit(TRUTH, None, config=replace(CONFIG, held_out=0))
-    assert found.held_out == ()
-    assert {row.held_out_nats for row in found.sensitivity} == {None}

@@ -12,7 +12,7 @@ from planted import BILLIONS, COMPUTE_EXPONENT, SURFACE, run
 
 from training.laws.scaling import BORROWED, analyse, surface_remarks
 from training.laws.study_data import LOSSES, METRICS, TrainedSize
-from training.laws.study_fit import COMPUTE, FITTED, PARAMETERS, PRESETS, FitConfig, LawFit, StudyFit
+from training.laws.study_fit import COMPUTE, FITTED, PARAMETERS, PRESETS, FitConfig, LawFit, StudyFit, SurfaceCheck
 
 QUICK = FitConfig(draws=100)
 
@@ -115,12 +115,9 @@ def test_an_unfinished_size_is_in_the_frontier_and_not_in_the_laws_of_size() -> 
 def test_a_surface_that_fails_or_tells_no_irreducible_part_is_not_to_be_planned_by(fit: StudyFit) -> None:
     assert not any("Do not plan by it" in note for note in fit.notes)
     assert all(len(surface.held_out) == 2 for surface in fit.parametric)
-    raised = [
-        replace(run, metrics={**run.metrics, "loss_avg": run.metrics["loss_avg"] + 0.3}) if run.depth == 20 else run
-        for run in planted_study(8)
-    ]
-    [note] = [note for note in analyse(raised, QUICK).notes if "L(N, D) of loss_avg, fitted without" in note]
-    assert "at d20" in note and note.endswith("Do not plan by it.")
+    failed = replace(fit.parametric[1], held_out=(SurfaceCheck("d30", 5.9, 5.6, 0.3, False),))
+    [note] = surface_remarks([failed], QUICK)
+    assert "L(N, D) of loss_avg, fitted without" in note and "at d30" in note and note.endswith("Do not plan by it.")
     bound = replace(fit.parametric[0], irreducible=0.0)
     assert surface_remarks([bound], QUICK)[0].endswith("tell no irreducible part. Do not plan by it.")
 

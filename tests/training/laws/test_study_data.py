@@ -108,14 +108,3 @@ def test_a_curve_that_ends_above_its_lowest_is_noted_and_kept() -> None:
     found = curves(with_values(run(2), "loss_avg", -1, 9.0))
     assert found.sizes[0].end("loss_avg") == 9
     assert "loss_avg ends" in found.notes[0]
-
-
-def test_a_run_without_an_evaluation_is_no_size() -> None:
-    empty = replace(run(2), images=np.zeros(0, dtype=np.int64), metrics={name: np.zeros(0) for name in run(2).metrics})
-    assert curves(run(1), empty).sizes[0].name == "d8"
-    assert len(curves(run(1), empty).sizes) == 1
-
-
-def test_an_accounting_that_a_run_lacks_is_refused() -> None:
-    with pytest.raises(ValueError, match="d6-seed0 has no operations per image by 'exact'; set fit.accounting to"):
-        curves(replace(run(0), flops_per_image={"paper": 1}))

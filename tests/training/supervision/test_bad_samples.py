@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fork_world import ForkServer
 
 from training.engine.distributed import World
 from training.supervision.bad_samples import BadSamples, NoBadSamples, TooManyBadSamples
@@ -40,21 +41,20 @@ def test_more_than_the_limit_end_the_run_after_they_were_listed(tmp_path: Path) 
     assert listed(tmp_path) == [1, 2, 3]
 
 
-def test_all_ranks_know_of_what_any_has_met_and_end_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_ranks_know_of_what_any_has_met_and_end_together(fork_server: ForkServer, tmp_path: Path) -> None:
     met = [[fact(1), fact(2)], [fact(2), fact(7)]]  # of rank 0 and of rank 1
+    world = fork_server.run("fault_worker:share_bad_samples", {"run": str(tmp_path), "limit": 2, "met": met})
+    first, second = world.results
+    assert first == second and first["count"] == 3 and len(first["said"]) == 3, world.explain()
+    assert first["refused"].startswith("3 bad samples") and listed(tmp_path) == [1, 2, 7]
 
-    def gather(value: Any, world: World) -> list[Any]:
-        return [[], []] if value == [] else met
 
-    monkeypatch.setattr("training.supervision.bad_samples.gather_objects", gather)
-    monkeypatch.setattr("training.supervision.bad_samples.agree_on_error", lambda error, world: None)
-    said: list[list[str]] = [[], []]
-    for rank in range(2):
-        bad = BadSamples(tmp_path / "run", 2, World(rank=rank, world_size=2), lambda: met[rank])
-        assert bad.share(said[rank].append) == {"bad_samples": 3}
-        with pytest.raises(TooManyBadSamples, match="3 bad samples"):
-            bad.refuse_too_many()
-    assert said[0] == said[1] and listed(tmp_path / "run") == [1, 2, 7]
+def test_a_list_that_cannot_be_written_ends_all_ranks(fork_server: ForkServer, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    arguments = {"run": str(tmp_path / "file"), "limit": 2, "met": [[fact(1)], []]}
+    world = fork_server.run("fault_worker:share_bad_samples", arguments)
+    assert [code for code in world.exit_codes if code] == [1, 1]
+    assert all("rank 0: " in rank.stderr for rank in world.ranks), world.explain()
 
 
 def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fork_world import EndedWorld, ForkServer
 from tiny import Study
 
 from training.supervision.stopping import SAME_REQUEST_SECONDS
+from training.supervision.watch import GRACE_SECONDS
 
 KILLS = 20
 SEED = 11
@@ -124,9 +125,9 @@ def test_many_random_kills_change_no_bit_and_lose_no_sample(
 
 
 PATIENCE = 4  # seconds without progress
-SITES = ("loop.step", "checkpoint.state.torn")
+SITES = ("loop.step", "disk.fsync.share*")
 WAYS_TO_END = ("kill", "segv", "abort", "exit0", "exception")
-WAYS_TO_HANG = ("stop", "lock", "sleep")
+WAYS_TO_HANG = ("lock", "sleep")
 
 
 @pytest.mark.faults
@@ -142,8 +143,10 @@ def test_when_one_rank_ends_or_hangs_the_others_end_too(
     assert world.exit_codes[0] != DONE and world.left_behind == [], world.explain()
     assert (world.exit_codes[1] == DONE) == (kind == "exit0")
     # the start takes some of these seconds too
-    assert world.seconds < (PATIENCE if kind in WAYS_TO_HANG else 0) + 10, world.explain()
-    figures[f"training: {kind} of rank 1 at {site}, seconds from start to end of all"] = f"{world.seconds:.1f}"
+    assert world.seconds < (PATIENCE + GRACE_SECONDS if kind in WAYS_TO_HANG else 0) + 10, world.explain()
+    figures[f"training: {kind} of rank 1 at {site.rstrip('*')}, seconds from start to end of all"] = (
+        f"{world.seconds:.1f}"
+    )
     run.go()
     assert_same(run, whole)
 
@@ -208,8 +211,8 @@ def test_a_second_signal_during_the_save_leaves_nothing_half_committed(
 ) -> None:
     run = make_run("stopped")
     place = f"rank={rank}:count=3"  # the first two saves are those of steps 3 and 6
-    pause = f"sleep@checkpoint.state.open:{place}:seconds={SAME_REQUEST_SECONDS + 0.2}"
-    second = f"term@checkpoint.state.torn:{place}"
+    pause = f"sleep@disk.fsync.share*:{place}:seconds={SAME_REQUEST_SECONDS + 0.2}"
+    second = f"term@disk.fsync.share*:{place}"
     world = run.go(expect=None, faults=[f"term@loop.step:rank={rank}:count=8", pause, second])
     assert world.exit_codes[rank] in (143, -signal.SIGTERM) and DONE not in world.exit_codes, world.explain()
     assert run.saved_steps() == [3, 6]

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
 from training.supervision import stopping as module
-from training.supervision.stopping import SIGNALS, Stopped, Stopping
+from training.supervision.stopping import Stopped, Stopping
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def stopping(tmp_path: Path) -> Iterator[Stopping]:
 
 
 def test_nobody_asks_where_no_signal_is_listened_for(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     assert Stopping(tmp_path, World()).agreed() == ""
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
-@pytest.mark.parametrize("number", SIGNALS, ids=lambda number: number.name)
+@pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
 def test_a_signal_asks_for_a_stop_in_one_line(
     stopping: Stopping, number: signal.Signals, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -77,6 +78,20 @@ def test_a_second_signal_ends_the_process_at_once(
     assert ended(impatient) == code
 
 
+def test_what_asks_without_a_signal_is_the_first_request(stopping: Stopping) -> None:
+    """As the watch does when the launcher has died; a signal that follows at once is its echo."""
+    assert not stopping.is_asked
+    stopping.ask(signal.SIGTERM)
+    os.kill(os.getpid(), signal.SIGINT)
+    assert stopping.is_asked and stopping.agreed() == "SIGTERM on rank 0"
+
+
+def test_a_finished_run_takes_no_more_requests(tmp_path: Path, stopping: Stopping) -> None:
+    stopping.finished()
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert not stopping.is_asked and stopping.agreed() == ""
+
+
 def test_signals_that_a_parent_had_ignored_are_heard(tmp_path: Path) -> None:
     def ignored() -> None:
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
@@ -89,13 +104,13 @@ def test_signals_that_a_parent_had_ignored_are_heard(tmp_path: Path) -> None:
 
 
 def test_handlers_of_before_come_back(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in SIGNALS]
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
     stopping = Stopping(tmp_path, World())
     stopping.install()
-    assert [signal.getsignal(number) for number in SIGNALS] != before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] != before
     stopping.remove()
     stopping.remove()
-    assert [signal.getsignal(number) for number in SIGNALS] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> None:
@@ -122,18 +137,18 @@ def test_what_stopped_a_run_is_one_line_with_the_checkpoint() -> None:
     assert "SIGTERM on rank 3" in str(stopped) and "step-00000012" in str(stopped) and "\n" not in str(stopped)
 
 
-def answers_of_two_ranks(folder: Path, rank: int, port: int) -> None:
-    """Rank 1 is signaled in step 2; in step 5 rank 0 sees the stop file too. Answers go to a file for each rank."""
+def answers_of_two_ranks(folder: Path, rank: int, port: int, how: str) -> None:
+    """In step 2 rank 1 is signaled, or the stop file is made. Answers go to a file for each rank."""
     world = World(rank=rank, world_size=2)
     meeting = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=30))
     stopping = Stopping(folder, world)
     stopping.install()
     answers = []
-    for step in range(7):
-        if step == 2 and rank == 1:
+    for step in range(5):
+        if step == 2 and rank == 1 and how == "signal":
             os.kill(os.getpid(), signal.SIGUSR1)
-        if step == 5 and rank == 0:
+        if step == 2 and rank == 0 and how == "file":
             (folder / "stop").touch()
             time.sleep(module.LOOK_SECONDS)
         answers.append(stopping.agreed())
@@ -141,7 +156,8 @@ def answers_of_two_ranks(folder: Path, rank: int, port: int) -> None:
     os._exit(0)
 
 
-def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["signal", "file"])
+def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path, how: str) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -150,30 +166,10 @@ def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path) 
         children.append(os.fork())
         if children[-1] == 0:
             try:
-                answers_of_two_ranks(tmp_path, rank, port)
+                answers_of_two_ranks(tmp_path, rank, port, how)
             finally:
                 os._exit(1)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
     first, second = ((tmp_path / f"answers{rank}").read_text().split("\n") for rank in range(2))
-    assert first == second == [""] * 3 + ["SIGUSR1 on rank 1"] * 4
-
-
-def test_a_stop_file_reaches_ranks_that_do_not_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "stop").touch()
-    wishes: list[int] = []
-    monkeypatch.setattr(module, "_Reduction", lambda wish, world: wishes.append(wish) or Granted(max(wishes)))
-    monkeypatch.setattr(module.dist, "new_group", lambda backend: "a group")
-    first, second = (Stopping(tmp_path, World(rank=rank, world_size=2)) for rank in range(2))
-    for answer in ("", f"{tmp_path / 'stop'} was made"):
-        assert (first.agreed(), second.agreed()) == (answer, answer)
-    assert wishes[0] > 0 and wishes[1] == 0
-
-
-class Granted:
-    """A reduction that has ended."""
-
-    def __init__(self, number: int) -> None:
-        self._number = number
-
-    def result(self) -> int:
-        return self._number
+    reason = "SIGUSR1 on rank 1" if how == "signal" else f"{tmp_path / 'stop'} was made"
+    assert first == second == [""] * 3 + [reason] * 2

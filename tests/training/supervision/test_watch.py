@@ -1,29 +1,54 @@
-"""A rank that beats lives; one that falls silent ends, and says what it was doing. Ranks are forked from the test."""
+"""A rank that beats lives; one that is silent or has lost its launcher ends. Ranks are forked from the test."""
 
 from __future__ import annotations
 
-import json
+import ctypes
 import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from training.engine.distributed import World
-from training.supervision.watch import EXIT_NO_PROGRESS, Heartbeat, Reports, WatchConfig, was_launched
-from training.supervision.watcher import Beat, read_stat
+from training.supervision import watch
+from training.supervision.stopping import Stopping
+from training.supervision.watch import (
+    EXIT_NO_PROGRESS,
+    Heartbeat,
+    WatchConfig,
+    ancestors,
+    find_launchers,
+    is_launcher,
+    lost_its_launcher,
+    was_launched,
+)
 
 WORLD = World(rank=1, world_size=2)
-QUICK = WatchConfig(timeout_seconds=0.7, start_seconds=0.7)
+QUICK = WatchConfig(timeout_seconds=0.3, start_seconds=0.3, orphan_seconds=0.5)
+PATIENT = WatchConfig(orphan_seconds=0.5)
+SOON = 5.0  # seconds; more than anything here takes
 
 
-def end_of_rank(life: Callable[[], None]) -> tuple[int, float]:
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(watch, "TICK_SECONDS", 0.05)
+    monkeypatch.setattr(watch, "GRACE_SECONDS", 0.7)
+    monkeypatch.setattr(watch, "STACKS_SECONDS", 0.5)
+
+
+def start(folder: Path, config: WatchConfig) -> Heartbeat:
+    return Heartbeat.start(config, WORLD, folder, Stopping(folder, WORLD))
+
+
+def end_of_rank(life: Callable[[], object]) -> tuple[int, float]:
     """Exit code of a forked process that lives `life`, and the seconds it lived."""
-    start = time.monotonic()
+    began = time.monotonic()
     pid = os.fork()
     if pid == 0:
         try:
@@ -31,7 +56,11 @@ def end_of_rank(life: Callable[[], None]) -> tuple[int, float]:
         finally:
             os._exit(99)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    return code, time.monotonic() - start
+    return code, time.monotonic() - began
+
+
+def hold_the_interpreter() -> None:
+    ctypes.PyDLL(None).sleep(20)
 
 
 def waiting_for_data() -> None:
@@ -40,27 +69,53 @@ def waiting_for_data() -> None:
 
 def test_a_silent_rank_ends_with_its_stacks_on_disk(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def silent() -> None:
-        heartbeat = Heartbeat.start(QUICK, WORLD, tmp_path)
+        heartbeat = start(tmp_path, QUICK)
         heartbeat.beat("waiting for data of step 12")
         waiting_for_data()
 
+    (tmp_path / "stacks-rank1.txt").write_text("of an earlier start\n")
     code, seconds = end_of_rank(silent)
-    assert code == EXIT_NO_PROGRESS == 76 and seconds < 3.5
+    assert code == EXIT_NO_PROGRESS == 76 and seconds < SOON
     said = capfd.readouterr().err
-    assert re.search(r"^rank 1: no progress for \d+ s while: waiting for data of step 12$", said, re.MULTILINE)
-    assert str(tmp_path / "stacks-rank1.txt") in said
-    assert "waiting_for_data" in (tmp_path / "stacks-rank1.txt").read_text()
+    assert re.match(r"rank 1: no progress for \d+ s while: waiting for data of step 12; its stacks are in .*\n$", said)
+    stacks = (tmp_path / "stacks-rank1.txt").read_text()
+    assert "of an earlier start" in stacks and "in waiting_for_data" in stacks and str(tmp_path) in said
+
+
+def test_a_rank_whose_interpreter_is_locked_ends_with_its_stacks_on_disk(tmp_path: Path) -> None:
+    def locked() -> None:
+        heartbeat = start(tmp_path, QUICK)
+        heartbeat.beat("step 12")
+        hold_the_interpreter()
+
+    code, seconds = end_of_rank(locked)
+    assert code == 1 and seconds < SOON
+    assert "in hold_the_interpreter" in (tmp_path / "stacks-rank1.txt").read_text()
+
+
+def test_a_disk_that_takes_no_stacks_keeps_no_rank_alive(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "stacks-rank1.txt")  # which nobody reads
+    reader = os.open(tmp_path / "stacks-rank1.txt", os.O_RDWR)
+    os.write(reader, bytes(65536))
+
+    def silent() -> None:
+        start(tmp_path, QUICK)
+        time.sleep(20)
+
+    assert end_of_rank(silent)[0] == EXIT_NO_PROGRESS
+    os.close(reader)
 
 
 def test_a_rank_that_beats_lives_longer_than_its_timeout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def lively() -> None:
-        heartbeat = Heartbeat.start(QUICK, WORLD, tmp_path)
-        for step in range(20):
+        heartbeat = start(tmp_path, QUICK)
+        for step in range(30):
             heartbeat.beat(f"step {step}")
-            time.sleep(0.1)
+            time.sleep(0.05)
         heartbeat.beat("saving", allow_seconds=5)
         time.sleep(1.2)
         heartbeat.close()
+        time.sleep(1.2)  # nobody looks any more
         os._exit(0)
 
     assert end_of_rank(lively)[0] == 0
@@ -69,7 +124,7 @@ def test_a_rank_that_beats_lives_longer_than_its_timeout(tmp_path: Path, capfd: 
 
 def test_the_first_step_may_take_longer(tmp_path: Path) -> None:
     def slow_start() -> None:
-        heartbeat = Heartbeat.start(WatchConfig(timeout_seconds=0.3, start_seconds=30), WORLD, tmp_path)
+        heartbeat = start(tmp_path, WatchConfig(timeout_seconds=0.2, start_seconds=30))
         heartbeat.beat("step 1")
         time.sleep(1.2)
         heartbeat.end_start()
@@ -77,55 +132,33 @@ def test_the_first_step_may_take_longer(tmp_path: Path) -> None:
         time.sleep(20)
 
     code, seconds = end_of_rank(slow_start)
-    assert code == EXIT_NO_PROGRESS and 1.5 < seconds < 4
-
-
-def test_time_in_which_a_rank_was_stopped_does_not_count(tmp_path: Path) -> None:
-    """As when a scheduler suspends a job: its thread finds the deadline long past, and lets the rank go on."""
-
-    def suspended() -> None:
-        heartbeat = Heartbeat.start(WatchConfig(timeout_seconds=1.5, start_seconds=1.5), WORLD, tmp_path)
-        watcher = heartbeat._watch._process.pid
-        for _ in range(20):  # until the watcher is at its work
-            time.sleep(0.1)
-            heartbeat.beat("working")
-        alarm = os.fork()
-        if alarm == 0:
-            time.sleep(4)
-            for pid in (watcher, os.getppid()):
-                os.kill(pid, signal.SIGCONT)
-            os._exit(0)
-        os.kill(watcher, signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        time.sleep(0.8)
-        heartbeat.close()
-        os._exit(0)
-
-    code, seconds = end_of_rank(suspended)
-    assert code == 0 and seconds > 4
+    assert code == EXIT_NO_PROGRESS and 1.3 < seconds < SOON
 
 
 def test_closing_leaves_nothing_behind(tmp_path: Path) -> None:
     threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
-    wakeup = signal.set_wakeup_fd(-1)
-    heartbeat = Heartbeat.start(WatchConfig(), World(), tmp_path / "run")
-    watcher = heartbeat._watch._process.pid
-    assert read_stat(watcher)[0] in ("R", "S", "D")
+    heartbeat = start(tmp_path, WatchConfig())
+    assert threading.active_count() == len(threads) + 1
     heartbeat.close()
     heartbeat.close()
     heartbeat.beat("after the end")
-    assert read_stat(watcher) == ("", 0)
-    del heartbeat
     assert set(threading.enumerate()) == threads and set(os.listdir("/proc/self/fd")) == descriptors
-    assert signal.set_wakeup_fd(wakeup) == -1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_came_to_nothing_gets_no_folder(tmp_path: Path) -> None:
+    heartbeat = start(tmp_path / "runs" / "first", WatchConfig())
+    heartbeat.beat("starting")
+    heartbeat.close()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_nobody_watches_a_heartbeat_that_was_not_started() -> None:
     threads = set(threading.enumerate())
     heartbeat = Heartbeat(WatchConfig())
     heartbeat.beat("step 1")
-    assert heartbeat._board.read().doing == "step 1" and set(threading.enumerate()) == threads
     heartbeat.close()
+    assert set(threading.enumerate()) == threads
 
 
 @pytest.mark.parametrize("name", ["timeout_seconds", "start_seconds", "orphan_seconds"])
@@ -140,49 +173,113 @@ def test_the_first_step_is_not_given_less_than_the_others() -> None:
         WatchConfig(timeout_seconds=20, start_seconds=10)
 
 
-def reports_of(folder: Path, rank: int) -> Reports:
-    return Reports(folder, World(rank=rank, world_size=3), timeout_seconds=600)
+@pytest.fixture
+def launchers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two processes that are taken for the launchers above: launch.py, and the `deepspeed` command above it."""
+    processes = [subprocess.Popen(["sleep", "60"]) for _ in range(2)]
+    monkeypatch.setattr(watch, "find_launchers", lambda pid: [os.pidfd_open(process.pid) for process in processes])
+    yield processes
+    for process in processes:
+        process.kill()
+        process.wait()
 
 
-def test_the_rank_that_has_not_moved_for_longest_is_named(tmp_path: Path) -> None:
-    now = time.monotonic()
-    ours = Beat("step 12: forward", now - 20, now)
-    assert reports_of(tmp_path, 0).behind(ours) == ""
-    reports_of(tmp_path, 1).write(Beat("step 11: backward", now - 25, now))
-    reports_of(tmp_path, 2).write(Beat("step 12: forward", now - 19, now))
-    assert reports_of(tmp_path, 0).behind(ours) == "rank 1 was last seen 25 s ago: step 11: backward"
-    assert reports_of(tmp_path, 1).behind(Beat("step 11: backward", now - 25, now)) == ""
-    (tmp_path / "rank-1.json").write_text("{")
-    assert reports_of(tmp_path, 0).behind(ours) == ""
+def orphan(folder: Path, killed: subprocess.Popen[bytes], *, stops: bool, asked: bool = False) -> None:
+    """A rank one of whose launchers is killed; it ends with 75 if it is asked to stop and does."""
+    stopping = Stopping(folder, World())
+    if asked:
+        stopping.ask(signal.SIGINT)
+    Heartbeat.start(PATIENT, World(), folder, stopping)
+    os.kill(killed.pid, signal.SIGKILL)
+    end = time.monotonic() + 2.5
+    while time.monotonic() < end and (asked or not stops or not stopping.agreed()):
+        time.sleep(0.02)
+    os._exit(75 if stops else 0)
 
 
-def test_reports_are_few_in_a_large_world_and_gone_in_the_end(tmp_path: Path) -> None:
-    assert reports_of(tmp_path, 0).every_seconds == 10
-    assert Reports(tmp_path, World(world_size=800), timeout_seconds=600).every_seconds == 100
-    for rank in range(2):
-        reports_of(tmp_path / "run", rank).write(Beat("x", time.monotonic(), 0))
-    assert json.loads((tmp_path / "run" / "rank-1.json").read_text())["doing"] == "x"
-    for rank in range(2):
-        reports_of(tmp_path / "run", rank).remove()
-    assert list(tmp_path.iterdir()) == []
+def test_a_killed_launcher_is_no_success_and_its_rank_stops(
+    tmp_path: Path, launchers: list[subprocess.Popen[bytes]], capfd: pytest.CaptureFixture[str]
+) -> None:
+    code, seconds = end_of_rank(lambda: orphan(tmp_path, launchers[0], stops=True))
+    assert code == 75 and seconds < 2.5
+    assert launchers[1].wait(SOON) == -signal.SIGTERM  # or the `deepspeed` command would end with 0
+    assert capfd.readouterr().err.startswith("rank 0: its launcher is gone: training stops")
 
 
-@pytest.mark.parametrize("is_used", [False, True])
-def test_a_run_that_came_to_nothing_leaves_no_folder_behind(tmp_path: Path, is_used: bool) -> None:
-    run = tmp_path / "runs" / "first"
-    reports = Reports(run / "heartbeats", World(), timeout_seconds=600)
-    reports.write(Beat("starting", time.monotonic(), time.monotonic() + 9))
-    if is_used:
-        (run / "config.yaml").touch()
-    reports.remove()
-    assert list(tmp_path.rglob("*")) == ([tmp_path / "runs", run, run / "config.yaml"] if is_used else [])
+@pytest.mark.parametrize("above", [0, 1])
+def test_an_orphan_that_does_not_stop_is_ended_in_time(
+    tmp_path: Path, launchers: list[subprocess.Popen[bytes]], above: int
+) -> None:
+    code, seconds = end_of_rank(lambda: orphan(tmp_path, launchers[above], stops=False))
+    assert code == EXIT_NO_PROGRESS and PATIENT.orphan_seconds < seconds < 2.5
 
 
-def test_a_disk_that_takes_no_report_stops_nobody(tmp_path: Path) -> None:
-    (tmp_path / "file").touch()
-    reports_of(tmp_path / "file", 0).write(Beat("x", time.monotonic(), 0))
+def test_a_rank_that_stops_already_is_left_to_the_launcher_that_waits_for_it(
+    tmp_path: Path, launchers: list[subprocess.Popen[bytes]]
+) -> None:
+    """As after Ctrl-C: the `deepspeed` command leaves at once, its launch.py waits for the last checkpoint."""
+    assert end_of_rank(lambda: orphan(tmp_path, launchers[1], stops=False, asked=True))[0] == 0
+    assert launchers[0].poll() is None
 
 
-def test_launchers_are_known_by_what_they_set() -> None:
+def test_a_rank_whose_launcher_died_before_it_was_watched_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def late() -> None:
+        monkeypatch.setenv("CROSS_RANK", "0")
+        monkeypatch.setattr(watch, "lost_its_launcher", lambda pid: True)
+        start(tmp_path, PATIENT)
+        time.sleep(20)
+
+    assert end_of_rank(late)[0] == EXIT_NO_PROGRESS
+
+
+def test_who_was_not_launched_is_nobodys_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def alone() -> None:
+        monkeypatch.setattr(watch, "lost_its_launcher", lambda pid: True)
+        start(tmp_path, PATIENT)
+        time.sleep(1.0)
+        os._exit(0)
+
+    assert end_of_rank(alone)[0] == 0
+
+
+@pytest.mark.parametrize(
+    "command, is_one",
+    [
+        ("/v/bin/python /v/bin/deepspeed --num_gpus 2 train.py", True),
+        ("/v/bin/python -u -m deepspeed.launcher.launch --world_info=x train.py", True),
+        ("/v/bin/python /v/bin/torchrun --nproc-per-node 2 train.py", True),
+        ("python3 -m torch.distributed.run train.py", True),
+        ("mpirun -n 2 python train.py", True),
+        ("python launchers/demo.py deepspeed", False),
+        ("bash -c deepspeed_train.sh", False),
+        ("python -m pytest tests -k deepspeed", False),
+        ("nohup python train.py", False),
+        ("sshd: user", False),
+    ],
+)
+def test_launchers_are_known_by_their_command_line(monkeypatch: pytest.MonkeyPatch, command: str, is_one: bool) -> None:
+    monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(command.split(" ")).encode() + b"\0")
+    assert is_launcher(1) == is_one
+
+
+def test_ranks_are_known_by_what_their_launchers_set() -> None:
     assert was_launched({"CROSS_RANK": "0"}) and was_launched({"TORCHELASTIC_RUN_ID": "none"})
     assert not was_launched({"RANK": "0", "SLURM_PROCID": "0"})
+
+
+def test_launchers_are_found_among_the_ancestors(tmp_path: Path) -> None:
+    assert ancestors(os.getpid())[0] == os.getppid() and ancestors(2**22 + 1) == []
+    assert find_launchers(os.getpid()) == [] and not is_launcher(2**22 + 1)
+    (tmp_path / "deepspeed").write_text("import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'input()'])\n")
+    command = subprocess.Popen([sys.executable, str(tmp_path / "deepspeed")], stdin=subprocess.PIPE)
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children")
+    while not (child := children.read_text().split()):
+        time.sleep(0.02)
+    [handle] = find_launchers(int(child[0]))
+    signal.pidfd_send_signal(handle, 0)
+    os.close(handle)
+    assert not lost_its_launcher(int(child[0]))
+    command.communicate(b"\n")
+    assert lost_its_launcher(1)

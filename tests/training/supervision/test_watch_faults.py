@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -15,17 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import watched
 from repository import SUPPORT
 from watched_worker import WATCH
 
-from training.supervision.watcher import launcher_name, read_stat
+from training.supervision.watch import is_launcher
 
 WORKER = SUPPORT / "watched_worker.py"
 BIN = Path(sys.executable).parent
 ALL_GONE_SECONDS = 10.0
-LAUNCHERS_END_SECONDS = 30.0  # for `deepspeed` to notice, and to take down what it had imported
-FALSE_SUCCESS_TRIES = 20
+LAUNCHERS_END_SECONDS = 45.0  # for `deepspeed` to notice, and to kill after 30 s a rank that does not react
+FALSE_SUCCESS_TRIES = 12
 START_SECONDS = 90.0
 
 
@@ -35,13 +35,14 @@ class Run:
     def __init__(self, folder: Path, launcher: str, *command: str) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
+        self.num_ranks = 1 if "one rank" in launcher else 2
         self.log = (folder / "log").open("w+")
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         ranks = {
             "deepspeed": ["--num_gpus", "2", "--master_port", port],
-            "deepspeed, one rank": ["--num_gpus", "1", "--master_port", port, "--no_local_rank"],
+            "deepspeed, one rank": ["--num_gpus", "1", "--master_port", port],
             "torchrun": ["--nproc-per-node", "2", "--master-port", port],
         }[launcher]
         self.process = subprocess.Popen(
@@ -56,7 +57,7 @@ class Run:
     def wait_for_step(self, step: int) -> None:
         end = time.monotonic() + START_SECONDS
         while time.monotonic() < end and self.process.poll() is None:
-            if all(self._step(rank) >= step for rank in range(2)):
+            if all(self._step(rank) >= step for rank in range(self.num_ranks)):
                 return
             time.sleep(0.05)
         pytest.fail(f"no step {step}: {self.said()}")
@@ -70,22 +71,15 @@ class Run:
 
     def launch_module(self) -> int:
         """The process between the `deepspeed` command and the ranks."""
-        return next(pid for pid in self.processes() if launcher_name(pid) == "deepspeed.launcher.launch")
+        return next(pid for pid in self.processes() if b"-m\0deepspeed.launcher.launch" in command_line(pid))
 
     def ranks(self) -> list[int]:
-        return [pid for pid in self.processes() if not launcher_name(pid)]
+        return [pid for pid in self.processes() if not is_launcher(pid)]
 
     def processes(self) -> list[int]:
         """All that is left of the run, of whatever parent: what names its folder on its command line."""
-        found = []
-        for entry in Path("/proc").iterdir():
-            if entry.name.isdecimal() and read_stat(int(entry.name))[0] not in ("", "Z"):
-                try:
-                    if str(self.folder).encode() in (entry / "cmdline").read_bytes():
-                        found.append(int(entry.name))
-                except OSError:
-                    pass
-        return found
+        pids = [int(entry.name) for entry in Path("/proc").iterdir() if entry.name.isdecimal()]
+        return [pid for pid in pids if str(self.folder).encode() in command_line(pid)]
 
     def seconds_until_gone(self, limit_seconds: float, *, launchers_too: bool = True) -> float:
         start = time.monotonic()
@@ -100,13 +94,19 @@ class Run:
 
     def clean(self) -> None:
         for pid in self.processes():
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         self.process.kill()
         self.process.wait()
         self.log.close()
+
+
+def command_line(pid: int) -> bytes:
+    """The command line of a process; empty if it has ended, or is a zombie."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return b""
 
 
 @pytest.fixture
@@ -178,36 +178,33 @@ def test_when_a_rank_is_killed_the_other_ends_with_one_line(
 
 
 @pytest.mark.faults
-@pytest.mark.parametrize("fault, said", [("stop", "it is stopped"), ("lock", "it does not react"), ("silent", "step")])
+@pytest.mark.parametrize("fault", ["stop", "lock", "silent"])
 def test_a_rank_that_hangs_ends_the_run_in_time(
-    runs: list[Run], tmp_path: Path, figures: dict[str, str], fault: str, said: str
+    runs: list[Run], tmp_path: Path, figures: dict[str, str], fault: str
 ) -> None:
     run = worker_run(runs, tmp_path / "run", "deepspeed", f"fault={fault}")
     run.wait_for_step(19)
-    seconds = run.seconds_until_gone(WATCH.timeout_seconds + 10, launchers_too=False)
+    limit = WATCH.timeout_seconds + (LAUNCHERS_END_SECONDS if fault == "stop" else 12)
+    seconds = run.seconds_until_gone(limit, launchers_too=False)
     code = run.process.wait(timeout=LAUNCHERS_END_SECONDS)
     figures[f"rank 1: {fault}; both ranks gone after a timeout of {WATCH.timeout_seconds:g} s"] = (
         f"{seconds:.1f} s, exit code {code}"
     )
-    assert code != 0 and said in run.said() and "no progress for" in run.said()
-    assert fault == "stop" or (run.folder / "stacks-rank1.txt").exists()
+    assert code != 0
+    assert fault == "stop" or "in fail" in (run.folder / "stacks-rank1.txt").read_text()
+    assert fault != "silent" or "rank 1: no progress for" in run.said()
 
 
 @pytest.mark.faults
 def test_a_killed_launch_module_is_never_a_success(runs: list[Run], tmp_path: Path, figures: dict[str, str]) -> None:
-    """The deepspeed command alone would end with 0. Four at once, so that its end and the watcher compete for cores."""
+    """The deepspeed command alone would end with 0. Four at once, so that its end and the watch compete for cores."""
     codes = []
     for first in range(0, FALSE_SUCCESS_TRIES, 4):
-        batch = []
-        for number in range(first, first + 4):
-            folder = tmp_path / f"run{number}"
-            batch.append(Run(folder, "deepspeed, one rank", watched.__file__, "rank", str(folder), "long"))
-        runs += batch
+        batch = [
+            worker_run(runs, tmp_path / f"run{number}", "deepspeed, one rank") for number in range(first, first + 4)
+        ]
         for run in batch:
-            end = time.monotonic() + START_SECONDS
-            while not (run.folder / "rank.pid").exists():
-                assert time.monotonic() < end and run.process.poll() is None, run.said()
-                time.sleep(0.05)
+            run.wait_for_step(1)
         for run in batch:
             os.kill(run.launch_module(), signal.SIGKILL)
         codes += [run.process.wait(timeout=30) for run in batch]

@@ -1,0 +1,7 @@
+"""The signals that ask a run to stop, which whoever listens for them or must not hear them agrees on."""
+
+from __future__ import annotations
+
+import signal
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what schedulers send ahead of a time limit
