@@ -35,6 +35,7 @@ from training.tracking.mlflow import (
     read_state,
     reason,
     unavailable,
+    update_state,
 )
 from training.tracking.record import TrackingConfig, absolute_uri
 from training.tracking.redaction import redacted_output
@@ -108,8 +109,8 @@ def pause_after(failures: int) -> float:
     return min(MAX_PAUSE_SECONDS, 2.0 ** min(failures - 1, 10))
 
 
-class MLflowView:
-    """Shows a run in MLflow while it trains; for rank 0 alone. Nothing here waits for a tracker or raises for one.
+class LivePage:
+    """The page of a run in MLflow while it trains; for rank 0 alone. No method waits for a tracker or raises for one.
 
     The first news start the process, which from then on looks at metrics.jsonl by itself. It ends with the trainer,
     whatever ends that, and a run that is started again goes on in the same MLflow run.
@@ -173,6 +174,8 @@ class MLflowView:
             problem = f"{self.uri} did not answer in time"
         self._hang_up()
         if code not in (0, TrackerUnavailable.exit_code):
+            with suppress(OSError):  # a full disk: the record tells nearly as much
+                update_state(self.folder, status=status)
             print(f"mlflow: {problem}; send the rest later: {_command(self.folder)}", flush=True)
 
     def _start(self) -> None:
@@ -229,7 +232,10 @@ def _serve(folder: Path, order: dict[str, Any], orders: FileIO) -> None:
         if status != "RUNNING":
             time.sleep(seconds)
         elif select.select([orders], [], [], seconds)[0]:
-            status = orders.readline().decode().strip() or sys.exit()
+            word = orders.readline().decode().strip()
+            if not word:
+                sys.exit()
+            status = word
             note(status=status)
         return status
 

@@ -16,7 +16,7 @@ import pytest
 from repository import ROOT
 from trackers import FakeMLflow, connect, page_of, points_of, record_of, sender_of, train_record, validation_record
 
-from training.tracking.follow import PATIENCE_SECONDS, MLflowView, follow, pause_after, send
+from training.tracking.follow import PATIENCE_SECONDS, LivePage, follow, pause_after, send
 from training.tracking.mlflow import TrackerUnavailable, read_state
 from training.tracking.record import TrackingConfig
 
@@ -24,10 +24,10 @@ WAIT_SECONDS = 60.0  # for a process that imports mlflow on a busy machine
 TRAINER = """
 import sys, time
 from pathlib import Path
-from training.tracking.follow import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import TrackingConfig
-view = MLflowView(Path(sys.argv[1]), TrackingConfig(uri=sys.argv[2]), {})
-view.notify()
+page = LivePage(Path(sys.argv[1]), TrackingConfig(uri=sys.argv[2]), {})
+page.notify()
 print(*{"mlflow", "torch"} & set(sys.modules), flush=True)
 time.sleep(600)
 """
@@ -141,7 +141,7 @@ def test_a_run_killed_processes_and_a_resumption_are_one_mlflow_run(
     folder = tmp_path / "digits" / "d2"
     config = TrackingConfig(uri=f"sqlite:///{tmp_path}/mlflow.db", experiment="test")
     record = record_of(folder, *map(train_record, range(1, 31)), validation_record(30))
-    first = MLflowView(folder, config, {"model.depth": 2})
+    first = LivePage(folder, config, {"model.depth": 2})
     assert first.run_id is None
     first.notify()
     process = started(folder)
@@ -156,7 +156,7 @@ def test_a_run_killed_processes_and_a_resumption_are_one_mlflow_run(
     first.close("KILLED")
     assert read_state(folder)["status"] == "KILLED"
     record.forget_after(25)
-    second = MLflowView(folder, config, {"model.depth": 2})
+    second = LivePage(folder, config, {"model.depth": 2})
     second.notify()
     record.write([train_record(step, time=5000.0) for step in range(26, 32)] + [validation_record(30)])
     record.write([train_record(step) for step in range(32, 41)])
@@ -180,20 +180,21 @@ def test_news_cost_microseconds_and_closing_gives_up_on_a_tracker_that_hangs(
 ) -> None:
     monkeypatch.setitem(PATIENCE_SECONDS, "FAILED", 0.2)
     record_of(tmp_path, train_record(1))
-    view = MLflowView(tmp_path, TrackingConfig(uri=silent_tracker), {})
-    view.notify()
+    page = LivePage(tmp_path, TrackingConfig(uri=silent_tracker), {})
+    page.notify()
     seconds = []
     for _ in range(1000):
         start = time.perf_counter()
-        view.notify()
+        page.notify()
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 200e-6
     started = time.monotonic()
-    view.close("FAILED")
+    page.close("FAILED")
     assert time.monotonic() - started < 1.2  # a busy machine
     assert sender_of(tmp_path) is None
     [line] = capfd.readouterr().out.splitlines()
     assert f"{silent_tracker} did not answer in time" in line and f"sync_mlflow.py {tmp_path}`" in line
+    assert read_state(tmp_path)["status"] == "FAILED"  # for the command to tell MLflow
 
 
 def test_the_process_says_what_it_could_not_send(
@@ -201,9 +202,9 @@ def test_the_process_says_what_it_could_not_send(
 ) -> None:
     monkeypatch.setitem(PATIENCE_SECONDS, "FAILED", WAIT_SECONDS)  # a busy machine
     record_of(tmp_path, train_record(1))
-    view = MLflowView(tmp_path, TrackingConfig(uri="http://127.0.0.1:9"), {})
-    view.notify()
-    view.close("FAILED")
+    page = LivePage(tmp_path, TrackingConfig(uri="http://127.0.0.1:9"), {})
+    page.notify()
+    page.close("FAILED")
     lines = capfd.readouterr().out.splitlines()
     assert f"sync_mlflow.py {tmp_path}`" in lines[-1] and "http://127.0.0.1:9: " in lines[-1] and len(lines) <= 2
     assert read_state(tmp_path)["status"] == "FAILED"  # for the command to tell MLflow
@@ -223,6 +224,6 @@ def test_the_process_dies_with_a_trainer_that_is_killed(tmp_path: Path, silent_t
     wait_until(lambda: sender_of(tmp_path) is None, seconds=10)
 
 
-def test_a_view_without_news_has_nothing_to_close(tmp_path: Path) -> None:
-    MLflowView(tmp_path, TrackingConfig(uri="http://127.0.0.1:9"), {}).close("FINISHED")
+def test_a_page_without_news_has_nothing_to_close(tmp_path: Path) -> None:
+    LivePage(tmp_path, TrackingConfig(uri="http://127.0.0.1:9"), {}).close("FINISHED")
     assert list(tmp_path.iterdir()) == []

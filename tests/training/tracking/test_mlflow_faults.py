@@ -21,7 +21,7 @@ from mlflow_pages import serving
 from trackers import points_of, sender_of
 
 from models.var import VAR, VARConfig
-from training.tracking.follow import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import RunRecord, TrackingConfig, wall_time
 
 UP_SECONDS, AWAY_SECONDS, CATCH_UP_SECONDS = 12.0, 40.0, 5.0
@@ -44,7 +44,7 @@ class Training:
         self.model = VAR(CONFIG, seed=0)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4)
         self.record = RunRecord(folder)
-        self.view = MLflowView(folder, TrackingConfig(uri=uri, experiment="faults"), {"model.depth": CONFIG.depth})
+        self.page = LivePage(folder, TrackingConfig(uri=uri, experiment="faults"), {"model.depth": CONFIG.depth})
         self.step = 0
         self._clock: int | None = None
 
@@ -58,7 +58,7 @@ class Training:
             losses = self._take_step()
             self.record.write([{"kind": "train", "step": self.step, "time": wall_time()} | losses])
             written = time.monotonic()
-            self.view.notify()
+            self.page.notify()
             whole.append(time.monotonic() - start)
             tracking.append(time.monotonic() - written + self._seconds_of_sender() - used)
         return whole, tracking
@@ -88,12 +88,12 @@ def train_through_an_outage(
     """Check that no step is slower than twice the median for the outage."""
     training.run(UP_SECONDS)  # the process starts, finds its tracker and makes the run
     up, _ = training.run(UP_SECONDS)
-    assert training.view.run_id is not None
+    assert training.page.run_id is not None
     go()
     away, tracking = training.run(AWAY_SECONDS)
     come_back()
     training.run(CATCH_UP_SECONDS)
-    training.view.close("FINISHED")
+    training.page.close("FINISHED")
     median = statistics.median(up)
     attempts = [step for step, added in zip(away, tracking, strict=True) if added >= ATTEMPT_SECONDS]
     others = [step for step, added in zip(away, tracking, strict=True) if added < ATTEMPT_SECONDS]
@@ -114,8 +114,8 @@ def check_points(training: Training, uri: str, said: str, what: str, figures: di
     from mlflow.tracking import MlflowClient
 
     client = MlflowClient(tracking_uri=uri)
-    names = client.get_run(training.view.run_id).data.metrics
-    points = (point for name in names for point in client.get_metric_history(training.view.run_id, name))
+    names = client.get_run(training.page.run_id).data.metrics
+    points = (point for name in names for point in client.get_metric_history(training.page.run_id, name))
     found = Counter((point.key, point.step, point.value) for point in points)
     expected = Counter((name, step, value) for (name, step), [value] in points_of(training.record.read()).items())
     lost, doubled = expected - found, found - expected

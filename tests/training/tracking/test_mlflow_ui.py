@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 from mlflow_pages import CARD, browsing, serving
 
-from training.tracking.follow import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import Record, RunRecord, TrackingConfig, wall_time
 
 if TYPE_CHECKING:
@@ -42,9 +42,9 @@ def write_run(folder: Path, database: str) -> str:
     record = RunRecord(folder)
     record.write([record_at("train", step) for step in range(1, STEPS + 1)])
     record.write([record_at("validation", step) for step in VALIDATIONS])
-    view = MLflowView(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
-    view.notify()
-    view.close("FINISHED")
+    page = LivePage(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
+    page.notify()
+    page.close("FINISHED")
     return json.loads((folder / "mlflow.json").read_text())["experiment_id"]
 
 
