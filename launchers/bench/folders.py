@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data_pipeline.images.decoding import encoded_image
-from data_pipeline.images.labels import label_of
+from data_pipeline.images.decoding import encoded_image, label_of
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.members import Sample
