@@ -33,7 +33,7 @@ from models.sampling import Sampling
 from models.var import VARConfig
 from training.engine.distributed import World
 from training.engine.engine import PRECISIONS
-from training.tracking.mlflow_tracker import log_picture
+from training.tracking.mlflow import log_picture
 
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel

@@ -30,7 +30,7 @@ ROOMS = {
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"training/engine"},
-    "mlflow": {"training/tracking"},
+    "mlflow": {"training/tracking/mlflow.py"},
     "lpips": {"training/losses.py"},
     "omegaconf": {"launchers/setup/config_files.py"},
     "fsspec": {"data_pipeline/remote/open.py"},
