@@ -1,7 +1,7 @@
-"""The line that a command says when it runs without the install.
+"""The line that a command ends with when it runs without the install, or with that of another checkout.
 
 Python puts the folder of a command's file first on the search path, so `python launchers/train.py` finds this file when
-it looks for the package `launchers`. The file steps aside for the installed package.
+it looks for the package `launchers`. The file then steps aside for the installed package.
 """
 
 import importlib
@@ -16,9 +16,8 @@ try:
 except ModuleNotFoundError as error:
     if error.name != "launchers":
         raise
-    sys.exit(
-        f"error: {here.parent} is not installed for {sys.executable}; run: {sys.executable} -m pip install -e {here.parent}"
-    )
+    install = f"{sys.executable} -m pip install -e {here.parent}"
+    sys.exit(f"error: {here.parent} is not installed for {sys.executable}; run: {install}")
 if here not in [Path(place).resolve() for place in found]:
     sys.exit(
         f"error: {sys.executable} has the packages of {Path(found[0]).parent} installed, not of {here.parent}; "
