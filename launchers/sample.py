@@ -1,10 +1,10 @@
-"""Images from a trained run or a public checkpoint: PNG files, or the ADM evaluator's npz, and a grid of some of them.
+"""Draw images from a trained run or a public checkpoint: PNG files or the ADM evaluator's npz, and a grid of some.
 
 `deepspeed launchers/sample.py --run runs/d16 --per-class 50 --format npz --cfg 1.5 --out samples/d16`
 `python launchers/sample.py --run var_d16.pth --tokenizer vae_ch160v4096z32.pth --classes 207 --per-class 16 --cfg 4`
 
-The images are split over the ranks. The same command, on any number of ranks, goes on where a killed one has stopped.
-A model without classes has nothing to guide towards: the default cfg stands for 0 there, and any other is refused.
+The images are split over the ranks. The same command, on any number of ranks, goes on where a killed one stopped.
+A model without classes has nothing to guide towards: the default cfg means 0 there, and any other is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ SAMPLE_FORMATS = ("png", "npz")
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig:
-    """launchers/sample.py: images from a run or a public checkpoint. Defaults: those of the released models' FID."""
+    """The settings of a sampling; the defaults are those that the released models' FID is measured with."""
 
     run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
     tokenizer: str = ""  # empty: the one the run was trained with
@@ -62,6 +62,7 @@ class SampleConfig:
 
 
 def launch(command: Command[SampleConfig]) -> None:
+    """Draw the images that a folder lacks, then its grid and last form."""
     config = command.config
     models = load_models(config.run, config.tokenizer, config.patch_nums)
     num_classes = models.var.config.num_classes
@@ -78,20 +79,20 @@ def launch(command: Command[SampleConfig]) -> None:
     settings = what_defines_images(models, sampling, config, plan) if world.is_rank_zero else {}
     files = open_files(folder, plan, format=config.format)
     pending = claim(folder, settings, files, world)
-    speak = say if world.is_rank_zero else say_nothing
+    report = say if world.is_rank_zero else say_nothing
     if not pending and files.is_finished():
-        speak(f"{folder} has all {plan.num_images:,} images; nothing to do")
+        report(f"{folder} has all {plan.num_images:,} images; nothing to do")
     else:
         var, tokenizer = models.var.to(world.device), models.tokenizer.to(world.device)
         speed_up(var, tokenizer, config.precision, compiles=config.compile)
-        draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, speak)
+        draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, report)
         if world.is_rank_zero:
-            finish(folder, files, plan, config)
+            finish(folder, files, config)
     leave_world()
 
 
 def choose_sampling(config: SampleConfig, model: VARConfig) -> Sampling:
-    """How tokens are drawn.
+    """Choose how tokens are drawn.
 
     Raises:
         ValueError: a setting outside its range, guidance of another number of scales, or guidance without classes.
@@ -109,18 +110,18 @@ def choose_sampling(config: SampleConfig, model: VARConfig) -> Sampling:
 
 
 def out_folder(config: SampleConfig) -> Path:
-    """Where the images go: `out`, else a folder of the run, else samples/NAME for a file NAME.pth."""
+    """Choose where the images go: `out`, else a folder of the run, else samples/NAME for a file NAME.pth."""
     run = Path(config.run)
     return Path(config.out or (Path("samples") / run.stem if run.is_file() else run / "samples"))
 
 
 def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig, plan: SamplePlan) -> dict[str, Any]:
-    """All that the images are a function of, and how they are stored: what must not change in a folder of them."""
+    """Collect what the images depend on and how they are stored: what must not change in a folder of them."""
     return {
         "var_sha256": var_sha256(config.run),
         "tokenizer_sha256": models.tokenizer_sha256,
         "guidance": sampling.guidance,
-        **asdict(sampling if not config.guidance else replace(sampling, cfg=0.0)),  # which guidance takes the place of
+        **asdict(replace(sampling, cfg=0.0) if config.guidance else sampling),  # guidance replaces cfg
         "precision": config.precision,
         "compile": config.compile,
         "classes": config.classes,
@@ -132,12 +133,12 @@ def what_defines_images(models: Models, sampling: Sampling, config: SampleConfig
 
 
 def var_sha256(run: str) -> str:
-    """The identity of a transformer, of a public file or of a folder."""
+    """Compute the identity of the transformer in a public file or a folder."""
     return file_sha256(Path(run)) if Path(run).is_file() else ModelOnDisk.find(run, "VAR").sha256()
 
 
 def claim(folder: Path, settings: dict[str, Any], files: SampleFiles, world: World) -> list[int]:
-    """Make sure that the folder is of rank 0's settings; the units still to be drawn. A collective.
+    """Check that the folder is of rank 0's settings, and list the units still to be drawn. A collective.
 
     Raises:
         ValueError: it holds other images, or the ranks do not see the same folder.
@@ -156,11 +157,11 @@ def claim(folder: Path, settings: dict[str, Any], files: SampleFiles, world: Wor
     return pending
 
 
-def finish(folder: Path, files: SampleFiles, plan: SamplePlan, config: SampleConfig) -> None:
-    """Once all images are there: the grid, which MLflow gets too, and the files' last form."""
-    picture = draw_grid(files, plan, folder)
+def finish(folder: Path, files: SampleFiles, config: SampleConfig) -> None:
+    """Draw the grid, which MLflow gets too, and bring the files into their last form, once all images are there."""
+    picture = draw_grid(files, folder)
     place = files.commit()
-    say(f"{plan.num_images:,} images in {place}, some of them in {picture}")
+    say(f"{files.plan.num_images:,} images in {place}, some of them in {picture}")
     if config.mlflow:
         log_picture(config.run, picture, group=folder.name)
 

@@ -24,8 +24,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from data_pipeline.images.decoding import ImageTransform, encoded_image, resize_short_side
-from data_pipeline.images.labels import label_of
+from data_pipeline.images.decoding import ImageTransform, encoded_image, label_of, resize_short_side
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import train_batches

@@ -12,13 +12,13 @@ Every file appears under its name only when it is complete, so what is there nee
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import zipfile
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image
@@ -35,44 +35,51 @@ IMAGES = ("png/*/*.png", f"{PARTS}/*.npy", NPZ)
 LEFTOVERS = (".*.tmp-*", f"{PARTS}/.*.tmp-*", "png/*/.*.tmp-*")
 
 
-class SampleFiles(Protocol):
-    """The images of a plan on disk, in one of the two formats."""
+class SampleFiles(ABC):
+    """The images of a plan in a folder, in one of the two formats."""
 
+    def __init__(self, folder: Path, plan: SamplePlan) -> None:
+        self.folder = folder
+        self.plan = plan
+
+    @abstractmethod
     def pending(self) -> list[int]:
-        """The units that are not complete."""
+        """List the units that are not complete."""
 
+    @abstractmethod
     def write(self, unit: int, images: np.ndarray) -> None:
         """Store a unit's images, (n, H, W, 3) uint8."""
 
+    @abstractmethod
     def read(self, image: int) -> np.ndarray:
-        """One stored image, (H, W, 3) uint8."""
+        """Read one stored image, (H, W, 3) uint8."""
 
+    @abstractmethod
     def commit(self) -> Path:
-        """Finish, once no unit is pending; where the images are."""
+        """Bring the images into their last form, once no unit is pending, and return where they are."""
 
+    @abstractmethod
     def is_finished(self) -> bool:
-        """Whether images and grid are there in their last form."""
+        """Tell whether images and grid are there in their last form."""
 
 
 def open_files(folder: Path, plan: SamplePlan, *, format: str) -> SampleFiles:
+    """Open a folder for the images of a plan. format: "png" or "npz"."""
     return PngFiles(folder, plan) if format == "png" else NpzFiles(folder, plan)
 
 
-class PngFiles:
+class PngFiles(SampleFiles):
     """One file per image, under names of constant length so that they sort."""
 
-    def __init__(self, folder: Path, plan: SamplePlan) -> None:
-        self.root = folder / "png"
-        self.plan = plan
-
     def path(self, image: int) -> Path:
+        """Return where an image is stored."""
         label, number = self.plan.classes[image // self.plan.per_class], image % self.plan.per_class
-        return self.root / f"{label:05d}" / f"{number:07d}.png"
+        return self.folder / "png" / f"{label:05d}" / f"{number:07d}.png"
 
     def pending(self) -> list[int]:
-        there = {path.name: _names(path) for path in self.root.iterdir()} if self.root.is_dir() else {}
-        paths = {unit: map(self.path, self.plan.unit(unit).tolist()) for unit in range(self.plan.num_units)}
-        return [unit for unit in paths if not all(path.name in there.get(path.parent.name, ()) for path in paths[unit])]
+        there = set((self.folder / "png").glob("*/*.png"))
+        units = {unit: self.plan.unit(unit).tolist() for unit in range(self.plan.num_units)}
+        return [unit for unit, images in units.items() if not all(self.path(image) in there for image in images)]
 
     def write(self, unit: int, images: np.ndarray) -> None:
         with ThreadPoolExecutor() as writers:  # most of the time goes into waiting for the disk
@@ -88,36 +95,31 @@ class PngFiles:
             return np.asarray(picture)
 
     def commit(self) -> Path:
-        return self.root
+        return self.folder / "png"
 
     def is_finished(self) -> bool:
-        return (self.root.parent / GRID).is_file() and not self.pending()
+        return (self.folder / GRID).is_file() and not self.pending()
 
 
-class NpzFiles:
-    """samples.npz, by way of one part per unit."""
-
-    def __init__(self, folder: Path, plan: SamplePlan) -> None:
-        self.root = folder / PARTS
-        self.final = folder / NPZ
-        self.plan = plan
+class NpzFiles(SampleFiles):
+    """One file of all images, by way of one part per unit."""
 
     def path(self, unit: int) -> Path:
-        return self.root / f"{unit:08d}.npy"
+        """Return where a unit is stored until all are there."""
+        return self.folder / PARTS / f"{unit:08d}.npy"
 
     def pending(self) -> list[int]:
-        if self.is_finished():
-            return []
-        there = _names(self.root)
-        return [unit for unit in range(self.plan.num_units) if self.path(unit).name not in there]
+        there = set((self.folder / PARTS).glob("*.npy"))
+        units = [] if self.is_finished() else range(self.plan.num_units)
+        return [unit for unit in units if self.path(unit) not in there]
 
     def write(self, unit: int, images: np.ndarray) -> None:
-        self.root.mkdir(parents=True, exist_ok=True)
+        self.path(unit).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.path(unit)) as file:
             np.save(file, images)
 
     def read(self, image: int) -> np.ndarray:
-        """From the parts, mapped into memory; they are there until commit."""
+        """Read from the parts, which are mapped into memory and are there until commit."""
         unit, row = divmod(image, self.plan.batch)
         path, wanted = self.path(unit), len(self.plan.unit(unit))
         try:
@@ -138,17 +140,19 @@ class NpzFiles:
             order = np.random.default_rng(SHUFFLE_SEED).permutation(self.plan.num_images)
             labels = self.plan.labels(order)
             refuse_miscounted(labels, self.plan)
-            with atomic_file(self.final) as file:
+            with atomic_file(self.folder / NPZ) as file:
                 write_npz(file, map(self.read, order.tolist()), labels, shape=self.read(0).shape)
-        shutil.rmtree(self.root, ignore_errors=True)
-        return self.final
+        shutil.rmtree(self.folder / PARTS, ignore_errors=True)
+        return self.folder / NPZ
 
     def is_finished(self) -> bool:
-        return self.final.is_file()
+        return (self.folder / NPZ).is_file()
 
 
 def write_npz(file: BinaryIO, images: Iterable[np.ndarray], labels: np.ndarray, *, shape: tuple[int, ...]) -> None:
     """Stream images of one shape (H, W, 3), uint8, into an npz: `arr_0` (N, H, W, 3) and `labels` (N,) int64.
+
+    numpy.savez would need all images in memory.
 
     Raises:
         ValueError: an image of another shape or type, or not as many images as labels.
@@ -180,39 +184,30 @@ def refuse_miscounted(labels: np.ndarray, plan: SamplePlan) -> None:
 
 
 def claim_folder(folder: Path, settings: dict[str, Any]) -> None:
-    """Record what defines the images in `folder`, or make sure that those in it are the same. Clear what was cut off.
+    """Record what defines the images in a folder, or check that those in it are the same; clear what was cut off.
 
     Raises:
         ValueError: its images are of other settings, or not recorded.
     """
-    record = folder / RECORD
     settings = json.loads(json.dumps(settings))
     if any(next(folder.glob(pattern), None) for pattern in IMAGES):
-        _refuse_other_settings(folder, _read_record(record), settings)
+        _refuse_other_settings(folder, settings)
     else:
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_file(record) as file:
+        with atomic_file(folder / RECORD) as file:
             file.write(f"{json.dumps(settings, indent=1)}\n".encode())
-    for pattern in LEFTOVERS:
-        for leftover in folder.glob(pattern):
-            leftover.unlink()
+    for leftover in [path for pattern in LEFTOVERS for path in folder.glob(pattern)]:
+        leftover.unlink()
     if (folder / NPZ).is_file():
         shutil.rmtree(folder / PARTS, ignore_errors=True)
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
     try:
-        recorded = read_json(path)
-    except FileNotFoundError:
-        return {}
+        recorded = read_json(folder / RECORD) if (folder / RECORD).is_file() else {}
     except ValueError as error:
-        raise ValueError(f"{path} {error}; remove {path.parent} and sample again") from None
-    if not isinstance(recorded, dict):
-        raise ValueError(f"{path} holds a {type(recorded).__name__}; remove {path.parent} and sample again")
-    return recorded
-
-
-def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: dict[str, Any]) -> None:
+        raise ValueError(f"{folder / RECORD} {error}; remove {folder} and sample again") from None
+    recorded = recorded if isinstance(recorded, dict) else {}
     for name, value in settings.items():
         if recorded.get(name) != value:
             raise ValueError(
@@ -221,17 +216,18 @@ def _refuse_other_settings(folder: Path, recorded: dict[str, Any], settings: dic
             )
 
 
-def draw_grid(files: SampleFiles, plan: SamplePlan, folder: Path) -> Path:
-    """Write a picture of some of the images, which must all be there; its path."""
-    images, columns = grid_layout(plan, image_side=files.read(0).shape[0])
-    temporary = folder / f".{GRID}.tmp-{os.getpid()}.png"
-    save_grid(np.stack([files.read(image) for image in images.tolist()]), temporary, columns=columns)
-    os.replace(temporary, folder / GRID)
+def draw_grid(files: SampleFiles, folder: Path) -> Path:
+    """Write a picture of some of the images, which must all be there, and return its path."""
+    images, columns = grid_layout(files.plan, image_side=files.read(0).shape[0])
+    save_grid(np.stack([files.read(image) for image in images.tolist()]), folder / GRID, columns=columns)
     return folder / GRID
 
 
 def grid_layout(plan: SamplePlan, *, image_side: int) -> tuple[np.ndarray, int]:
-    """The images to show, row by row, and the number of columns: a class per row, or a square of a single class."""
+    """Choose the images to show, row by row, and the number of columns.
+
+    A class takes a row; a single class takes a square. image_side: in pixels, on which the number of images depends.
+    """
     most = max(1, MAX_GRID_SIDE // image_side)
     columns, rows = min(MAX_COLUMNS, most), min(MAX_ROWS, most)
     if len(plan.classes) == 1:
@@ -240,7 +236,3 @@ def grid_layout(plan: SamplePlan, *, image_side: int) -> tuple[np.ndarray, int]:
     columns = min(columns, plan.per_class)
     shown = np.arange(min(len(plan.classes), rows))[:, None] * plan.per_class + np.arange(columns)
     return shown.reshape(-1), columns
-
-
-def _names(folder: Path) -> set[str]:
-    return {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()

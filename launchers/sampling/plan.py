@@ -1,4 +1,4 @@
-"""Which images a sampling draws, in what order and batches, and the seed of each; no models and no files."""
+"""The plan of a sampling: which images it draws, in what order and batches, and the seed of each."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ MAX_BATCH = 2**20
 
 @dataclass(frozen=True)
 class SamplePlan:
-    """`per_class` images of every class, class by class. Unit i is images [i * batch, (i + 1) * batch) of them.
+    """The images of every class, `per_class` each, class by class. Unit i is images [i * batch, (i + 1) * batch).
 
     Images are counted from 0 in this order; the number of an image counts within its class. A model without classes
     has the one class 0.
@@ -38,31 +38,33 @@ class SamplePlan:
 
     @property
     def num_images(self) -> int:
+        """The number of images of all classes."""
         return len(self.classes) * self.per_class
 
     @property
     def num_units(self) -> int:
+        """The number of batches that hold them."""
         return -(-self.num_images // self.batch)
 
     def unit(self, number: int) -> np.ndarray:
-        """The images of a unit, (n,) int64; the last unit may have fewer than `batch`."""
+        """Return the images of a unit, (n,) int64; the last unit may have fewer than `batch`."""
         return np.arange(number * self.batch, min((number + 1) * self.batch, self.num_images))
 
     def labels(self, images: np.ndarray) -> np.ndarray:
-        """The class of every image, int64."""
+        """Return the class of every image, int64."""
         return np.asarray(self.classes, np.int64)[images // self.per_class]
 
     def numbers(self, images: np.ndarray) -> np.ndarray:
-        """The number of every image within its class, int64."""
+        """Return the number of every image within its class, int64."""
         return images % self.per_class
 
     def seeds(self, images: np.ndarray) -> np.ndarray:
-        """The seed of every image, int64: a function of (seed, class, number) alone, another for every three."""
+        """Return the seed of every image, int64: each (seed, class, number) has one that no other has."""
         return (self.seed * MAX_CLASSES + self.labels(images)) * MAX_PER_CLASS + self.numbers(images)
 
 
 def plan_samples(classes: tuple[int, ...], num_classes: int, *, per_class: int, batch: int, seed: int) -> SamplePlan:
-    """The plan for a model of `num_classes` classes (0: it is unconditional); no `classes` stands for all of them.
+    """Plan the images of a model of `num_classes` classes, 0 if it is unconditional; no `classes` stands for all.
 
     Raises:
         ValueError: a setting outside its range, or a class that the model does not know.

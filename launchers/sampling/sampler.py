@@ -1,4 +1,4 @@
-"""Draws the images of a sampling plan, unit by unit, over the ranks: models in, uint8 pictures into the files."""
+"""Drawing the images of a sampling plan, unit by unit, over the ranks: models in, uint8 pictures into the files."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ SECONDS_BETWEEN_LINES = 5.0
 
 @dataclass(frozen=True)
 class Sampler:
-    """Draws a unit so that an image does not depend on the others around it.
+    """A pair of models that draws a unit so that no image depends on the others around it.
 
-    Batches are padded to one size, and decoded a few images at a time, on the CPU one by one and by one thread each:
-    products of other shapes, or split in another way, are rounded in another way.
+    Matrix products of another shape, or split over threads in another way, are rounded differently. So batches are
+    padded to one size, and decoded a fixed number of images at a time: on the CPU one, by one thread.
     """
 
     var: VAR
@@ -41,22 +41,23 @@ class Sampler:
     plan: SamplePlan
 
     def draw(self, unit: int) -> np.ndarray:
-        """The images of a unit, (n, H, W, 3) uint8."""
+        """Draw the images of a unit, (n, H, W, 3) uint8."""
         images = self.plan.unit(unit)
-        padded = np.resize(images, self.plan.batch)  # repeats them
+        padded = np.resize(images, self.plan.batch)  # by repeating them
         labels = torch.from_numpy(self.plan.labels(padded)).to(self.var.position_embedding.device)
         seeds = torch.from_numpy(self.plan.seeds(padded))
         drawn = generate_scales(self.var, self.tokenizer, labels, self.sampling, seeds=seeds)
         if self.sampling.smooth:
             return decode_in_parts(self.tokenizer.decode_features, drawn.f_hat[: len(images)])
-        return decode_in_parts(self.tokenizer.decode, drawn.codes[: len(images)])  # its f_hat has seen the batch's size
+        # not from f_hat, whose last bit depends on the size of the batch
+        return decode_in_parts(self.tokenizer.decode, drawn.codes[: len(images)])
 
 
 def speed_up(var: VAR, tokenizer: VQVAE, precision: str, *, compiles: bool) -> None:
-    """Make two frozen models fast, once they are on their device: the transformer in `precision`, the decoder prepared.
+    """Make two frozen models fast, once they are on their device.
 
-    bf16 is the decoder's precision too; in fp16 its activations would overflow, so it stays in fp32. compiles: compile
-    the transformer's steps, and on a GPU the decoder; the CPU decodes in several threads, for which nothing is gained.
+    precision: of the transformer, and of the decoder if it is bf16; in fp16 the decoder would overflow and stays in
+    fp32. compiles: compile the transformer's steps, and on a GPU the decoder; on a CPU that gains nothing.
     """
     keep_freed_memory()
     var.to(PRECISIONS[precision])
@@ -66,19 +67,19 @@ def speed_up(var: VAR, tokenizer: VQVAE, precision: str, *, compiles: bool) -> N
 
 
 def decoder_precision(precision: str) -> str:
-    """The decoder's beside a transformer in `precision`."""
+    """Choose the decoder's precision beside a transformer in `precision`."""
     return "bf16" if precision == "bf16" else "fp32"
 
 
 def compile_both(var: VAR, tokenizer: VQVAE) -> None:
-    """The last part of `speed_up`, for models that have had the others."""
+    """Compile the transformer's steps, and on a GPU the decoder, of models that are prepared otherwise."""
     var.compile_generation()
     if var.position_embedding.device.type != "cpu":
         tokenizer.decoder.compile(dynamic=False)
 
 
 def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.ndarray:
-    """Images (n, H, W, 3) uint8 of `source` (n, ...), always the same number of them decoded together."""
+    """Decode `source` (n, ...) into images (n, H, W, 3) uint8, always the same number of them together."""
     number, on_cpu = len(source), source.device.type == "cpu"
     together = 1 if on_cpu else DECODED_TOGETHER
     rows = torch.arange(-(-number // together) * together, device=source.device) % number
@@ -95,29 +96,30 @@ def decode_in_parts(decode: Callable[[Tensor], Tensor], source: Tensor) -> np.nd
 
 
 def draw_all(
-    sampler: Sampler, files: SampleFiles, pending: Sequence[int], world: World, speak: Callable[[str], None]
+    sampler: Sampler, files: SampleFiles, pending: Sequence[int], world: World, report: Callable[[str], None]
 ) -> None:
-    """Draw and store the pending units, one on each rank at a time. A collective: where one fails, all stop.
+    """Draw and store the pending units, one on each rank at a time. A collective: where one rank fails, all stop.
 
     Raises:
-        OSError: the disk is full or gone. ValueError: that on several ranks, or the batch is too large for the GPU.
+        OSError: the disk is full or gone.
+        ValueError: another rank had an error, or the batch is too large for the GPU.
     """
     plan = sampler.plan
-    progress = Progress(plan.num_images, sum(len(plan.unit(unit)) for unit in pending), speak)
+    progress = Progress(plan.num_images, sum(len(plan.unit(unit)) for unit in pending), report)
     writing: Future[None] | None = None
     with ThreadPoolExecutor(1) as writer:  # stores a unit while the next one is drawn
         for first in range(0, len(pending), world.world_size):
             together = pending[first : first + world.world_size]
-            mine = together[world.rank] if world.rank < len(together) else None
-            images, error = draw_one(sampler, mine) if mine is not None else (None, None)
+            mine = together[world.rank : world.rank + 1]  # none on the last ranks, at the end
+            images, error = draw_one(sampler, mine[0]) if mine else (None, None)
             agree_on_error(failure_of(writing) or error, world)
-            writing = writer.submit(files.write, mine, images) if images is not None else None
+            writing = writer.submit(files.write, mine[0], images) if images is not None else None
             progress.add(sum(len(plan.unit(unit)) for unit in together))
         agree_on_error(failure_of(writing), world)
 
 
 def draw_one(sampler: Sampler, unit: int) -> tuple[np.ndarray | None, Exception | None]:
-    """The images of a unit, or what a user can do something about."""
+    """Draw a unit; return its images, or the error if a user can do something about it."""
     try:
         return sampler.draw(unit), None
     except torch.OutOfMemoryError:
@@ -127,7 +129,7 @@ def draw_one(sampler: Sampler, unit: int) -> tuple[np.ndarray | None, Exception 
 
 
 def failure_of(writing: Future[None] | None) -> Exception | None:
-    """Wait for a unit to be stored; why it could not be, if that is for the user to mend."""
+    """Wait for a unit to be stored; return the error if a user can do something about it."""
     try:
         if writing is not None:
             writing.result()
@@ -137,20 +139,21 @@ def failure_of(writing: Future[None] | None) -> Exception | None:
 
 
 class Progress:
-    """Says how many images there are and how long the others will take, every few seconds and at the end."""
+    """A line every few seconds, and at the end: how many images there are, and how long the others will take."""
 
-    def __init__(self, total: int, left: int, speak: Callable[[str], None]) -> None:
-        self.total, self.left, self.speak = total, left, speak
+    def __init__(self, total: int, left: int, report: Callable[[str], None]) -> None:
+        self.total, self.left, self.report = total, left, report
         self.drawn = 0
-        self.started = self.spoken = time.monotonic()
+        self.started = self.reported = time.monotonic()
 
     def add(self, images: int) -> None:
+        """Count images that have been drawn."""
         self.drawn += images
         self.left -= images
         now = time.monotonic()
-        if now - self.spoken < SECONDS_BETWEEN_LINES and self.left:
+        if now - self.reported < SECONDS_BETWEEN_LINES and self.left:
             return
-        self.spoken = now
+        self.reported = now
         rate = self.drawn / max(now - self.started, 1e-9)
         to_go = timedelta(seconds=round(self.left / rate))
-        self.speak(f"images {self.total - self.left:,} of {self.total:,}  {rate:.3g}/s  {to_go} to go")
+        self.report(f"images {self.total - self.left:,} of {self.total:,}  {rate:.3g}/s  {to_go} to go")

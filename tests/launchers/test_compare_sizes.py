@@ -153,21 +153,6 @@ def test_a_class_that_the_model_does_not_know_is_refused(run: Path) -> None:
         compare_sizes.launch(command(figure_config(run, classes=(0, 3), forced_scales=0)))
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"runs": ()}, "runs is empty"),
-        ({"stages": (0.5, 1.2)}, "stages has 1.2"),
-        ({"tolerance": -0.1}, "tolerance is -0.1"),
-        ({"forced_scales": -1}, "forced_scales is -1"),
-        ({"out": "figure.jpg"}, "out is 'figure.jpg'; it must be the name of a .png file"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        CompareSizesConfig(**({"runs": ("r",), "out": "f.png"} | change))
-
-
 def test_more_scales_than_there_are_cannot_be_forced(run: Path) -> None:
     with pytest.raises(ValueError, match="forced_scales is 3; the models have 2 scales"):
         force_scales(load_models(str(run)), figure_config(run, forced_scales=3))

@@ -150,23 +150,6 @@ def test_a_dry_run_writes_nothing(settings: Settings, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"task": "erase"}, "task is erase; accepted: inpaint, outpaint, edit"),
-        ({"box": (0.0, 1.0, 2.0)}, "box has 3 numbers"),
-        ({"box": ()}, "neither box nor mask"),
-        ({"box": (0.0, 0.0, 4.0, 4.0), "mask": "m.png"}, "both box and mask"),
-        ({"variants": 0}, "variants is 0; it must be 1 or more"),
-        ({"precision": "fp64"}, "precision is fp64"),
-        ({"feather": -1}, "feather is -1"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: Settings, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        settings(**change)
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
         ({"image": "nowhere.png"}, "nowhere.png: no such picture"),
         ({"image": "/"}, "/: is a folder"),
         ({"out": __file__}, "is a file; choose another folder"),

@@ -57,17 +57,3 @@ def test_a_dry_run_draws_nothing(study: Study, tmp_path: Path) -> None:
 def test_more_images_than_there_are_cannot_be_chosen(study: Study, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="num_images is 16; .*images/val has 6"):
         plot_dependencies.launch(command(figure_config(study, tmp_path / "9.png", num_images=16)))
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"num_images": 0}, "num_images is 0; accepted: 1 to 16"),
-        ({"num_images": 17}, "num_images is 17"),
-        ({"seed": -1}, "seed is -1"),
-        ({"out": "figure"}, "out is 'figure'"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(change: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        DependencyConfig(**({"tokenizer": "t", "images": "i", "out": "f.png"} | change))

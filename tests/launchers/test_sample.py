@@ -256,19 +256,6 @@ def test_guidance_may_be_given_per_scale(run: str, tmp_path: Path) -> None:
     assert contents(tmp_path / "ramp" / "png") == contents(tmp_path / "listed" / "png")
 
 
-@pytest.mark.parametrize(
-    "settings, message",
-    [
-        ({"format": "gif"}, "format is gif; accepted: png, npz"),
-        ({"precision": "fp8"}, "precision is fp8; accepted: fp32, bf16, fp16"),
-        ({"smooth": True, "format": "npz"}, "smoothed images are never to be measured: use format=png"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        SampleConfig(run="r", **settings)
-
-
 def test_a_run_is_not_sampled_with_another_tokenizer(run: str, tmp_path: Path) -> None:
     write_model(tmp_path, make_tokenizer(seed=1).state_dict(), describe(VQVAE_CONFIG))
     with pytest.raises(ValueError, match="was trained with tokenizer [0-9a-f]{12}, this one is [0-9a-f]{12}"):

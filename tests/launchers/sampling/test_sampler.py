@@ -139,8 +139,15 @@ def test_precision_is_of_the_transformer_and_bf16_of_the_decoder_too(
     assert len({image.tobytes() for image in draw(sampler)}) > 50
 
 
-def test_smoothing_changes_the_images() -> None:
-    assert not np.array_equal(draw(make_sampler(smooth=True)), draw(make_sampler()))
+def test_smoothed_images_are_decoded_from_the_smoothed_feature_map() -> None:
+    """Its codes are the likeliest tokens, which smoothing has mixed with others."""
+    sampler = make_sampler(SamplePlan(classes=(0, 1, 2), per_class=4, batch=12), smooth=True)
+    images = sampler.plan.unit(0)
+    labels, seeds = torch.from_numpy(sampler.plan.labels(images)), torch.from_numpy(sampler.plan.seeds(images))
+    drawn = generate_scales(sampler.var, sampler.tokenizer, labels, sampler.sampling, seeds=seeds)
+    wanted = to_uint8(torch.cat([sampler.tokenizer.decode_features(f_hat[None]) for f_hat in drawn.f_hat]))
+    assert np.array_equal(sampler.draw(0), wanted)
+    assert not np.array_equal(wanted, to_uint8(sampler.tokenizer.decode(drawn.codes)))
 
 
 @pytest.mark.parametrize("number", [1, DECODED_TOGETHER, DECODED_TOGETHER + 1])
