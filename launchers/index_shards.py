@@ -8,16 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.files.urls import without_query
 from data_pipeline.images.decoding import JSON_KEY
 from data_pipeline.making.indexing import expand_shards, index_shards
-from data_pipeline.remote.remote import CacheConfig, ShardCache, without_query
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage, is_complete
 from launchers.setup.command_line import Command, run_launcher, say
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """launchers/index_shards.py: an index for WebDataset tars that lie somewhere, which stay as they are."""
+    """The settings of an index for WebDataset tars, which stay where and as they are."""
 
     shards: tuple[str, ...]  # paths or URLs, with {000..127} for many; or one .txt file with one of them in each line
     out: str  # the folder for index and tables

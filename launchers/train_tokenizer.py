@@ -30,7 +30,7 @@ from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, Tok
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(RunConfig):
-    """launchers/train_tokenizer.py: stage 1."""
+    """The settings of a run of stage 1."""
 
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)

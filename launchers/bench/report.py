@@ -24,7 +24,7 @@ from launchers.bench.config import BenchmarkConfig
 from launchers.bench.timing import Row
 from launchers.setup.tables import table
 from training.engine.distributed import World
-from training.tracking.mlflow_client import code_version
+from training.tracking.mlflow import code_version
 
 Report = dict[str, Any]
 PACKAGES = ("deepspeed", "nextscale", "flash-attn", "xformers")  # the public code uses the last two if it finds them

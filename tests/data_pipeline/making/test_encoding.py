@@ -26,7 +26,7 @@ from data_pipeline.loading.plan import Stream
 from data_pipeline.making import claims
 from data_pipeline.making.encoding import Encoding, Recipe, write_codes
 from data_pipeline.making.indexing import index_shards
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import VERSIONS, Index
 from data_pipeline.shards.reader import ShardReader
