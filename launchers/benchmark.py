@@ -1,4 +1,5 @@
-"""Speed and memory, measured side by side: `python launchers/benchmark.py train`, and so on for all BENCHMARKS.
+"""Measure speed side by side: `python launchers/benchmark.py train`, and so on for train, switches, sample, tokenizer,
+data, attention; `suite` runs them all.
 
 What is compared is timed in turns within one process tree, so that a busy machine slows both; a ratio is the median of
 those of the turns. `--against PATH` sets the public VAR code, from a checkout at PATH, beside ours. On several GPUs
@@ -13,12 +14,10 @@ from collections.abc import Callable
 from launchers.bench.attention import benchmark_attention
 from launchers.bench.config import OURS, BenchmarkConfig
 from launchers.bench.data import benchmark_data
-from launchers.bench.machine_limits import device_type
-from launchers.bench.memory import benchmark_memory
-from launchers.bench.report import begin_report, write_report
+from launchers.bench.report import begin_report, rows_table, write_report
 from launchers.bench.sample import benchmark_sample
 from launchers.bench.suite import benchmark_suite, plan_suite, title_of
-from launchers.bench.timing import Row, table
+from launchers.bench.timing import Row, device_type
 from launchers.bench.tokenizer import benchmark_tokenizer
 from launchers.bench.train import benchmark_switches, benchmark_train
 from launchers.setup.command_line import Command, run_launcher, say
@@ -31,11 +30,11 @@ BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "tokenizer": benchmark_tokenizer,
     "data": benchmark_data,
     "attention": benchmark_attention,
-    "memory": benchmark_memory,
 }
 
 
 def launch(command: Command[BenchmarkConfig]) -> None:
+    """Measure what the config names; show a table, and write a report where the config names a file."""
     config = command.config
     if command.dry_run:
         say(f"would time {config.what}, {config.repeats} times in turns")
@@ -46,13 +45,10 @@ def launch(command: Command[BenchmarkConfig]) -> None:
     check_ranks(config, world.world_size)
     check_device(world)
     report = begin_report(config, sys.argv[1:])
-    if config.what == "suite":
-        rows = benchmark_suite(config, report)
-    else:
-        rows = BENCHMARKED[config.what](config)
+    rows = benchmark_suite(config, report) if config.what == "suite" else BENCHMARKED[config.what](config)
     if world.is_rank_zero:
         write_report(report | {"finished": True, "rows": rows}, config.out)
-        say(table(rows))
+        say(rows_table(rows))
         if config.out:
             say(f"written to {config.out}")
     if world.world_size > 1:

@@ -30,7 +30,7 @@ from models.var import VARConfig
 from training.checkpoints.commit import committed_checkpoints, read_manifest
 from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World
-from training.tracking.mlflow_tracker import log_picture
+from training.tracking.mlflow import log_picture
 from training.tracking.record import RunRecord
 
 PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of Fig. 7

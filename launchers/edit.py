@@ -19,8 +19,8 @@ from torch import Tensor
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.strict_json import read_regular_file
-from data_pipeline.images.decoding import ImageTransform, decode_image
-from data_pipeline.images.headers import read_header
+from data_pipeline.images.decoding import ImageTransform, read_header
+from data_pipeline.images.tensors import floats_of, pixels_of
 from launchers.figures.plots import Cell, draw_table
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import Models, load_models
@@ -33,7 +33,7 @@ from models.sampling import Sampling
 from models.var import VARConfig
 from training.engine.distributed import World
 from training.engine.engine import PRECISIONS
-from training.tracking.mlflow_tracker import log_picture
+from training.tracking.mlflow import log_picture
 
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel
@@ -124,7 +124,7 @@ def launch(command: Command[EditConfig]) -> None:
     if command.dry_run:
         return
     transform = ImageTransform(models.tokenizer.config.image_size, resize_ratio=1.0)
-    original = transform.center_view(picture)[None]
+    original = floats_of(pixels_of(transform.center_crop(picture)))[None]
     reconstruction, results = draw_results(config, models, original, keep_mask, label)
     save_results(config, original, reconstruction, results, keep_mask, out)
     if config.mlflow:
@@ -138,10 +138,10 @@ def read_picture(path: str) -> Image.Image:
         raise FileNotFoundError(f"{path}: {problem}; give a JPEG, PNG or WEBP file")
     try:
         content = read_regular_file(Path(path), max_bytes=MAX_PICTURE_BYTES)
-        picture, header = decode_image(content), read_header(content)
-        if picture.width * picture.height != header.num_pixels():  # a box is in the pixels of the file
-            raise ValueError(f"{header.width} x {header.height} pixels are too many to edit; scale it down")
-        return picture
+        stored = read_header(content)
+        if stored.scale > 1:  # a box is in the pixels of the file
+            raise ValueError(f"{stored.width} x {stored.height} pixels are too many to edit; scale it down")
+        return stored.decode()
     except ValueError as error:
         raise ValueError(f"{path}: {error}; give a JPEG, PNG or WEBP file") from None
 

@@ -1,7 +1,7 @@
-"""The line that a command ends with when it runs without the install, or with that of another checkout.
+"""The line that a command says when it runs without the install.
 
 Python puts the folder of a command's file first on the search path, so `python launchers/train.py` finds this file when
-it looks for the package `launchers`. The file then steps aside for the installed package.
+it looks for the package `launchers`. The file steps aside for the installed package.
 """
 
 import importlib
@@ -9,17 +9,16 @@ import sys
 from pathlib import Path
 
 here = Path(__file__).resolve().parent
+install = f"run: {sys.executable} -m pip install -e {here.parent}"
 sys.path[:] = [place for place in sys.path if Path(place or ".").resolve() != here]
 del sys.modules[__name__]
 try:
-    found = importlib.import_module("launchers").__path__
+    found = [Path(place).resolve() for place in importlib.import_module("launchers").__path__]
 except ModuleNotFoundError as error:
     if error.name != "launchers":
         raise
-    install = f"{sys.executable} -m pip install -e {here.parent}"
-    sys.exit(f"error: {here.parent} is not installed for {sys.executable}; run: {install}")
-if here not in [Path(place).resolve() for place in found]:
+    sys.exit(f"error: {here.parent} is not installed for {sys.executable}; {install}")
+if here not in found:
     sys.exit(
-        f"error: {sys.executable} has the packages of {Path(found[0]).parent} installed, not of {here.parent}; "
-        f"run: {sys.executable} -m pip install -e {here.parent}"
+        f"error: {sys.executable} has the packages of {found[0].parent} installed, not of {here.parent}; {install}"
     )

@@ -25,7 +25,7 @@ from launchers.setup.loading import load_tokenizer
 from launchers.setup.settings import DataConfig, ViewConfig, refuse_below_zero, refuse_no_png
 from training.engine.distributed import World
 from training.laws.dependency import bidirectionality, later_share
-from training.tracking.mlflow_tracker import log_picture
+from training.tracking.mlflow import log_picture
 
 MAX_DEPENDENCY_IMAGES = 16
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.making.verification import folders_of, verify_shards
-from data_pipeline.remote.remote import CacheConfig
+from data_pipeline.remote.cache import CacheConfig
 from data_pipeline.shards.index import Index, Storage
 from launchers.setup.command_line import Command, run_launcher, say
 

@@ -30,13 +30,12 @@ ROOMS = {
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"training/engine"},
-    "mlflow": {"training/tracking"},
+    "mlflow": {"training/tracking/mlflow.py"},
     "lpips": {"training/losses.py"},
     "omegaconf": {"launchers/setup/config_files.py"},
-    "fsspec": {"data_pipeline/remote"},
-    "aiohttp": {"data_pipeline/remote"},
-    "s3fs": {"data_pipeline/remote"},
-    "filelock": {"data_pipeline/files"},
+    "fsspec": {"data_pipeline/remote/open.py"},
+    "aiohttp": {"data_pipeline/remote/open.py"},
+    "s3fs": {"data_pipeline/remote/open.py"},
     "xxhash": {"data_pipeline/shards"},
     "braceexpand": {"data_pipeline/making"},
     "webdataset": {"data_pipeline/shards", "launchers/bench"},  # written with, and compared with
@@ -45,7 +44,8 @@ DOORS = {
     "sklearn": {"launchers/demo.py", "data_pipeline/making"},
 }
 MODELS_MAY_IMPORT = {
-    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "__future__",
+    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "typing",
+    "__future__",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -75,7 +76,7 @@ def file_sha256(path: Path) -> str:
         return open_file_sha256(file)
 
 
-def open_file_sha256(file: BinaryIO) -> str:
+def open_file_sha256(file: BufferedReader) -> str:
     """sha256 of an open file from where it stands to its end."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import lru_cache
+from typing import cast
 
 import numpy as np
 
@@ -21,7 +22,7 @@ def hash_keys(*keys: int | np.ndarray) -> np.ndarray:
     Numbers alone give the same read-only array every time.
     """
     leading = next((place for place, key in enumerate(keys) if isinstance(key, np.ndarray)), len(keys))
-    return _mixed(_hash_numbers(*keys[:leading]), keys[leading:])
+    return _mixed(_hash_numbers(*cast(tuple[int, ...], keys[:leading])), keys[leading:])
 
 
 @lru_cache

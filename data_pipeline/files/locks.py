@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import fcntl
 import os
+from contextlib import suppress
 from pathlib import Path
 
 
 def take_lock(path: Path) -> int | None:
-    """Lock a file, made if need be, without waiting.
+    """Lock a file, made if need be, without waiting, and return a descriptor that holds the lock.
 
-    Returns a descriptor that holds the lock until it is closed, here and in processes that inherit it, or None if
-    another process holds it. On a file system without locks every caller gets a descriptor.
+    None: another descriptor holds it, of this process or another. The lock ends when the descriptor is closed, here
+    and in processes that inherited it. On a file system without locks every caller gets a descriptor.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -23,3 +24,10 @@ def take_lock(path: Path) -> int | None:
     except OSError:
         pass
     return descriptor
+
+
+def release_lock(descriptor: int) -> None:
+    """Give a lock back, also when a process forked meanwhile still has the descriptor open."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_UN)
+    os.close(descriptor)

@@ -1,7 +1,9 @@
-"""Images: safe decoding, and the views a model is shown.
+"""Image files to RGB pixels, the crops that a model is shown, and the class that is stored beside an image.
 
-Views follow the public VAR code: short side to 1.125 x the image size with LANCZOS, then a random crop (training) or
-the centre crop (evaluation), no flip unless asked for. Legend: S image size in pixels.
+Pillow decodes. What it leaves to its callers is done here, so that one bad file costs at most MAX_DECODING_BYTES: the
+size is checked before a pixel is decoded, chunks of a PNG that are no pixels are dropped before Pillow allocates for
+them, and of EXIF the orientation alone is read, since Pillow copies the value of every tag. Only a JPEG of nothing but
+comments costs more, 18 times its own size. Legend: S image size.
 """
 
 from __future__ import annotations
@@ -20,24 +22,32 @@ from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
+from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
-from torch import Tensor
 
-from data_pipeline.images.headers import StoredImage, read_header
-from data_pipeline.images.tensors import floats_of, pixels_of
-from data_pipeline.shards.writer import Sample
+from data_pipeline.files.strict_json import parse_json
+from data_pipeline.shards.members import Sample
 
 NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode
-FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name -> member suffix
-IMAGE_SUFFIXES = (*FORMATS.values(), "jpeg")  # the last is only in tars of other people
-# Named one by one: Image.open would guess among dozens of formats, and hand a JPEG to the reader of another
-DECODERS = {"JPEG": JpegImageFile, "PNG": PngImageFile, "WEBP": WebPImageFile}
-MAX_DECODING_BYTES = 240 * 2**20  # at the peak of decoding one image, the copy of its file included
-MAX_PIXELS = 64_000_000  # of a decoded image, whatever it takes
-SCALABLE_PIXELS = 200 * 2**20  # of a JPEG that is decoded at a half, a quarter or an eighth of its size
-TURNS = {  # EXIF's orientation -> what turns the image upright
+SUFFIXES = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name of a format -> suffix of the member
+IMAGE_SUFFIXES = (*SUFFIXES.values(), "jpeg")  # the last is found only in tars of other people
+
+MAX_DECODING_BYTES = 512 * 2**20  # at the peak of decoding one image, a copy of its file included
+MAX_PIXELS = 64_000_000  # of a decoded image
+MAX_SCALABLE_PIXELS = 200 * 2**20  # of a JPEG that is decoded at a half, a quarter or an eighth of its size
+BYTES_PER_PIXEL = {  # at the peak of decoding; Pillow keeps a pixel of RGB, RGBA or CMYK in four bytes
+    "JPEG": 8,  # the image before and after it is turned or made RGB
+    "PNG": 8,
+    "WEBP": 16,  # two canvases of libwebp, a copy of one, and the image
+}
+MAX_SIDE = 65_535  # pixels; what a JPEG can have
+MAX_SCANS = 100  # of a progressive JPEG, each of which goes over the whole picture; encoders make about 10
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")  # of a PNG
+ORIENTATION, SHORT, LONG = 0x0112, 3, 4  # the tag of EXIF, and the types in which it is written
+UPRIGHT = 1
+TURNS = {  # orientation by EXIF -> what turns the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -46,6 +56,15 @@ TURNS = {  # EXIF's orientation -> what turns the image upright
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# Pillow promises no complete list; its JPEG, PNG and WEBP readers raise these on damaged input.
+DECODING_ERRORS = (
+    *(OSError, ValueError, SyntaxError, struct.error, zlib.error),
+    *(IndexError, KeyError, TypeError, OverflowError, EOFError),
+)
+
+MAX_LABEL = 10**9
+MAX_JSON_BYTES = 2**20
+JSON_KEY = "label"  # under which the class stands in a json member, unless another is named
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +72,11 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """From a decoded image to what the model sees. With resize_ratio 1, images already of the size stay untouched."""
+    """The way from a decoded image to a crop (S, S): scale the short side to resize_ratio x S, crop, perhaps flip.
+
+    The public VAR code (utils/data.py) scales to 1.125 x S with LANCZOS, takes a random crop in training and the
+    centre crop in evaluation, and flips only if asked. With resize_ratio 1, images of the size S stay untouched.
+    """
 
     image_size: int
     resize_ratio: float = 1.125
@@ -67,37 +90,30 @@ class ImageTransform:
 
     @property
     def short_side(self) -> int:
+        """The length in pixels of the shorter side that is cropped from."""
         return round(self.image_size * self.resize_ratio)
 
     def random_crop(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
-        """One random view (S, S), chosen by three numbers in [0, 1): top, left, flip."""
+        """Cut out the crop (S, S) that three numbers in [0, 1) choose: its top, its left, and whether it is flipped."""
         image = resize_short_side(image, self.short_side)
         top = int(uniforms[0] * (image.height - self.image_size + 1))
         left = int(uniforms[1] * (image.width - self.image_size + 1))
-        view = self._crop(image, top=top, left=left)
-        return ImageOps.mirror(view) if self.flip and uniforms[2] < 0.5 else view
+        crop = self._crop(image, top=top, left=left)
+        return ImageOps.mirror(crop) if self.flip and uniforms[2] < 0.5 else crop
 
     def center_crop(self, image: Image.Image) -> Image.Image:
-        """The view (S, S) in the centre."""
+        """Cut out the crop (S, S) in the centre; half pixels are rounded to even, as torchvision's CenterCrop does."""
         image = resize_short_side(image, self.short_side)
         top = round((image.height - self.image_size) / 2)
         left = round((image.width - self.image_size) / 2)
         return self._crop(image, top=top, left=left)
-
-    def random_view(self, image: Image.Image, uniforms: np.ndarray) -> Tensor:
-        """`random_crop` as a tensor. -> (3, S, S) float32 in [-1, 1]."""
-        return floats_of(pixels_of(self.random_crop(image, uniforms)))
-
-    def center_view(self, image: Image.Image) -> Tensor:
-        """`center_crop` as a tensor. -> (3, S, S) float32 in [-1, 1]."""
-        return floats_of(pixels_of(self.center_crop(image)))
 
     def _crop(self, image: Image.Image, *, top: int, left: int) -> Image.Image:
         return image.crop((left, top, left + self.image_size, top + self.image_size))
 
 
 def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Scale so that the shorter side has `short_side` pixels, keeping the proportions.
+    """Scale an image so that its shorter side has `short_side` pixels, keeping its proportions.
 
     Raises ValueError for a stripe that would become larger than any image that is decoded.
     """
@@ -110,103 +126,181 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def decode_image(data: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode a JPEG, PNG or WEBP into RGB, upright by its EXIF orientation; colours under transparency are kept.
+@dataclass(frozen=True)
+class StoredImage:
+    """An image file whose header has been read, and no pixel yet.
 
-    Sizes are read from the header before a pixel is decoded, and decoding takes at most MAX_DECODING_BYTES. A camera's
-    JPEG that would take more, of up to SCALABLE_PIXELS, comes at a half, a quarter or an eighth of its size.
-    Raises ValueError with a reason for anything else, or anything bad.
+    format: "JPEG", "PNG" or "WEBP". width, height: pixels, as stored. num_bytes: what decoding takes at its peak.
+    scale: 1, or 2, 4 or 8 for a camera's JPEG that is too large to be decoded at its full size.
     """
-    file = read_header(data)
-    return _decode(file, _scale(file, max_pixels))
+
+    format: str
+    width: int
+    height: int
+    scale: int
+    num_bytes: int
+    _file: ImageFile
+
+    def decode(self) -> Image.Image:
+        """Decode the pixels into RGB, upright by EXIF, the colours under transparency kept.
+
+        Raises ValueError if the file is damaged. May be called once.
+        """
+        image: Image.Image = self._file
+        try:
+            if self.scale > 1:
+                self._file.draft(None, (max(1, self.width // self.scale), max(1, self.height // self.scale)))
+            image.load()
+            if self.format == "WEBP":
+                image = image.copy()  # the decoder holds two pictures, as long as its own is there
+            if (orientation := self._orientation()) != UPRIGHT:
+                image = image.transpose(TURNS[orientation])
+            if image.mode.startswith("I"):  # 16-bit grey: keep the high byte; Pillow's conversion would clip to white
+                image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+            return image if image.mode == "RGB" else image.convert("RGB")
+        except DECODING_ERRORS as error:
+            raise _damaged(self.format, error) from error
+
+    def upright_size(self) -> tuple[int, int]:
+        """The width and height in pixels of the stored image when it is shown upright; known after decoding."""
+        return (self.width, self.height) if self._orientation() < 5 else (self.height, self.width)
+
+    def _orientation(self) -> int:
+        return exif_orientation(self._file.info.get("exif", b""))
 
 
-def _scale(file: StoredImage, max_pixels: int) -> int:
-    """By how much the image must be scaled down; ValueError if it cannot be by enough."""
-    size = f"{file.width} x {file.height} pixels"
-    if file.is_scalable and file.num_pixels() > SCALABLE_PIXELS:
-        raise ValueError(f"{size}, at most {SCALABLE_PIXELS} are accepted; scale it down")
-    for scale in (1, 2, 4, 8) if file.is_scalable else (1,):
-        if file.num_pixels(scale) <= max_pixels and file.memory(scale) <= MAX_DECODING_BYTES:
-            return scale
-    if file.num_pixels() > max_pixels:
-        raise ValueError(f"{size}, at most {max_pixels} are accepted; scale it down")
-    needed, accepted = -(-file.memory() // 2**20), MAX_DECODING_BYTES // 2**20
-    raise ValueError(f"{size} take {needed} MiB to decode, at most {accepted} are accepted; scale it down")
+def read_header(data: bytes) -> StoredImage:
+    """Read the header of a JPEG, PNG or WEBP file.
 
-
-def _decode(file: StoredImage, scale: int) -> Image.Image:
+    Raises ValueError with a reason if it is none, is damaged, or takes more than MAX_DECODING_BYTES. A JPEG that the
+    decoder reads line by line, as cameras write them, is accepted up to MAX_SCALABLE_PIXELS, and scaled down.
+    """
+    kind, reader = _reader(data)
+    stream = io.BytesIO(_pixel_chunks(data) if kind == "PNG" else data)
     try:
-        image = DECODERS[file.format](io.BytesIO(file.pixels))
-        if image.size != (file.width, file.height):
-            raise ValueError(f"its headers disagree whether it has {file.width} x {file.height} pixels")
-        if scale > 1:
-            image.draft(None, (max(1, file.width // scale), max(1, file.height // scale)))
-            if image.width * image.height > file.num_pixels(scale):
-                raise ValueError(f"{file.width} x {file.height} pixels cannot be scaled down while decoding")
-        image.load()
-        if file.format == "WEBP":
-            image = image.copy()  # the decoder holds two pictures, as long as its own is there
-        if file.orientation != 1:
-            image = image.transpose(TURNS[file.orientation])
-        if image.mode.startswith("I"):  # 16-bit grey: keep the high byte; Pillow's own conversion would clip to white
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image if image.mode == "RGB" else image.convert("RGB")
-    except _decoding_errors() as error:
-        raise ValueError(f"damaged {file.format}: {error or type(error).__name__}") from error
+        file = reader(stream)
+    except DECODING_ERRORS as error:
+        raise _damaged(kind, error) from error
+    bytes_per_pixel, is_scalable = BYTES_PER_PIXEL[kind], False
+    if isinstance(file, JpegImageFile):
+        is_scalable = _is_read_by_lines(file, data, stream.tell())
+        if not is_scalable:
+            bytes_per_pixel = 4 + 2 * file.layers  # the image, and two bytes for each coefficient
+    width, height = file.size
+    most = MAX_SCALABLE_PIXELS if is_scalable else MAX_PIXELS
+    if max(width, height) > MAX_SIDE or width * height > most:
+        raise ValueError(f"{width} x {height} pixels, accepted are {most} and {MAX_SIDE} a side; scale it down")
+    for scale in (1, 2, 4, 8) if is_scalable else (1,):
+        num_pixels = -(-width // scale) * -(-height // scale)
+        num_bytes = num_pixels * bytes_per_pixel + len(data)
+        if num_pixels <= MAX_PIXELS and num_bytes <= MAX_DECODING_BYTES:
+            return StoredImage(kind, width, height, scale, num_bytes, file)
+    needed, most = -(-num_bytes // 2**20), MAX_DECODING_BYTES // 2**20
+    raise ValueError(
+        f"{width} x {height} pixels take {needed} MiB to decode, at most {most} are accepted; scale it down"
+    )
 
 
-def _decoding_errors() -> tuple[type[Exception], ...]:
-    # Pillow promises no complete list; these are what its JPEG, PNG and WEBP readers raise on damaged input.
-    lookups = (IndexError, KeyError, TypeError, OverflowError, EOFError)
-    return (OSError, ValueError, SyntaxError, struct.error, zlib.error, *lookups)
+def decode_image(data: bytes) -> Image.Image:
+    """Decode a JPEG, PNG or WEBP file into RGB, as `read_header` and `StoredImage.decode` say, and raise."""
+    return read_header(data).decode()
+
+
+class _Jpeg(JpegImageFile):
+    """A JPEG whose EXIF stays unread: Pillow reads all of it on opening, for the resolution."""
+
+    def getexif(self) -> Image.Exif:
+        return Image.Exif()
+
+
+def _reader(data: bytes) -> tuple[str, type[ImageFile]]:
+    """Choose Pillow's reader by the first bytes. Image.open would hand a JPEG to the reader of another format."""
+    if data.startswith(b"\xff\xd8\xff"):
+        return "JPEG", _Jpeg
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        return "PNG", PngImageFile
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "WEBP", WebPImageFile
+    raise ValueError("not a JPEG, PNG or WEBP image")
+
+
+def _pixel_chunks(png: bytes) -> bytes:
+    """Drop what is no pixel: Pillow inflates texts and profiles, and fills a canvas for frames, before it is asked."""
+    kept, place = bytearray(png[:8]), 8
+    while place + 8 <= len(png):
+        length, kind = struct.unpack_from(">I4s", png, place)
+        end = place + 12 + length  # behind the checksum
+        if kind in PIXEL_CHUNKS:
+            kept += png[place:end]
+        place = end
+    return bytes(kept)
+
+
+def _is_read_by_lines(file: JpegImageFile, data: bytes, scan: int) -> bool:
+    """Tell whether one scan holds all colours of a JPEG; the decoder keeps the coefficients of any other in memory.
+
+    scan: where the data of the first scan begin. Raises ValueError for a file that is too short for its size, whose
+    missing part the decoder would fill with grey, and for one of endless scans, which would take hours.
+    """
+    components_of_scan = data[data.rfind(b"\xff\xda", 0, scan) + 4]
+    is_read_by_lines = not file.info.get("progressive") and components_of_scan == file.layers
+    bits, bits_per_block = 8 * (len(data) - scan), 2 if is_read_by_lines else 1
+    if bits * 64 < file.width * file.height * bits_per_block:
+        raise ValueError(f"cut short: {len(data)} bytes cannot hold {file.width} x {file.height} pixels")
+    if not is_read_by_lines and data.count(b"\xff\xda", scan) >= MAX_SCANS:
+        raise ValueError(f"a JPEG of more than {MAX_SCANS} scans; write it anew")
+    return is_read_by_lines
+
+
+def exif_orientation(exif: bytes) -> int:
+    """Read the orientation, 1 to 8, from EXIF data; 1, upright, where they do not say, or cannot be read."""
+    tiff = exif.removeprefix(b"Exif\0\0")
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    if order is None:
+        return UPRIGHT
+    try:
+        (first,) = struct.unpack_from(f"{order}I", tiff, 4)
+        (count,) = struct.unpack_from(f"{order}H", tiff, first)
+        for place in range(first + 2, first + 2 + 12 * count, 12):
+            tag, kind = struct.unpack_from(f"{order}HH", tiff, place)
+            if tag == ORIENTATION and kind in (SHORT, LONG):
+                (value,) = struct.unpack_from(f"{order}{'H' if kind == SHORT else 'I'}", tiff, place + 8)
+                return value if value in TURNS else UPRIGHT
+    except struct.error:
+        pass
+    return UPRIGHT
+
+
+def _damaged(kind: str, error: Exception) -> ValueError:
+    return ValueError(f"damaged {kind}: {error or type(error).__name__}")
 
 
 class DecodingBudget:
-    """Lets several threads of a process decode at once, as long as all their images together stay within the memory.
+    """The memory that several threads of a process may decode in at once: as much as one image may take."""
 
-    num_bytes: for all that are being decoded or in use; one image alone may always take MAX_DECODING_BYTES.
-    """
-
-    def __init__(self, num_bytes: int = MAX_DECODING_BYTES) -> None:
-        self._left = max(num_bytes, MAX_DECODING_BYTES)
+    def __init__(self) -> None:
+        self._left = MAX_DECODING_BYTES
         self._changed = threading.Condition()
         self._turn = threading.Lock()  # who waits for a large image is not overtaken for ever by small ones
 
     @contextmanager
-    def decoded(self, data: bytes) -> Iterator[Image.Image]:
-        """An image as `decode_image` gives it; its memory is free for others when the block ends."""
-        file = read_header(data)
-        scale = _scale(file, MAX_PIXELS)
-        needed = file.memory(scale)
+    def decoded(self, stored: StoredImage) -> Iterator[Image.Image]:
+        """Decode an image when there is memory for it, which is free for others when the block ends."""
         with self._turn, self._changed:
-            self._changed.wait_for(lambda: self._left >= needed)
-            self._left -= needed
+            self._changed.wait_for(lambda: self._left >= stored.num_bytes)
+            self._left -= stored.num_bytes
         try:
-            yield _decode(file, scale)
+            yield stored.decode()
         finally:
             with self._changed:
-                self._left += needed
+                self._left += stored.num_bytes
                 self._changed.notify_all()
 
 
-def encoded_image(sample: Sample) -> bytes:
-    """The file of an image sample. Raises ValueError if there is none."""
-    for suffix in IMAGE_SUFFIXES:
-        if suffix in sample.members:
-            return sample.members[suffix]
-    raise ValueError(f"no image among the members {sorted(sample.members)}, expected one of {list(IMAGE_SUFFIXES)}")
-
-
-def image_of(sample: Sample) -> Image.Image:
-    """The decoded image of an image sample. Raises ValueError if there is none, or it is damaged."""
-    return decode_image(encoded_image(sample))
-
-
 def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *, ahead: int) -> Iterator[Result]:
-    """Like map, in order, over threads that work ahead while results are in use. Pillow decodes in parallel.
+    """Map a function over items, in order, in threads that work ahead while results are in use.
 
-    ahead: how many results may wait or be in work.
+    Pillow decodes in parallel. ahead: how many results may wait or be in work, which the pool's own map does not bound.
     """
     pending: deque[Future[Result]] = deque()
     with ThreadPoolExecutor(NUM_THREADS) as pool:
@@ -217,5 +311,46 @@ def map_in_threads(function: Callable[[Item], Result], items: Iterable[Item], *,
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
-        finally:  # of what nobody will ask for
+        finally:  # after an error, nobody asks for the rest
             pool.shutdown(wait=False, cancel_futures=True)
+
+
+def encoded_image(sample: Sample) -> bytes:
+    """The image file of a sample. Raises ValueError if there is none."""
+    for suffix in IMAGE_SUFFIXES:
+        if suffix in sample.members:
+            return sample.members[suffix]
+    raise ValueError(f"no image among the members {sorted(sample.members)}, expected one of {list(IMAGE_SUFFIXES)}")
+
+
+def image_of(sample: Sample) -> Image.Image:
+    """Decode the image of a sample. Raises ValueError if there is none, or it is damaged."""
+    return decode_image(encoded_image(sample))
+
+
+def label_of(sample: Sample, json_key: str = JSON_KEY) -> int:
+    """The class of a sample: the number in its cls member, or without one, what its json member has under `json_key`.
+
+    Raises ValueError if that is not a number from 0 to a billion.
+    """
+    if "cls" in sample.members:
+        text = sample.members["cls"]
+        if not text.strip().isdigit() or len(text) > 20 or int(text) > MAX_LABEL:
+            raise ValueError(f"member cls is {text[:20]!r}, expected a class number")
+        return int(text)
+    if "json" not in sample.members:
+        raise ValueError(f"no label among the members {sorted(sample.members)}, expected cls or json")
+    return _json_label(sample.members["json"], json_key)
+
+
+def _json_label(content: bytes, key: str) -> int:
+    if len(content) > MAX_JSON_BYTES:
+        raise ValueError(f"member json has {len(content)} bytes, at most {MAX_JSON_BYTES} are accepted")
+    try:
+        fields = parse_json(content)
+    except ValueError as error:
+        raise ValueError(f"member json is not valid JSON ({error})") from None
+    value = fields.get(key) if isinstance(fields, dict) else None
+    if type(value) is not int or not 0 <= value <= MAX_LABEL:
+        raise ValueError(f"member json has {str(value)[:40]!r} as {key}, expected a class number; see json_label")
+    return value

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from data_pipeline.files.damage import BadSample, DamagedData, DamagedShard
 from data_pipeline.files.hashing import hash_keys, hash_uniform
-from data_pipeline.images.decoding import ImageTransform, image_of
-from data_pipeline.images.labels import JSON_KEY, label_of
+from data_pipeline.images.decoding import JSON_KEY, ImageTransform, image_of, label_of
 from data_pipeline.images.tensors import stack_pixels, widen
 from data_pipeline.loading.plan import Stream
 from data_pipeline.shards.codes import CodeFormat

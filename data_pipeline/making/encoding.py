@@ -20,8 +20,17 @@ from torch import Tensor
 
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.files.hashing import hash_uniform
-from data_pipeline.images.decoding import NUM_THREADS, DecodingBudget, ImageTransform, encoded_image, map_in_threads
-from data_pipeline.images.labels import JSON_KEY, label_of
+from data_pipeline.images.decoding import (
+    JSON_KEY,
+    NUM_THREADS,
+    DecodingBudget,
+    ImageTransform,
+    encoded_image,
+    label_of,
+    map_in_threads,
+    read_header,
+)
+from data_pipeline.images.tensors import floats_of, pixels_of
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, shard_of
 from data_pipeline.making.progress import Progress
@@ -168,12 +177,12 @@ class _Encoder:
     def _crops(self, sample_id: int, data: bytes) -> Tensor:
         """-> (K, 3, S, S)"""
         transform, views = self.recipe.transform, self.recipe.views
-        with self.budget.decoded(data) as image:
+        with self.budget.decoded(read_header(data)) as image:
             if views == 1:
-                return transform.center_view(image)[None]
+                return floats_of(pixels_of(transform.center_crop(image)))[None]
             numbers = np.arange(views)
             uniforms = hash_uniform(self.recipe.seed, Stream.CROP, np.full_like(numbers, sample_id), numbers, 3)
-            return torch.stack([transform.random_view(image, row) for row in uniforms])
+            return torch.stack([floats_of(pixels_of(transform.random_crop(image, row))) for row in uniforms])
 
     @torch.inference_mode()
     def _codes(self, crops: Tensor) -> np.ndarray:

@@ -23,9 +23,9 @@ from braceexpand import UnbalancedBracesError, braceexpand
 
 from data_pipeline.files.atomic import atomic_file, atomic_folder, file_sha256
 from data_pipeline.files.damage import DamagedData
-from data_pipeline.images.decoding import IMAGE_SUFFIXES, decode_image
-from data_pipeline.images.labels import label_of
-from data_pipeline.remote.remote import ShardCache, check_location, is_url, without_query
+from data_pipeline.files.urls import check_location, is_url, without_query
+from data_pipeline.images.decoding import IMAGE_SUFFIXES, decode_image, label_of
+from data_pipeline.remote.cache import ShardCache
 from data_pipeline.shards.index import Index, ShardEntry, refuse_complete, refuse_query, regular_size, shard_name
 from data_pipeline.shards.members import Sample, Scan, scan_file
 from data_pipeline.shards.tar import TarFault
@@ -164,7 +164,7 @@ class Indexing:
     def _whole(self, location: str) -> Path:
         """A local file with all of a tar."""
         if is_url(location):
-            return self.cache.fetch_new(location)[0]
+            return self.cache.fetch_new(location)
         regular_size(Path(location))
         return Path(location)
 

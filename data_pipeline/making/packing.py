@@ -22,8 +22,7 @@ from PIL import features
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.hashing import permutation
-from data_pipeline.images.decoding import FORMATS, DecodingBudget, resize_short_side
-from data_pipeline.images.headers import read_header
+from data_pipeline.images.decoding import SUFFIXES, DecodingBudget, read_header, resize_short_side
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, forget_finished_work
 from data_pipeline.making.pack_report import SplitCount, SplitTotal, printable
@@ -206,11 +205,10 @@ class _Packing:
             return str(error)
 
     def _stored_image(self, data: bytes) -> tuple[str, bytes, int, int]:
-        with self.budget.decoded(data) as image:
+        stored = read_header(data)
+        with self.budget.decoded(stored) as image:
             if self.resize_to is None or min(image.size) <= self.resize_to:
-                header = read_header(data)
-                size = (header.width, header.height) if header.orientation < 5 else (header.height, header.width)
-                return FORMATS[header.format], data, *size
+                return SUFFIXES[stored.format], data, *stored.upright_size()
             image = resize_short_side(image, self.resize_to)
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=JPEG_QUALITY)

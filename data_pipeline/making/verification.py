@@ -12,8 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files.atomic import open_file_sha256
-from data_pipeline.images.decoding import image_of
-from data_pipeline.images.labels import JSON_KEY, label_of
+from data_pipeline.images.decoding import JSON_KEY, image_of, label_of
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import INDEX_NAME, Index, ShardEntry, Storage
 from data_pipeline.shards.members import Sample, members_of, part_checksums, read_sample

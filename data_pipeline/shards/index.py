@@ -21,7 +21,7 @@ from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.files.strict_json import parse_json
 from data_pipeline.files.urls import check_location, is_url, without_query
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.members import MEMBERS_SUFFIX, most_members
 
 Kind = Literal["images", "codes"]

@@ -167,11 +167,10 @@ class ShardReader:
         return load_members(self.storage, self.index.shards[number], parts=self.index.record_parts)
 
     def _read_bytes(self, number: int, position: int, size: int) -> bytes:
+        descriptor = self._descriptor(number)
         try:
-            content = os.pread(self._descriptor(number), size, position)
+            content = os.pread(descriptor, size, position)
         except OSError as error:
-            if error.filename is not None:  # of opening it, and says so
-                raise
             place = self.storage.place_of(self.index.shards[number])
             raise OSError(error.errno, f"{error.strerror} at byte {position}", place) from error
         if len(content) != size:

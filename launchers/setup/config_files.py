@@ -180,6 +180,8 @@ def _wrong_value(schema: type, layers: Sequence[Mapping[str, Any]]) -> str | Non
             OmegaConf.merge(OmegaConf.structured(schema), _nest(name, value))
         except (OmegaConfBaseException, TypeError):
             shown = "null" if value is None else _shortened(repr(value))
+            while setting_type(schema, name) is None:  # a mapping in the place of a value
+                name, shown = name.rpartition(".")[0], "a mapping"
             return f"'{name}' is {shown}, expected {_type_name(setting_type(schema, name))}"
     return None
 

@@ -26,7 +26,7 @@ from training.supervision.bad_samples import BadSamples, NoBadSamples
 from training.supervision.history import History
 from training.supervision.stopping import Stopping
 from training.supervision.watch import Heartbeat, WatchConfig
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import RunRecord
 
 
@@ -132,7 +132,7 @@ def run_stage(
         supervision.stopping,
         supervision.heartbeat,
         report=report_on(world),
-        view=MLflowView(folder, config.tracking, flatten(asdict(config))) if shows_mlflow else None,
+        page=LivePage(folder, config.tracking, flatten(asdict(config))) if shows_mlflow else None,
         bad_samples=BadSamples(folder, config.data.max_bad, world, data.take_bad)
         if config.data.max_bad
         else NoBadSamples(),

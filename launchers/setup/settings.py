@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from data_pipeline.loading.datasets import STRICT, bad_sample_limit
 from data_pipeline.loading.plan import WINDOW_SAMPLES
-from data_pipeline.remote.remote import CacheConfig
+from data_pipeline.remote.cache import CacheConfig
 from models.var import VARConfig
 from training.engine.engine import EngineConfig
 from training.loop_config import LoopConfig

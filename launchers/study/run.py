@@ -52,7 +52,6 @@ LAST_BYTES = 4096  # of the log, in which a run says why it has ended
 LOOK_SECONDS = 0.2
 REDRAW_SECONDS = 1.0  # on a terminal
 REPORT_SECONDS = 60.0  # elsewhere, between two lines on a run
-STOPPED = 75
 HOPELESS = (64, 65, 70)  # exit codes that no second try mends: bad input, damaged data, divergence
 
 
@@ -246,7 +245,7 @@ class TrainedStudy:
             if self._look(run):
                 self._show(run, DONE)
                 return
-            if code == STOPPED or self._is_asked():
+            if code == Stopped.exit_code or self._is_asked():
                 self._show(run, WAITING)
                 self._stopping.finished()
                 newest = latest_checkpoint(run.folder / "checkpoints") or run.folder
@@ -267,7 +266,7 @@ class TrainedStudy:
     def _train_once(self, run: PlannedRun) -> int:
         """Start a run, unless the study is asked to stop, and wait for its end; return its exit code, as a shell's."""
         if self._is_asked():
-            return STOPPED
+            return Stopped.exit_code
         process = start_training(self.config.start, run)
         try:
             self._wait(run, lambda: process.poll() is not None)

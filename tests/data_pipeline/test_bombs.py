@@ -25,7 +25,7 @@ from tars import member, tar_of
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.making.indexing import index_shards
 from data_pipeline.making.verification import verify_shards
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage, shard_name
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.writer import write_shards

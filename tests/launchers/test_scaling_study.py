@@ -80,11 +80,11 @@ def test_the_papers_laws_need_no_settings(monkeypatch: pytest.MonkeyPatch, capsy
     assert "note: " in capsys.readouterr().out
 
 
-def test_config_and_laws_import_neither_torch_nor_scipy_nor_matplotlib() -> None:
+def test_command_and_laws_import_neither_torch_nor_scipy_nor_matplotlib() -> None:
     """--help and an error of a config show at once; scipy and matplotlib wait for the verbs that need them."""
     laws = ", ".join(f"training.laws.{file.stem}" for file in (ROOT / "training" / "laws").glob("[a-z]*.py"))
     program = (
-        f"import launchers.study.config, {laws}, sys; print({{'torch', 'scipy', 'matplotlib'}} & set(sys.modules))"
+        f"import launchers.scaling_study, {laws}, sys; print({{'torch', 'scipy', 'matplotlib'}} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout == "set()\n", done.stderr

@@ -103,24 +103,34 @@ REFUSED: dict[str, Content] = {
     "svg": lambda: (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG or WEBP image"),
     "pickle for an image": lambda: (b"\x80\x04\x95\x10", "not a JPEG, PNG or WEBP image"),
     "cut jpeg": lambda: (encoded("JPEG")[:1500], "truncated"),
-    "jpeg cut in its header": lambda: (encoded("JPEG")[:100], "cut short"),
+    "jpeg cut in its header": lambda: (encoded("JPEG")[:100], "damaged JPEG"),
     "cut png": lambda: (encoded()[:3000], "truncated"),
     "cut webp": lambda: (encoded("WEBP")[:300], "damaged WEBP"),
     "png with a flipped bit": lambda: (encoded()[:500] + b"\xaa" + encoded()[501:], "damaged PNG"),
     "png without pixels": lambda: (png(), "damaged PNG"),
-    "png of no width": lambda: (png(width=0), "0 x 8 pixels"),
-    "jpeg of no height": lambda: (jpeg(60, 0), "60 x 0 pixels"),
-    "png of colour type 5": lambda: (png(colour=5), "colour type 5"),
-    "lossless jpeg": lambda: (jpeg(60, 40).replace(b"\xff\xc0", b"\xff\xc3"), "SOF3"),
+    "png of no width": lambda: (png(width=0), "damaged PNG"),
+    "jpeg of no height": lambda: (jpeg(60, 0), "damaged JPEG"),
+    "png of colour type 5": lambda: (png(colour=5), "damaged PNG"),
+    "lossless jpeg": lambda: (jpeg(60, 40).replace(b"\xff\xc0", b"\xff\xc3"), "damaged JPEG"),
     "webp whose frame is not its canvas": lambda: (
         webp(canvas(90, 90), (b"VP8L", encoded("WEBP", lossless=True)[20:])),
         "damaged WEBP",
     ),
 }
-BOMBS: dict[str, Content] = {  # small files that take more than 256 MiB where nobody is careful
+BOMBS: dict[str, Content] = {  # small files that take more than half a GiB where nobody is careful
     "png of 4 gigapixels": lambda: (png(chunk(b"IDAT", zlib.compress(bytes(99))), width=65535, height=65535), "pixels"),
-    "png of 2^31 pixels a side": lambda: (png(width=2**31 - 1, height=2**31 - 1), "each side must have 1 to 65535"),
-    "png of 16 bits and transparency": lambda: (png(width=6000, height=6000, bits=16, colour=6), "MiB to decode"),
+    "png of 2^31 pixels a side": lambda: (png(width=2**31 - 1, height=2**31 - 1), "65535 a side; scale it down"),
+    "png of a long stripe": lambda: (png(width=70_000, height=9), "65535 a side"),
+    "png animation on 4 gigapixels": lambda: (
+        png(
+            chunk(b"acTL", struct.pack(">II", 2, 0)),
+            chunk(b"fcTL", struct.pack(">IIIIIHHBB", 0, 65535, 65535, 0, 0, 1, 1, 1, 0)),  # cleared, so filled, at once
+            chunk(b"IDAT", zlib.compress(bytes(99))),
+            width=65535,
+            height=65535,
+        ),
+        "65535 x 65535 pixels, accepted are 64000000",
+    ),
     "png that inflates to 1 GB": lambda: (png(chunk(b"IDAT", inflating(1024))), ""),
     "png with 70 MB of texts": lambda: (_text_bomb(), ""),
     "png with a profile that inflates": lambda: (
@@ -131,16 +141,19 @@ BOMBS: dict[str, Content] = {  # small files that take more than 256 MiB where n
     "png of many frames": lambda: (_many_frames("PNG"), ""),
     "jpeg of 4 gigapixels": lambda: (jpeg(65535, 65535), "cannot hold 65535 x 65535 pixels"),
     "jpeg of 200 megapixels, most of them missing": lambda: (jpeg(14400, 14400), "cannot hold 14400"),
-    "progressive jpeg of 48 megapixels": lambda: (
-        jpeg(8000, 6000, 0xC2)[:-2] + bytes(10**6) + b"\xff\xd9",
-        "8000 x 6000 pixels take 322 MiB to decode, at most 240 are accepted; scale it down",
+    "progressive jpeg of 58 megapixels": lambda: (
+        jpeg(9000, 6400, 0xC2)[:-2] + bytes(10**6) + b"\xff\xd9",
+        "9000 x 6400 pixels take 551 MiB to decode, at most 512 are accepted; scale it down",
     ),
-    "jpeg of 5000 scans": lambda: (_scan_bomb(), "more than 50 scans"),
+    "jpeg of 5000 scans": lambda: (_scan_bomb(), "more than 100 scans"),
     "jpeg with an exif bomb": lambda: (with_segments(encoded("JPEG"), 0xE1, exif_bomb()), ""),
-    "webp of 268 megapixels": lambda: (webp(canvas(16383, 16383), (b"VP8L", b"\x2f" + bytes(9))), "pixels"),
+    "webp of 268 megapixels": lambda: (
+        webp((b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(9))),
+        "16383 x 16383 pixels, accepted are 64000000",
+    ),
     "webp animation on 268 megapixels": lambda: (
         webp(canvas(16383, 16383, 2), (b"ANIM", bytes(6)), (b"ANMF", bytes(30))),
-        "pixels",
+        "damaged WEBP",
     ),
     "webp of many frames": lambda: (_many_frames("WEBP"), ""),
 }

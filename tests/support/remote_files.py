@@ -1,8 +1,9 @@
-"""Random files for tests of remote storage, and caches without much patience."""
+"""Random files for tests of remote storage, caches without much patience, and an S3 server."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import urllib.request
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,12 @@ def remote_file(size: int = 300_000, seed: int = 0) -> RemoteFile:
 def hasty_cache(folder: Path, *, stall_seconds: float = 0.3, retries: int = 4, **settings: float) -> ShardCache:
     config = CacheConfig(folder=str(folder), stall_seconds=stall_seconds, retries=retries, **settings)
     return ShardCache(config)
+
+
+def fetched(cache: ShardCache, url: str, file: RemoteFile) -> bytes:
+    """The content of a file as a cache hands it out."""
+    with os.fdopen(cache.open(url, **file.expected), "rb") as copy:
+        return copy.read()
 
 
 FILE = remote_file()

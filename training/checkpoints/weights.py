@@ -13,6 +13,7 @@ import pickletools
 import re
 import stat
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -87,7 +88,8 @@ def _what_it_is(path: Path) -> str:
 def _load_torch_file(path: Path) -> Any:
     try:
         _check_pickle(_read_pickle(path))
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        with warnings.catch_warnings(action="ignore"):  # about pickles of other protocols
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except OSError:
         raise
     except pickle.UnpicklingError:  # whose text advises to switch the restrictions off

@@ -71,7 +71,7 @@ class SizeCurve:
 
     @property
     def is_finished(self) -> bool:
-        """Whether any run of the size is."""
+        """Whether any run of the size is finished."""
         return all(self.ends.values())
 
     def end(self, metric: str) -> float:

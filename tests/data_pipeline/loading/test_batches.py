@@ -19,7 +19,7 @@ from data_pipeline.files.damage import DamagedData
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.loading.loader import train_batches
-from data_pipeline.remote.remote import CacheConfig
+from data_pipeline.remote.cache import CacheConfig
 from data_pipeline.shards.index import Storage
 
 

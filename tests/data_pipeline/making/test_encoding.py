@@ -19,14 +19,14 @@ from torch import Tensor
 from workers import content, ended_well, fork, kill
 
 from data_pipeline.files.hashing import hash_uniform
-from data_pipeline.images.decoding import ImageTransform, image_of
-from data_pipeline.images.labels import label_of
+from data_pipeline.images.decoding import ImageTransform, image_of, label_of
+from data_pipeline.images.tensors import floats_of, pixels_of
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making import claims
 from data_pipeline.making.encoding import Encoding, Recipe, write_codes
 from data_pipeline.making.indexing import index_shards
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import VERSIONS, Index
 from data_pipeline.shards.reader import ShardReader
@@ -79,7 +79,7 @@ def test_one_view_is_the_centre_crop_of_each_image_in_order(tmp_path: Path) -> N
         image, code = reader.read(sample_id), code_reader.read(sample_id)
         label, codes = CodeFormat(14, 1, 12).unpack_view(code.members["vq12"], 0)
         assert code.key == image.key and label == label_of(image)
-        expected = encode_pixels(TRANSFORM.center_view(image_of(image))[None])[0]
+        expected = encode_pixels(floats_of(pixels_of(TRANSFORM.center_crop(image_of(image))))[None])[0]
         np.testing.assert_array_equal(codes, expected)
 
 
@@ -90,7 +90,7 @@ def test_several_views_are_the_random_crops_of_seed_sample_and_view(tmp_path: Pa
     image = image_of(ShardReader(tmp_path / "images", images).read(4))
     for view in range(3):
         uniforms = hash_uniform(0, Stream.CROP, np.array([4]), np.array([view]), 3)[0]
-        expected = encode_pixels(TRANSFORM.random_view(image, uniforms)[None])[0]
+        expected = encode_pixels(floats_of(pixels_of(TRANSFORM.random_crop(image, uniforms)))[None])[0]
         np.testing.assert_array_equal(CodeFormat(14, 3, 12).unpack_view(record, view)[1], expected)
 
 

@@ -18,7 +18,7 @@ from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.making.indexing import MAX_SHARDS, expand_shards, index_shards
 from data_pipeline.making.verification import verify_shards
-from data_pipeline.remote.remote import CacheConfig, ShardCache
+from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.members import Sample
 from data_pipeline.shards.reader import ShardReader

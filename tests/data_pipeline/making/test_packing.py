@@ -14,8 +14,7 @@ from image_folders import encoded, make_folder, noise
 from PIL import Image
 from tiny import PACK_OPTIONS
 
-from data_pipeline.images.decoding import image_of
-from data_pipeline.images.labels import label_of
+from data_pipeline.images.decoding import image_of, label_of
 from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import is_packed, pack_images
 from data_pipeline.shards.index import Index

@@ -11,8 +11,7 @@ import pytest
 from PIL import Image
 from tiny import PACK_OPTIONS
 
-from data_pipeline.images.decoding import image_of
-from data_pipeline.images.labels import label_of
+from data_pipeline.images.decoding import image_of, label_of
 from data_pipeline.making.packing import is_packed, pack_images
 from data_pipeline.making.sources import ImageFile, ImageSource, SourceChanged, open_source, split_by_class
 from data_pipeline.shards.reader import ShardReader

@@ -100,16 +100,3 @@ def test_equal_configs_and_seeds_draw_equal_images_and_other_streams_draw_others
 def test_a_source_that_cannot_be_is_refused_by_name(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         TreeSourceConfig(**settings)
-
-
-@pytest.mark.parametrize(
-    ("codes", "labels", "message"),
-    [
-        (np.zeros((2, 20), int), np.zeros(2, int), r"codes have shape \(2, 20\), expected \(2, 21\)"),
-        (np.full((2, 21), 8), np.zeros(2, int), r"codes are 8 .. 8, this source has 0 .. 7"),
-        (np.zeros((2, 21), int), np.full(2, 4), r"labels are 4 .. 4, this source has 0 .. 3"),
-    ],
-)
-def test_codes_of_another_source_are_refused(codes: np.ndarray, labels: np.ndarray, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        TreeSource(SMALL).loss(codes, labels)

@@ -1,10 +1,7 @@
-"""Remote shards are local files, verified and fetched once; batches from them are those of the local folder."""
+"""Batches from remote shards are those of the local folder, whatever the network does."""
 
 from __future__ import annotations
 
-import os
-import pickle
-import threading
 from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
@@ -12,19 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from remote_files import FILE, hasty_cache, remote_file, s3_server
+from remote_files import s3_server
 from shard_mutations import make_images
 from shard_server import ShardServer, faulty_relay, shard_server
 from tiny import VIEWS, open_codes, pack_codes
-from workers import ended_well, fork, kill, wait_for
 
-from data_pipeline.files.damage import DamagedData
 from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.loading.loader import train_batches
-from data_pipeline.remote import downloads
-from data_pipeline.remote.remote import CacheConfig, RemoteError, ShardCache
+from data_pipeline.remote import open as remote_open
+from data_pipeline.remote.cache import CacheConfig
+from data_pipeline.remote.open import RemoteError
 from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.writer import write_shards
@@ -32,124 +28,13 @@ from data_pipeline.shards.writer import write_shards
 
 @pytest.fixture
 def server() -> Iterator[ShardServer]:
-    with shard_server(a=FILE.content) as running:
+    with shard_server() as running:
         yield running
 
 
 @pytest.fixture(autouse=True)
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(downloads, "FIRST_PAUSE", 0.01)
-
-
-@pytest.fixture
-def cache(tmp_path: Path) -> ShardCache:
-    return hasty_cache(tmp_path / "cache")
-
-
-def names(cache: ShardCache) -> set[str]:
-    return {path.name for path in cache.config.path.iterdir()} - {".lock"}
-
-
-def test_a_shard_is_fetched_once_and_kept_under_its_hash(server: ShardServer, cache: ShardCache) -> None:
-    for copy in (cache, pickle.loads(pickle.dumps(cache))):
-        path = copy.fetch(server.url("a?key=1"), **FILE.expected)
-        assert path == copy.config.path / FILE.sha256 and path.read_bytes() == FILE.content
-    assert server.count("a") == 1 and names(cache) == {FILE.sha256}
-
-
-def test_a_descriptor_outlives_the_copy(server: ShardServer, cache: ShardCache) -> None:
-    descriptor = cache.open(server.url("a"), **FILE.expected)
-    (cache.config.path / FILE.sha256).unlink()
-    assert os.pread(descriptor, FILE.size, 0) == FILE.content
-    os.close(descriptor)
-
-
-def test_a_copy_of_the_wrong_size_is_fetched_again(server: ShardServer, cache: ShardCache) -> None:
-    path = cache.fetch(server.url("a"), **FILE.expected)
-    os.truncate(path, 7)
-    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
-
-
-def test_wrong_bytes_are_fetched_again_once(server: ShardServer, cache: ShardCache) -> None:
-    server.faults["a"] += ["wrong"]
-    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
-    for fault, expected in {"wrong": "sha256 is .*, expected", "endless": "more than 300000 bytes"}.items():
-        cache = hasty_cache(cache.config.path / fault)
-        server.always["a"] = fault
-        with pytest.raises(DamagedData, match=f"/a: {expected}.*, twice; copy or pack it again") as caught:
-            cache.fetch(server.url("a?CANARY"), **FILE.expected)
-        assert "CANARY" not in str(caught.value) and not names(cache)
-
-
-def test_a_shard_that_no_index_knows(server: ShardServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert cache.fetch_new(server.url("a")) == (cache.config.path / FILE.sha256, FILE.size, FILE.sha256)
-    assert names(cache) == {FILE.sha256}
-    assert cache.sizes_of([server.url("a")] * 40) == [FILE.size] * 40
-    with pytest.raises(FileNotFoundError, match="/b: no such file"):
-        cache.fetch_new(server.url("b"))
-    monkeypatch.setattr("data_pipeline.remote.remote.MAX_NEW_BYTES", 1000)
-    with pytest.raises(ValueError, match="300000 bytes, a shard has at most 1000"):
-        cache.fetch_new(server.url("a"))
-
-
-def test_processes_of_a_node_fetch_a_shard_once(server: ShardServer, cache: ShardCache) -> None:
-    children = [fork(lambda: cache.fetch(server.url("a"), **FILE.expected)) for _ in range(4)]
-    assert all([ended_well(child) for child in children])
-    assert server.count("a") == 1
-
-
-def test_a_killed_download_is_taken_over(server: ShardServer, cache: ShardCache) -> None:
-    server.faults["a"] += ["silent"]
-    patient = ShardCache(CacheConfig(folder=str(cache.config.path), stall_seconds=60))
-    child = fork(lambda: patient.fetch(server.url("a"), **FILE.expected))
-    wait_for(lambda: server.count("a") == 1)
-    cache.fetch_unless_claimed(server.url("a"), **FILE.expected)  # which does not wait for the other
-    assert names(cache) == {f"{FILE.sha256}.part"}
-    threading.Timer(0.1, kill, [child]).start()
-    assert cache.fetch(server.url("a"), **FILE.expected).read_bytes() == FILE.content
-    assert names(cache) == {FILE.sha256}
-
-
-def test_the_cache_never_grows_over_its_size(server: ShardServer, tmp_path: Path) -> None:
-    cache = hasty_cache(tmp_path / "cache", max_gib=1_000_000 / 2**30)
-    files = {f"f{seed}": remote_file(seed=seed) for seed in range(8)}
-    server.files |= {name: file.content for name, file in files.items()}
-    for name, file in files.items():
-        assert cache.fetch(server.url(name), **file.expected).read_bytes() == file.content
-        assert sum(path.stat().st_size for path in cache.config.path.iterdir()) <= 1_000_000
-    assert names(cache) == {file.sha256 for file in list(files.values())[-3:]}
-    with pytest.raises(ValueError, match="a shard of 2000000 bytes does not fit; raise it"):
-        cache.fetch(server.url("a"), size=2_000_000, sha256="0" * 64)
-
-
-def test_a_full_disk_is_named(server: ShardServer, cache: ShardCache, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "pwrite", full)
-    with pytest.raises(OSError, match="no room for 300000 bytes of .*/a; make some, or set data") as caught:
-        cache.fetch(server.url("a?CANARY"), **FILE.expected)
-    assert caught.value.errno == 28 and not isinstance(caught.value, RemoteError) and not names(cache)
-
-
-@pytest.mark.parametrize(
-    "name, value", [("max_gib", 0), ("stall_seconds", 0), ("retries", -1), ("ahead", -1), ("folder", "s3://b/c")]
-)
-def test_impossible_settings_are_refused(name: str, value: float | str) -> None:
-    with pytest.raises(ValueError, match=f"data.cache.{name} is .*; it must be"):
-        CacheConfig(**{name: value})
-
-
-def test_the_folder_is_where_caches_lie(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("HOME", "/home/me")
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert CacheConfig().path == Path("/home/me/.cache/nextscale/shards")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/me")
-    assert CacheConfig().path == Path("/scratch/me/nextscale/shards")
-    assert CacheConfig(folder="~/x").path == Path("/home/me/x")
-
-
-# batches
+    monkeypatch.setattr(remote_open, "FIRST_PAUSE", 0.01)
 
 
 def dataset(location: str | Path, cache: CacheConfig | None = None) -> ImageDataset:
