@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-WITHOUT_TORCH = ("scaling_study", "sync_mlflow")
+WITHOUT_TORCH = ("pack_images", "index_shards", "verify_shards", "scaling_study", "sync_mlflow")
 
 
 def test_a_missing_install_is_one_line() -> None:
