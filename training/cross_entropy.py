@@ -7,6 +7,8 @@ the logits, is all that is made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -28,7 +30,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """(softmax - one-hot) times the gradient of each token's loss, (n,)."""
         logits, codes, normalizers = ctx.saved_tensors
         result = torch.empty_like(logits)
