@@ -15,7 +15,7 @@ NUMBERS_AT_ONCE = 2**24  # 64 MiB in float32
 
 
 def token_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of each token: logits (n, V), codes (n,) int64 -> (n,) float32, in nats."""
+    """Compute the cross-entropy of each token: logits (n, V), codes (n,) int64 -> (n,) float32, in nats."""
     return _TokenCrossEntropy.apply(logits, codes)
 
 

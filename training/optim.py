@@ -103,10 +103,3 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, undecayed: Col
     if config.ema_decay:
         return AveragingAdamW(groups, ema_decay=config.ema_decay, fused=True, **settings)
     return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Write this step's learning rate and weight decay into every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay * group["weight_decay_scale"]

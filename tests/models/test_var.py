@@ -313,9 +313,9 @@ def twenty_losses(config: VARConfig, prepare: Callable[[VAR], None]) -> list[flo
     ("name", "value"),
     [("attention", PER_SCALE), ("checkpointing", FULL_CHECKPOINTING), ("checkpointing", SELECTIVE_CHECKPOINTING)],
 )
-def test_twenty_steps_take_the_losses_of_the_plain_path(config: VARConfig, name: str, value: str) -> None:
-    plain = twenty_losses(config, lambda var: setattr(var, "attention", MASKED))
-    faster = twenty_losses(config, lambda var: setattr(var, name, value))
+def test_twenty_steps_take_the_losses_of_the_plain_path(name: str, value: str) -> None:
+    plain = twenty_losses(PLAIN, lambda var: setattr(var, "attention", MASKED))
+    faster = twenty_losses(PLAIN, lambda var: setattr(var, name, value))
     assert faster == pytest.approx(plain, rel=1e-5, abs=1e-6) and faster[-1] < faster[0]  # one passes near zero
 
 

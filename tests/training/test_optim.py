@@ -17,7 +17,8 @@ from torch import nn
 from models.discriminator import PatchDiscriminator
 from models.var import VAR
 from models.vqvae import VQVAE
-from training.optim import OptimizerConfig, build_optimizer, learning_rate_factor, set_schedule, weight_decay_at
+from training.engine.engine import set_schedule
+from training.optim import OptimizerConfig, build_optimizer, learning_rate_factor, weight_decay_at
 
 CONFIG = OptimizerConfig()
 DECAY_STARTS = 0.02 + 0.05 * 0.98  # 0.069 of the run
