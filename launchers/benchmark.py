@@ -1,8 +1,9 @@
-"""Speed and memory, measured side by side: `python launchers/benchmark.py train`, and so on for all BENCHMARKS.
+"""Measure speed side by side: `python launchers/benchmark.py train`, and so on for train, sample, tokenizer, data,
+attention; `suite` runs them all.
 
 What is compared is timed in turns within one process tree, so that a busy machine slows both; a ratio is the median of
 those of the turns. `--against PATH` sets the public VAR code, from a checkout at PATH, beside ours. On several GPUs
-`deepspeed launchers/benchmark.py switches` says which ZeRO stage they are best used with; rates are then those of each.
+`deepspeed launchers/benchmark.py train contestants=ours zero_stage=3` measures a ZeRO stage; rates are those of each.
 """
 
 from __future__ import annotations
@@ -13,29 +14,26 @@ from collections.abc import Callable
 from launchers.bench.attention import benchmark_attention
 from launchers.bench.config import OURS, BenchmarkConfig
 from launchers.bench.data import benchmark_data
-from launchers.bench.machine_limits import device_type
-from launchers.bench.memory import benchmark_memory
-from launchers.bench.report import begin_report, write_report
+from launchers.bench.report import begin_report, rows_table, write_report
 from launchers.bench.sample import benchmark_sample
 from launchers.bench.suite import benchmark_suite, plan_suite, title_of
-from launchers.bench.timing import Row, table
+from launchers.bench.timing import Row, device_type
 from launchers.bench.tokenizer import benchmark_tokenizer
-from launchers.bench.train import benchmark_switches, benchmark_train
+from launchers.bench.train import benchmark_train
 from launchers.setup.command_line import Command, run_launcher, say
 from training.engine.distributed import World, leave_world
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "train": benchmark_train,
-    "switches": benchmark_switches,
     "sample": benchmark_sample,
     "tokenizer": benchmark_tokenizer,
     "data": benchmark_data,
     "attention": benchmark_attention,
-    "memory": benchmark_memory,
 }
 
 
 def launch(command: Command[BenchmarkConfig]) -> None:
+    """Measure what the config names; show a table, and write a report where the config names a file."""
     config = command.config
     if command.dry_run:
         say(f"would time {config.what}, {config.repeats} times in turns")
@@ -46,13 +44,10 @@ def launch(command: Command[BenchmarkConfig]) -> None:
     check_ranks(config, world.world_size)
     check_device(world)
     report = begin_report(config, sys.argv[1:])
-    if config.what == "suite":
-        rows = benchmark_suite(config, report)
-    else:
-        rows = BENCHMARKED[config.what](config)
+    rows = benchmark_suite(config, report) if config.what == "suite" else BENCHMARKED[config.what](config)
     if world.is_rank_zero:
         write_report(report | {"finished": True, "rows": rows}, config.out)
-        say(table(rows))
+        say(rows_table(rows))
         if config.out:
             say(f"written to {config.out}")
     if world.world_size > 1:
@@ -61,10 +56,10 @@ def launch(command: Command[BenchmarkConfig]) -> None:
 
 def check_ranks(config: BenchmarkConfig, world_size: int) -> None:
     """Raise ValueError where several ranks were started for what is measured on one."""
-    if world_size > 1 and config.what != "switches" and config.contestants != OURS:
+    if world_size > 1 and config.contestants != OURS:
         raise ValueError(
             f"{world_size} ranks were started, but {config.what} is measured on one: start it with python; "
-            "several ranks take switches, or train with contestants=ours"
+            "several ranks take train with contestants=ours"
         )
 
 

@@ -27,7 +27,7 @@ from training.engine.distributed import World
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """launchers/encode_codes.py: image shards to code shards, with a trained tokenizer."""
+    """The settings of an encoding of image shards into code shards, with a trained tokenizer."""
 
     tokenizer: str
     images: str

@@ -18,7 +18,7 @@ from launchers.setup.command_line import Command, run_launcher, say
 
 @dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-    """launchers/index_shards.py: an index for WebDataset tars that lie somewhere, which stay as they are."""
+    """The settings of an index for WebDataset tars, which stay where and as they are."""
 
     shards: tuple[str, ...]  # paths or URLs, with {000..127} for many; or one .txt file with one of them in each line
     out: str  # the folder for index and tables

@@ -25,7 +25,7 @@ from training.engine.place import place_of
 
 @dataclass(frozen=True, kw_only=True)
 class PackConfig:
-    """launchers/pack_images.py: a folder of images, or the word `digits`, to image shards."""
+    """The settings of a packing of a folder of images, or of the word `digits`, into image shards."""
 
     source: str
     out: str

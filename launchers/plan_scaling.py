@@ -1,36 +1,37 @@
-"""A step of every size on every number of GPUs, modelled and not measured.
+"""Model a training step of every size on every number of GPUs. Nothing is measured.
 
-`python launchers/plan_scaling.py` plans for nodes of 8 H100, with settings for others, such as H200:
+`python launchers/plan_scaling.py` plans for nodes of 8 H100. Settings describe other machines, such as H200:
 `python launchers/plan_scaling.py --gpus 32 cluster.gpu_memory_gib=139 cluster.memory_tb_per_second=4.8`
 
 A step has the same images on any number of GPUs. For each way of checkpointing the micro-batch is the largest that fits
-and divides a GPU's images; a row shows the way whose modelled step is shortest.
+and divides a GPU's images; a row shows the way whose modelled step is the shortest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
+from launchers.setup import tables
 from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig
 from models.var import CHECKPOINTINGS, FULL_CHECKPOINTING
 from training.engine.engine import EngineConfig
+from training.flops import training_flops
 from training.planning.memory import estimate_memory, largest_micro_batch
 from training.planning.step_time import ClusterConfig, StepTime, step_time
 
 SIZES = ("d16", "d20", "d24", "d30", "d36_512")
-PLACE = ("size", "GPUs", "stage")
+PLACE = ("size", "parameters", "TFLOP an image", "GPUs", "stage")
 PLANNED = ("checkpointing", "images a GPU", "fit", "GiB a GPU", "step, s", "sending", "images/s", "MFU")
 NONE_FITS = "none fits"
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanScalingConfig:
-    """launchers/plan_scaling.py: what a table of modelled steps has rows for."""
+    """The settings of launchers/plan_scaling.py: what the table has rows for."""
 
     sizes: tuple[str, ...] = tuple(f"configs/{name}.yaml" for name in SIZES)  # configs of launchers/train.py
     gpus: tuple[int, ...] = (8, 64, 512)
@@ -64,23 +65,23 @@ def launch(command: Command[PlanScalingConfig]) -> None:
     if command.dry_run:
         say(f"would model {len(config.sizes) * len(config.gpus) * len(config.stages)} steps")
         return
-    say("\n".join(table(config)))
+    say(table(config))
 
 
-def table(config: PlanScalingConfig) -> Iterator[str]:
-    """The lines of a Markdown table."""
-    headings = PLACE + PLANNED
-    yield _line(headings)
-    yield _line(("---",) * len(headings), space="")
+def table(config: PlanScalingConfig) -> str:
+    """Return a table with a row for each size, number of GPUs and ZeRO stage."""
+    rows = []
     for path in config.sizes:
         train = load_config(TrainConfig, path)
+        model = (f"{train.model.num_parameters / 1e6:,.0f} M", f"{training_flops(train.model) / 1e12:.2f}")
         for gpus, stage in product(config.gpus, config.stages):
             staged = replace(train, engine=replace(train.engine, zero_stage=stage))
-            yield _line((Path(path).stem, str(gpus), str(stage), *_cells(config, staged, gpus)))
+            rows.append((Path(path).stem, *model, str(gpus), str(stage), *_cells(config, staged, gpus)))
+    return tables.table(PLACE + PLANNED, rows)
 
 
 def best_plan(config: PlanScalingConfig, train: TrainConfig, gpus: int) -> Plan | None:
-    """The plan whose step is shortest; None if not even one image fits, whatever is checkpointed."""
+    """Return the plan whose step is the shortest, or None if no checkpointing makes room for one image."""
     ways = (replace(train.engine, activation_checkpointing=way) for way in CHECKPOINTINGS)
     plans = [plan for engine in ways if (plan := _plan(config, train, engine, gpus)) is not None]
     return min(plans, key=lambda plan: plan.time.total, default=None)
@@ -103,26 +104,18 @@ def _cells(config: PlanScalingConfig, train: TrainConfig, gpus: int) -> tuple[st
     if plan is None:
         least = replace(train.engine, micro_batch=1, activation_checkpointing=FULL_CHECKPOINTING)
         peak = estimate_memory(train.model, least, gpus, averages=train.optimizer.ema_decay > 0).peak.total
-        return (NONE_FITS, "1", "0", _gib(peak), *("" for _ in PLANNED[4:]))
-    time, images = plan.time, plan.engine.micro_batch
+        return (NONE_FITS, "1", "0", f"{peak / 2**30:.1f}", "", "", "", "")
+    time = plan.time
     return (
         plan.engine.activation_checkpointing,
-        f"{images} x {plan.accumulation}",
+        f"{plan.engine.micro_batch} x {plan.accumulation}",
         str(plan.fit),
-        _gib(plan.peak_bytes),
+        f"{plan.peak_bytes / 2**30:.1f}",
         f"{time.total:.3f}",
         f"{time.exposed / time.total:.0%}",
         f"{time.images_per_second:,.0f}",
         f"{time.mfu:.0%}",
     )
-
-
-def _gib(size: int) -> str:
-    return f"{size / 2**30:.1f}"
-
-
-def _line(cells: tuple[str, ...], *, space: str = " ") -> str:
-    return "|" + "|".join(f"{space}{cell}{space}" for cell in cells) + "|"
 
 
 def main() -> None:

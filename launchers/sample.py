@@ -27,7 +27,7 @@ from models.var import VARConfig
 from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World, agree_on_error, agree_on_value, join_world, leave_world
 from training.engine.engine import PRECISIONS
-from training.tracking.mlflow_tracker import log_picture
+from training.tracking.mlflow import log_picture
 
 SAMPLE_FORMATS = ("png", "npz")
 

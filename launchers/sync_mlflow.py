@@ -6,17 +6,16 @@ that the tracker does not know is made there. What is there already is not sent 
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.config_files import read_settings
 from training.tracking.curves import points_of
-from training.tracking.mlflow_state import read_state
-from training.tracking.mlflow_tracker import Tracker
-from training.tracking.mlflow_uploader import QUIET_AND_QUICK, how_it_ended, send_now
+from training.tracking.follow import send
+from training.tracking.mlflow import RunPage, how_it_ended, read_state
 from training.tracking.record import RunRecord, TrackingConfig, absolute_uri
 
 OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
@@ -24,7 +23,7 @@ OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
-    """launchers/sync_mlflow.py: to MLflow what it lacks of a run. `run` may be given without its name."""
+    """The settings of a sync: which run, and which tracker instead of the run's own."""
 
     run: str = field(metadata={"is_bare": True})
     uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
@@ -32,42 +31,45 @@ class SyncConfig:
 
 
 def launch(command: Command[SyncConfig]) -> None:
-    """Raises: FileNotFoundError: no record there. BlockingIOError: the run is at it. TrackerUnavailable."""
+    """Send to MLflow what it lacks of a run, and report how much that was.
+
+    Raises:
+        FileNotFoundError: the folder has no record.
+        BlockingIOError: another process is sending this run, as the run itself does.
+        TrackerUnavailable: the tracker cannot be reached, or does not take it.
+    """
     refuse_several_ranks("sync_mlflow.py")
     folder = Path(command.config.run)
     if not RunRecord.exists(folder):
         raise FileNotFoundError(f"{folder}: has no metrics.jsonl; name the folder of a training run")
-    records = RunRecord(folder).read()
-    if not records:
-        say(f"{folder}: nothing is recorded yet, nothing to do")
-        return
     settings = read_settings(folder / "config.yaml")
-    tracking = where_to(command.config, read_state(folder) or {}, settings)
-    if command.dry_run:
-        number = sum(len(points_of(record, tracking)) for record in records)
-        say(f"{folder}: would send what is missing of {number} points to {tracking.uri}")
-        return
-    os.environ.update(QUIET_AND_QUICK | os.environ)
-    tracker = Tracker(folder, tracking, settings)
-    sent = send_now(tracker, how_it_ended(read_state(folder) or {}, records, settings))
-    page = page_of(tracker.uri, read_state(folder) or {})
-    say(f"{folder}: {sent.new} points sent, {sent.known} were there already; {page}")
+    tracking = where_to(command.config, read_state(folder), settings)
+    num_points = sum(len(points_of(record, tracking)) for record in RunRecord(folder).read())
+    if num_points == 0:
+        say(f"{folder}: nothing is recorded yet, nothing to do")
+    elif command.dry_run:
+        say(f"{folder}: would send what is missing of {num_points} points to {tracking.uri}")
+    else:
+        num_sent = send(RunPage(folder, tracking, settings), how_it_ended(folder, settings))
+        page = page_of(tracking.uri, read_state(folder))
+        say(f"{folder}: {num_sent} points sent, {num_points - num_sent} were there already; {page}")
 
 
-def where_to(config: SyncConfig, state: dict[str, Any], settings: dict[str, Any]) -> TrackingConfig:
-    """The tracker: the one asked for, else the one that the run was last sent to, else the one of its settings."""
+def where_to(config: SyncConfig, state: Mapping[str, str], settings: Mapping[str, Any]) -> TrackingConfig:
+    """Return the tracker that is asked for, else the one that the run was last sent to, else that of its settings."""
     known = {name: settings[f"tracking.{name}"] for name in OF_THE_RUN if f"tracking.{name}" in settings}
-    if uri := config.uri or state.get("uri"):
-        known["uri"] = uri
-    if experiment := config.experiment or state.get("experiment"):
-        known["experiment"] = experiment
-    return TrackingConfig(**known | {"uri": absolute_uri(known.get("uri", TrackingConfig.uri))})
+    for name, asked in (("uri", config.uri), ("experiment", config.experiment)):
+        if value := asked or state.get(name):
+            known[name] = value
+    tracking = TrackingConfig(**known)
+    return replace(tracking, uri=absolute_uri(tracking.uri))
 
 
-def page_of(uri: str, state: dict[str, Any]) -> str:
-    """Where to look at it."""
-    place = f"#/experiments/{state.get('experiment_id')}/runs/{state.get('run_id')}"
-    return f"{uri.rstrip('/')}/{place}" if uri.startswith("http") else f"run {state.get('run_id')} in {uri}"
+def page_of(uri: str, state: Mapping[str, str]) -> str:
+    """Return where to look at the run."""
+    if not uri.startswith("http"):
+        return f"run {state.get('run_id')} in {uri}"
+    return f"{uri.rstrip('/')}/#/experiments/{state.get('experiment_id')}/runs/{state.get('run_id')}"
 
 
 def main() -> None:

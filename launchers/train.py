@@ -42,7 +42,7 @@ def train(config: TrainConfig, world: World, supervision: Supervision) -> TrainS
     check_configs_agree(config.model, tokenizer.config)
     training, validation = (open_data(config, tokenizer.config, sha256, part) for part in ("train", "validation"))
     data = RunData.of(config, world, training, validation)
-    checkpoints = open_checkpoints(config, world, tokenizer_sha256=sha256, data=data.fingerprint)
+    checkpoints = open_checkpoints(config, config.model, world, tokenizer_sha256=sha256, data=data.fingerprint)
     model = build_var(config.model, config.engine, seed=config.seed)
     initialize(model, config, checkpoints)
     join_world(world, timeout_seconds=config.watch.start_seconds)
@@ -74,7 +74,7 @@ def open_data(config: TrainConfig, tokenizer: VQVAEConfig, sha256: str, part: st
 
 
 def dry_run(config: TrainConfig, world_size: int) -> None:
-    """Say what a run would need, from arithmetic alone; read one batch if tokenizer and shards are there."""
+    """Print what a run would need, by arithmetic alone, and read one batch if tokenizer and shards are there."""
     accumulation = accumulation_steps(config.loop.global_batch, config.engine.micro_batch, world_size)
     say(f"parameters          {config.model.num_parameters:,}")
     say(f"FLOPs per image     {training_flops(config.model):.4g} (training, block-causal attention)")
@@ -94,7 +94,7 @@ def dry_run(config: TrainConfig, world_size: int) -> None:
 
 
 def say_memory(config: TrainConfig, world_size: int) -> None:
-    """The worst moment of a step by component, the other ways of checkpointing, and the batch that would fit."""
+    """Print the memory of a step's worst moment by component, and for each checkpointing the batch that would fit."""
     averages = config.optimizer.ema_decay > 0
     ways = {way: replace(config.engine, activation_checkpointing=way) for way in CHECKPOINTINGS}
     peaks = {way: estimate_memory(config.model, engine, world_size, averages=averages) for way, engine in ways.items()}
@@ -109,12 +109,16 @@ def say_memory(config: TrainConfig, world_size: int) -> None:
 
 
 def say_step_time(config: TrainConfig, world_size: int, accumulation: int) -> None:
-    """What a step takes on the cluster that the config describes."""
-    averages = config.optimizer.ema_decay > 0
-    model, engine = config.model, config.engine
-    workers = max(1, config.data.workers)  # without any a thread of this process reads
-    settings = {"accumulation": accumulation, "averages": averages, "workers": workers}
-    taken = step_time(model, engine, config.cluster, world_size, **settings)
+    """Print the modelled time of a step on the cluster that the config describes."""
+    taken = step_time(
+        config.model,
+        config.engine,
+        config.cluster,
+        world_size,
+        accumulation=accumulation,
+        averages=config.optimizer.ema_decay > 0,
+        workers=max(1, config.data.workers),  # without any a thread of this process reads
+    )
     say(
         f"step, modelled      {taken.total:.3f} s: {taken.compute:.3f} compute, {taken.recomputation:.3f} recomputed, "
         f"{taken.exposed:.3f} communication in the open, {taken.optimizer:.3f} optimizer, {taken.data_wait:.3f} data"

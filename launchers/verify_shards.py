@@ -20,7 +20,7 @@ PROGRESS_SECONDS = 5.0
 
 @dataclass(frozen=True, kw_only=True)
 class VerifyConfig:
-    """launchers/verify_shards.py: every byte of a packed folder against its index; `folder=` may be left out."""
+    """The settings of a check of a packed folder against its index; `folder=` may be left out."""
 
     folder: str = field(metadata={"is_bare": True})  # with an index.json, or with such folders in it; or a URL
     decode: bool = False  # decode every image, and unpack every code

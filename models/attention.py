@@ -24,7 +24,7 @@ FLEX_BLOCK = 128  # queries and keys that FlexAttention keeps or skips together
 
 
 def full_attention(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-    """Softmax attention of all queries (B, H, n, D/H) to all keys (B, H, m, D/H): (B, H, n, D/H)."""
+    """Attend from all queries (B, H, n, D/H) to all keys and values (B, H, m, D/H): -> (B, H, n, D/H)."""
     return F.scaled_dot_product_attention(q, k, v, scale=softmax_scale)
 
 
@@ -40,11 +40,14 @@ class BlockCausalAttention:
             raise ValueError(f"attention '{self.way}' is not one of {', '.join(ATTENTIONS)}")
 
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-        """q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
+        """Attend from each token to its own and earlier scales: q, k, v (B, H, L, D/H) -> (B, H, L, D/H)."""
         return self.on(q.device)(q, k, v, softmax_scale=softmax_scale)
 
     def on(self, device: torch.device) -> Callable[..., Tensor]:
-        """The same as a plain function, with what it needs made once: a block that is compiled need not look inside."""
+        """Return the call as a plain function, with its mask or block lists already on `device`.
+
+        torch.compile then sees tensors alone, and all layers share what is made here.
+        """
         if self.way == PER_SCALE:
             return partial(per_scale, self.scales.scale_sizes)
         if self.way == MASKED:
@@ -53,7 +56,7 @@ class BlockCausalAttention:
 
 
 def per_scale(scale_sizes: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-    """One unmasked call for each scale, of `scale_sizes` tokens.
+    """Attend with one unmasked call for each scale, of `scale_sizes` tokens.
 
     Each scale's keys and values are joined to those before them, rather than cut from the whole: the gradient of a cut
     is the whole sequence again, zeros and all, which costs more than the copies.
@@ -67,30 +70,34 @@ def per_scale(scale_sizes: tuple[int, ...], q: Tensor, k: Tensor, v: Tensor, *, 
 
 
 def masked(mask: Tensor, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-    """One call over all pairs, with an (L, L) mask.
+    """Attend with one call over all pairs and an (L, L) mask, for comparison.
 
-    For comparison. Where torch takes cuDNN's kernel, as on Hopper since 2.11, its gradient of a masked call can be NaN
+    Where torch takes cuDNN's kernel, as on Hopper since 2.11, its gradient of a masked call can be NaN
     if L % 128 is 64, as for the 2,240 tokens of 512 px (pytorch issue 196678).
     """
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=softmax_scale)
 
 
 def flex(block_mask: BlockMask, q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor:
-    """One fused call that skips the blocks of pairs that are masked. On the CPU it has no gradient and no speed."""
-    if q.device.type == "cpu" or torch.compiler.is_compiling():
+    """Attend with one fused call that skips masked blocks of pairs. On the CPU it has no gradient and no speed."""
+    is_fused_by_caller = q.device.type == "cpu" or torch.compiler.is_compiling()
+    if is_fused_by_caller:
         return flex_attention(q, k, v, block_mask=block_mask, scale=softmax_scale)
     return compiled_flex_attention()(q, k, v, block_mask=block_mask, scale=softmax_scale)
 
 
 @lru_cache(maxsize=1)
 def compiled_flex_attention() -> Callable[..., Tensor]:
-    """Compile FlexAttention once: uncompiled, it computes all pairs."""
+    """Compile FlexAttention once for the process; without compilation it computes all pairs."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 @lru_cache(maxsize=8)
 def flex_block_mask(scales: Scales, device: torch.device) -> BlockMask:
-    """Which blocks of FLEX_BLOCK x FLEX_BLOCK pairs are seen whole, which in part; never a mask of all pairs."""
+    """Make FlexAttention's lists of blocks of FLEX_BLOCK x FLEX_BLOCK pairs that are seen whole or in part.
+
+    They come from the ends of the scales alone; a mask of all L^2 pairs is never made.
+    """
     ends = torch.cat([torch.full((tokens.stop - tokens.start,), tokens.stop) for tokens in scales.slices])  # (L,)
     starts = torch.arange(0, scales.num_tokens, FLEX_BLOCK)
     stops = starts + FLEX_BLOCK  # of the last block beyond the tokens: never whole
@@ -107,7 +114,10 @@ def flex_block_mask(scales: Scales, device: torch.device) -> BlockMask:
 
 
 def _block_lists(chosen: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries has, and their numbers, those first: int32, (1, 1, rows[, all])."""
+    """Count the chosen key blocks of each query block, and sort their numbers to the front.
+
+    chosen (rows, all) bool -> counts (1, 1, rows) and numbers (1, 1, rows, all), int32.
+    """
     counts = chosen.sum(dim=1, dtype=torch.int32)
     order = chosen.to(torch.int8).argsort(dim=1, descending=True, stable=True).to(torch.int32)
     return counts[None, None].to(device), order[None, None].to(device)

@@ -46,15 +46,17 @@ class AutoencoderConfig:
 
 
 def group_norm(width: int) -> nn.GroupNorm:
+    """Make the normalisation of `width` channels that VQGAN uses."""
     return nn.GroupNorm(NORM_GROUPS, width, eps=1e-6)
 
 
 def conv3x3(in_width: int, out_width: int) -> nn.Conv2d:
+    """Make a 3x3 convolution that keeps the sides."""
     return nn.Conv2d(in_width, out_width, kernel_size=3, padding=1)
 
 
 def silu(x: Tensor) -> Tensor:
-    """SiLU of what nobody else needs: in its place where no gradient is kept, which spares a large tensor."""
+    """Apply SiLU to a tensor that nobody uses afterwards: without gradients it is overwritten, which saves memory."""
     return F.silu(x, inplace=not torch.is_grad_enabled())
 
 
@@ -90,7 +92,7 @@ class SpatialAttention(nn.Module):
         return x + self.proj_out(h.squeeze(1).transpose(1, 2).reshape(x.shape))
 
     def scores(self, x: Tensor) -> Tensor:
-        """The weights with which `forward` mixes the values: (B, width, h, w) -> (B, h*w, h*w), rows sum to 1."""
+        """Return the weights with which `forward` mixes values: (B, width, h, w) -> (B, h*w, h*w), rows sum to 1."""
         q, k, _ = self._queries_keys_values(x)
         return (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(dim=-1).squeeze(1)
 
@@ -119,10 +121,10 @@ class Upsample(nn.Module):
         self.register_buffer("folded", None, persistent=False)
 
     def fold(self) -> None:
-        """Do both as one transposed convolution from now on, with 4 products a pixel instead of 9.
+        """Replace both steps by one transposed convolution, with 4 products a pixel instead of 9.
 
-        Each pixel of the smaller map stands for four equal ones, whose weights can be added beforehand. For weights
-        that change no more; results differ by rounding.
+        Each pixel of the smaller map stands for four equal ones, whose weights are added up beforehand. Call it when
+        the weights change no more. Results differ from the plain ones by rounding.
         """
         assert self.conv.weight.dtype.itemsize >= 4, "folding weights in low precision rounds them twice"
         self.folded = folded_kernel(self.conv.weight.detach())
@@ -134,11 +136,11 @@ class Upsample(nn.Module):
 
 
 def folded_kernel(kernel: Tensor) -> Tensor:
-    """The transposed convolution of stride 2 that doubles the sides and convolves: (out, in, 3, 3) -> (in, out, 4, 4).
+    """Make the kernel of stride 2 that doubles the sides and convolves at once: (out, in, 3, 3) -> (in, out, 4, 4).
 
-    A pixel of the smaller map, seen as four equal ones, reaches the sum of what each of the four reaches.
+    A pixel of the smaller map stands for four equal pixels; its contribution is the sum of theirs.
     """
-    reach = F.pad(kernel.transpose(0, 1).flip(-1, -2), (0, 1, 0, 1))  # of the top left one; a gap right and below
+    reach = F.pad(kernel.transpose(0, 1).flip(-1, -2), (0, 1, 0, 1))  # what the top left pixel of the four reaches
     return reach + reach.roll(1, 2) + reach.roll(1, 3) + reach.roll((1, 1), (2, 3))
 
 
@@ -194,7 +196,7 @@ class Middle(nn.Module):
         return self.block_2(self.attn_1(self.block_1(x)))
 
     def scores(self, x: Tensor) -> Tensor:
-        """The attention's weights: (B, width, h, w) -> (B, h*w, h*w)."""
+        """Return the weights of the attention: (B, width, h, w) -> (B, h*w, h*w), rows sum to 1."""
         return self.attn_1.scores(self.block_1(x))
 
 
@@ -220,7 +222,7 @@ class Encoder(nn.Module):
         return self.conv_out(silu(self.norm_out(x)))  # (B, C, h, w)
 
     def attention_map(self, images: Tensor) -> Tensor:
-        """Scores of the last self-attention before quantisation: images -> (B, h*w, h*w), rows sum to 1 (Fig. 9)."""
+        """Return the weights of the last attention: images (B, 3, H, W) -> (B, h*w, h*w), rows sum to 1 (Fig. 9)."""
         return self.mid.scores(self._lowest(images))
 
     def _lowest(self, images: Tensor) -> Tensor:
@@ -253,7 +255,7 @@ class Decoder(nn.Module):
         return self.conv_out.weight
 
     def fold_upsampling(self) -> None:
-        """See Upsample.fold."""
+        """Fold every upsampling into its convolution, see `Upsample.fold`."""
         for level in self.up:
             if isinstance(level.upsample, Upsample):
                 level.upsample.fold()

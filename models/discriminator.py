@@ -40,16 +40,16 @@ class PatchDiscriminator(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Convolutions from N(0, 0.02), as VQGAN draws them, on the CPU; biases 0, norms the identity."""
+        """Draw the convolutions from N(0, 0.02), as VQGAN does, on the CPU; biases are 0, norms the identity."""
         for module in self.layers:
-            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:
+            if isinstance(module, nn.Conv2d) and module.bias is not None and not module.weight.is_meta:
                 values = torch.empty(module.weight.shape, device="cpu")
                 module.weight.copy_(values.normal_(0, 0.02, generator=generator))
                 if module.bias is not None:
                     module.bias.zero_()
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> logits (B, 1, h, w)."""
+        """Judge images (B, 3, H, W) in [-1, 1] by patches: -> logits (B, 1, h, w). Raises ValueError if too small."""
         smallest = MIN_SIDE * 2**self.num_layers
         if min(images.shape[-2:]) < smallest:
             raise ValueError(
@@ -60,4 +60,5 @@ class PatchDiscriminator(nn.Module):
 
 
 def conv4x4(in_width: int, out_width: int, *, stride: int) -> nn.Conv2d:
+    """Make a 4x4 convolution, which divides the sides by `stride`, less one at stride 1."""
     return nn.Conv2d(in_width, out_width, kernel_size=4, stride=stride, padding=1)

@@ -16,10 +16,10 @@ MAX_TOKENS_KEPT_WHOLE = 3  # a scale this small is the whole image at once: the 
 
 
 def keep_tokens(scales: Scales, keep_mask: Tensor, *, keep_coarsest: bool = True) -> Tensor:
-    """Which tokens a mask keeps: keep_mask (h, w) or (B, h, w), bool or 0 and 1 -> (1 or B, L) bool.
+    """Carry a mask to the tokens of all scales: keep_mask (h, w) or (B, h, w), bool or 0 and 1 -> (1 or B, L) bool.
 
     At each scale the mask is resized bilinearly and keeps where it exceeds 0.5; scales of three tokens or fewer are
-    kept whole (public demo_zero_shot_edit.ipynb). keep_coarsest=False treats these as any other.
+    kept whole (public demo_zero_shot_edit.ipynb), unless keep_coarsest is False.
     """
     masks = keep_mask if keep_mask.ndim == 3 else keep_mask[None]
     if masks.ndim != 3 or tuple(masks.shape[1:]) != (scales.side, scales.side):
@@ -38,7 +38,7 @@ def keep_tokens(scales: Scales, keep_mask: Tensor, *, keep_coarsest: bool = True
 
 
 def box_in_tokens(box: tuple[float, float, float, float], side: int) -> Tensor:
-    """Which cells of a token map lie in a box: (y0, x0, y1, x1) as shares of the image's sides -> (side, side) bool.
+    """Mark the cells of a token map in a box: (y0, x0, y1, x1) as shares of the image's sides -> (side, side) bool.
 
     Edges are rounded to the nearest cell (public notebook). Raises ValueError for a box that holds no cell.
     """
@@ -53,12 +53,12 @@ def box_in_tokens(box: tuple[float, float, float, float], side: int) -> Tensor:
 
 
 def area_in_tokens(area: Tensor, side: int) -> Tensor:
-    """Which cells of a token map are covered by more than half: area (H, W) bool -> (side, side) bool."""
+    """Mark the cells of a token map that an area covers by more than half: area (H, W) bool -> (side, side) bool."""
     return F.interpolate(area[None, None].float(), size=(side, side), mode="area")[0, 0] > 0.5
 
 
 def tokens_to_pixels(mask: Tensor, image_size: int) -> Tensor:
-    """The pixels of the kept cells: (h, w) bool -> (H, W) bool."""
+    """Mark the pixels of the kept cells: (h, w) bool -> (H, W) bool."""
     return F.interpolate(mask[None, None].float(), size=(image_size, image_size), mode="nearest")[0, 0] > 0.5
 
 

@@ -39,7 +39,7 @@ class KnownTokens:
 
 @dataclass(frozen=True)
 class Generated:
-    """What came out, and the feature map to decode. The map is that of the codes, unless sampling was smooth."""
+    """Drawn codes, and the feature map to decode. The map is that of the codes, unless sampling was smooth."""
 
     codes: Tensor  # (B, L) int64
     f_hat: Tensor  # (B, C, h, w)
@@ -57,7 +57,8 @@ def generate(
 ) -> Tensor:
     """Sample codes of one image per label: labels (B,) int64 -> codes (B, L) int64.
 
-    cfg, top_k, top_p: see Sampling. seeds: one per image; none are needed if top_k is 1.
+    cfg, top_k, top_p: see Sampling. seeds: one per image; none are needed if top_k is 1. Raises ValueError as
+    `generate_scales` does.
     """
     sampling = Sampling(cfg=cfg, top_k=top_k, top_p=top_p)
     return generate_scales(var, tokenizer, labels, sampling, seeds=seeds).codes
@@ -89,7 +90,7 @@ def edit(
 
 
 def known_part(tokenizer: VQVAE, images: Tensor, keep_mask: Tensor, *, keep_coarsest: bool) -> KnownTokens:
-    """The tokens of images (B, 3, H, W) that a mask keeps; arguments as for `edit`."""
+    """Encode images (B, 3, H, W) and mark the tokens that a mask keeps; arguments as for `edit`."""
     codes = tokenizer.encode(images)  # (B, L)
     mask = keep_tokens(tokenizer.scales, keep_mask.to(codes.device), keep_coarsest=keep_coarsest)
     if mask.shape[0] not in (1, images.shape[0]):
@@ -107,10 +108,13 @@ def generate_scales(
     seeds: Seeds = None,
     known: KnownTokens | None = None,
 ) -> Generated:
-    """The loop: draw scale k given all before it, put known tokens in place, add the result to f_hat.
+    """Draw scale k given all before it, put known tokens in place, add the result to f_hat; for all k.
 
-    labels: (B,) int64, 0 to num_classes, the last being the null class. Raises ValueError where the models do not fit
-    together, or seeds, labels, known tokens or guidance do not fit the models.
+    labels: (B,) int64, 0 to num_classes, the last being the null class.
+
+    Raises:
+        ValueError: the models do not fit together; seeds, labels, known tokens or guidance do not fit the models; or
+            the logits are not finite.
     """
     check_configs_agree(var.config, tokenizer.config)
     check_labels(labels, var.config)
@@ -165,7 +169,7 @@ class GuidedModel:
         self.cache = var.allocate_cache(labels.shape[0])
 
     def logits(self, inputs: Tensor | None, k: int) -> Tensor:
-        """Guided logits of scale k: inputs (B, p_k^2, C), None at the first scale -> (B, p_k^2, V) float32."""
+        """Predict scale k under guidance: inputs (B, p_k^2, C), None at the first scale -> (B, p_k^2, V) float32."""
         conditional, t = slice(self.batch), self.schedule[k]
         if k == self.num_doubled:
             self.classes, self.cache = self.classes.rows(conditional), self.cache.rows(conditional)
@@ -175,8 +179,8 @@ class GuidedModel:
         logits = self.var.forward_scale(inputs, self.classes, k, self.cache, wanted=wanted)
         if not t:
             return logits
-        with_class, without = logits.chunk(2)
-        return guide(with_class, without, t)
+        guided, unconditional = logits.chunk(2)
+        return guide(guided, unconditional, t)
 
 
 def check_configs_agree(var: VARConfig, tokenizer: VQVAEConfig) -> None:

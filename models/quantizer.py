@@ -56,7 +56,7 @@ class Quantized:
 
 
 def phi_indices(num_scales: int, num_phi: int) -> tuple[int, ...]:
-    """Which phi each of K scales uses: the nearest of `num_phi` points spread over [0, 1] to k / (K - 1)."""
+    """Return which phi each of K scales uses: of `num_phi` points spread over [0, 1] the nearest to k / (K - 1)."""
     if num_phi == 0:
         return tuple(range(num_scales))
     if num_phi == 1 or num_scales == 1:
@@ -97,12 +97,12 @@ class MultiScaleQuantizer(nn.Module):
         self.phi = nn.ModuleList(Phi(config.code_width, ratio=config.phi_ratio) for _ in range(num_phi))
 
     def lookup(self, tokens: Tensor) -> Tensor:
-        """Code vectors of tokens: (...) int64 -> (..., C)."""
+        """Look up the code vectors of tokens: (...) int64 -> (..., C)."""
         return F.embedding(tokens, self.codebook)
 
     @torch.no_grad()
     def nearest(self, vectors: Tensor) -> Tensor:
-        """Q of Algorithm 1, the nearest code by Euclidean distance: (..., C) -> (...) int64."""
+        """Find the nearest code by Euclidean distance, Q of Algorithm 1: (..., C) -> (...) int64."""
         with torch.autocast(vectors.device.type, enabled=False):
             vectors, codebook = vectors.float(), self.codebook.float()
             # |v - z|^2 without |v|^2, which is the same for every code
@@ -110,18 +110,18 @@ class MultiScaleQuantizer(nn.Module):
         return distances.argmin(dim=-1)
 
     def embed_scale(self, tokens: Tensor, k: int) -> Tensor:
-        """What scale k adds to f_hat, phi_k(upsample(lookup(Z, r_k))): tokens (B, p_k^2) -> (B, C, h, w)."""
+        """Compute what scale k adds to f_hat, phi_k(upsample(lookup(Z, r_k))): tokens (B, p_k^2) -> (B, C, h, w)."""
         return self.embed_vectors(self.lookup(tokens), k)
 
     def embed_vectors(self, vectors: Tensor, k: int) -> Tensor:
-        """`embed_scale` of code vectors, or of mixtures of them: (B, p_k^2, C) -> (B, C, h, w)."""
+        """Compute `embed_scale` of code vectors, or of mixtures of them: (B, p_k^2, C) -> (B, C, h, w)."""
         side = self.scales.patch_nums[k]
         z = vectors.transpose(1, 2).unflatten(2, (side, side))  # (B, C, p_k, p_k)
         with torch.autocast(z.device.type, enabled=False):
             return self.phi[self.phi_of_scale[k]](self._upsample(z))  # (B, C, h, w)
 
     def downsample(self, f: Tensor, side: int) -> Tensor:
-        """Area interpolation of a feature map (B, C, h, w) -> (B, C, side, side); nothing to do at the last scale."""
+        """Interpolate a feature map by area: (B, C, h, w) -> (B, C, side, side), the map itself at the last scale."""
         return f if side == self.scales.side else F.interpolate(f, size=(side, side), mode="area")
 
     def _upsample(self, z: Tensor) -> Tensor:
@@ -129,7 +129,7 @@ class MultiScaleQuantizer(nn.Module):
         return z if z.shape[-1] == side else F.interpolate(z, size=(side, side), mode="bicubic")
 
     def _residual_steps(self, f: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Algorithm 1: for every scale its tokens (B, p_k^2) and what they add to f_hat (B, C, h, w).
+        """Yield for every scale its tokens (B, p_k^2) and what they add to f_hat (B, C, h, w) (Algorithm 1).
 
         The search follows no gradient; what the tokens add carries that of codebook and phi.
         """
@@ -175,22 +175,22 @@ class MultiScaleQuantizer(nn.Module):
         return f_hat
 
     def _running_f_hat(self, codes: Tensor) -> Iterator[Tensor]:
-        """f_hat after every scale, K maps of (B, C, h, w)."""
+        """Yield f_hat after every scale, K maps of (B, C, h, w)."""
         f_hat = self.empty_f_hat(codes.shape[0])
         for k, tokens in enumerate(self.scales.split(codes)):
             f_hat = f_hat + self.embed_scale(tokens, k)
             yield f_hat
 
     def empty_f_hat(self, batch: int) -> Tensor:
-        """f_hat before the first scale: zeros (B, C, h, w)."""
+        """Return f_hat before the first scale: zeros (B, C, h, w)."""
         return self.codebook.new_zeros(batch, self.config.code_width, self.scales.side, self.scales.side)
 
     def next_input(self, f_hat: Tensor, k: int) -> Tensor:
-        """What the transformer sees to predict scale k: f_hat of the scales before, (B, C, h, w) -> (B, p_k^2, C)."""
+        """Make the transformer's input for scale k from f_hat of the scales before: (B, C, h, w) -> (B, p_k^2, C)."""
         return self.downsample(f_hat, self.scales.patch_nums[k]).flatten(2).transpose(1, 2)
 
     def teacher_forcing_inputs(self, codes: Tensor) -> Tensor:
-        """The inputs of scales 2 .. K from the true codes: codes (B, L) -> (B, L - p_1^2, C).
+        """Make the transformer's inputs for scales 2 .. K from the true codes: (B, L) -> (B, L - p_1^2, C).
 
         The first scale has no input here: its start token comes from the class.
         """

@@ -9,6 +9,7 @@ are ours but for the quantiser; a transformer's are translated by two tables.
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from models.scales import Scales
 from models.var import ADALN, HEAD_DIM, LAYER_NORM, SHARED_ADALN, VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
 
+Model = TypeVar("Model", bound=nn.Module)
 # Entries that are not weights: reading ignores them, writing computes them, since the public code loads strictly.
 BUFFERS = ("lvl_1L", "attn_bias_for_masking", "zero_k_bias", "ema_vocab_hit_SV")
 MAX_NAMES_IN_ERROR = 8
@@ -44,7 +46,7 @@ BLOCK_NAMES = {  # after "blocks.i."
 
 
 def tokenizer_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[int]) -> VQVAE:
-    """The tokenizer of a public state dict, in float32, sharing its storage; on the meta device if the entries are.
+    """Build the tokenizer of a public state dict, in float32, sharing its storage and on its device.
 
     Raises ValueError naming each entry that is missing, unexpected or of another shape.
     """
@@ -52,12 +54,11 @@ def tokenizer_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iter
     config = _tokenizer_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VQVAE(config)
-    _fill(model, weights, _tokenizer_names(model, _phi_prefix(weights)), "tokenizer")
-    return model
+    return _fill(model, weights, _tokenizer_names(model, _phi_prefix(weights)), "tokenizer")
 
 
 def var_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[int]) -> VAR:
-    """The transformer of a public state dict, in float32, sharing its storage; on the meta device if the entries are.
+    """Build the transformer of a public state dict, in float32, sharing its storage and on its device.
 
     Raises ValueError naming each entry that is missing, unexpected or of another shape.
     """
@@ -65,14 +66,13 @@ def var_from_state_dict(state_dict: Mapping[str, Tensor], patch_nums: Iterable[i
     config = _var_config(weights, tuple(int(side) for side in patch_nums))
     with torch.device("meta"):
         model = VAR(config)
-    _fill(model, weights, _var_names(model), "transformer")
-    return model
+    return _fill(model, weights, _var_names(model), "transformer")
 
 
 def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
-    """The public state dict of a tokenizer, sharing its storage. The usage statistic, a matter of training, is zeros.
+    """Return the public state dict of a tokenizer, sharing its storage. Its statistic of used codes is all zeros.
 
-    Raises ValueError if its phi_ratio is not 0.5: the files do not state it, and it would come back another tokenizer.
+    Raises ValueError if phi_ratio is not 0.5: the files do not state it, and another tokenizer would be read back.
     """
     num_phi, phi_ratio = tokenizer.config.quantizer.num_phi, tokenizer.config.quantizer.phi_ratio
     if phi_ratio != QuantizerConfig().phi_ratio:
@@ -87,7 +87,7 @@ def tokenizer_to_state_dict(tokenizer: VQVAE) -> dict[str, Tensor]:
 
 
 def var_to_state_dict(var: VAR) -> dict[str, Tensor]:
-    """The public state dict of a transformer, sharing its storage, with its constant buffers.
+    """Return the public state dict of a transformer, sharing its storage, with its constant buffers.
 
     Raises ValueError as `check_public` does.
     """
@@ -111,7 +111,7 @@ def check_public(config: VARConfig) -> None:
 
 
 def _weights(state_dict: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
-    """The entries that are weights, in float32."""
+    """Return the entries that are weights, in float32."""
     strangers = [name for name, value in state_dict.items() if not (isinstance(name, str) and torch.is_tensor(value))]
     if strangers:
         raise ValueError(
@@ -121,7 +121,7 @@ def _weights(state_dict: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
 
 
 def _size(weights: Mapping[str, Tensor], what: str, *sources: tuple[str, int]) -> int:
-    """A size that several entries state, each (name, dimension): what most say, so that a wrong one stands out."""
+    """Read a size that several entries (name, dimension) state, by majority, so that a wrong entry stands out."""
     said = {
         name: weights[name].shape[dimension]
         for name, dimension in sources
@@ -140,7 +140,7 @@ def _size(weights: Mapping[str, Tensor], what: str, *sources: tuple[str, int]) -
 
 
 def _count(weights: Mapping[str, Tensor], pattern: str) -> int:
-    """How many there are of what `pattern` numbers: one more than the largest number found, within reason."""
+    """Count what `pattern` numbers: one more than the largest number found, at most as many as there are entries."""
     found = (re.match(pattern, name) for name in weights)
     return min(max((int(match[1]) + 1 for match in found if match), default=0), len(weights))
 
@@ -179,7 +179,7 @@ def _tokenizer_config(weights: Mapping[str, Tensor], patch_nums: tuple[int, ...]
 
 
 def _phi_prefix(weights: Mapping[str, Tensor]) -> str:
-    """What the names of the phi begin with: it tells one per scale, one for all, and some for neighbours apart."""
+    """Find how the names of the phi begin, which tells whether there is one per scale, one for all, or a few shared."""
     for prefix in ("quantize.quant_resi.qresi_ls.", "quantize.quant_resi.qresi."):
         if any(name.startswith(prefix) for name in weights):
             return prefix
@@ -230,7 +230,7 @@ def _var_config(weights: Mapping[str, Tensor], patch_nums: tuple[int, ...]) -> V
 
 
 def _var_names(var: VAR) -> dict[str, str]:
-    """Their name of each of our parameters."""
+    """Map each of our parameters' names to theirs."""
     return {name: _var_name(name) for name, _ in var.named_parameters()}
 
 
@@ -244,7 +244,7 @@ def _var_name(ours: str) -> str:
 
 
 def _tokenizer_names(tokenizer: VQVAE, phi_prefix: str) -> dict[str, str]:
-    """Their name of each of our parameters; `phi_prefix` says how the phi are shared."""
+    """Map each of our parameters' names to theirs; `phi_prefix` says how the phi are shared."""
     one_for_all = phi_prefix.endswith("qresi.")
     names = {name: name for name, _ in tokenizer.named_parameters()}
     names["quantizer.codebook"] = "quantize.embedding.weight"
@@ -255,7 +255,7 @@ def _tokenizer_names(tokenizer: VQVAE, phi_prefix: str) -> dict[str, str]:
 
 
 def _their_shape(name: str, shape: Iterable[int]) -> tuple[int, ...]:
-    """Theirs of a parameter of our `shape`: some have leading or trailing dimensions of 1."""
+    """Return the public shape of a parameter of our `shape`: some have leading or trailing dimensions of 1."""
     if name in ("pos_start", "pos_1LC"):
         return (1, *shape)
     if name.endswith("ada_gss"):
@@ -263,8 +263,8 @@ def _their_shape(name: str, shape: Iterable[int]) -> tuple[int, ...]:
     return (1, *shape, 1, 1) if name.endswith("scale_mul_1H11") else tuple(shape)
 
 
-def _fill(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> None:
-    """Put entries in the place of a model's parameters, after checking every name and shape."""
+def _fill(model: Model, weights: Mapping[str, Tensor], names: Mapping[str, str], what: str) -> Model:
+    """Put entries in the place of our parameters, after checking every name and shape."""
     wanted = {names[ours]: _their_shape(names[ours], value.shape) for ours, value in model.named_parameters()}
     faults = [f"missing {name} {shape}" for name, shape in wanted.items() if name not in weights]
     faults += [f"unexpected {name} {tuple(weights[name].shape)}" for name in weights if name not in wanted]
@@ -280,6 +280,7 @@ def _fill(model: nn.Module, weights: Mapping[str, Tensor], names: Mapping[str, s
         )
     ours = {name: weights[names[name]].reshape(value.shape) for name, value in model.named_parameters()}
     model.load_state_dict(ours, assign=True)
+    return model
 
 
 def _export(model: nn.Module, names: Mapping[str, str]) -> dict[str, Tensor]:

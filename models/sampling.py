@@ -47,7 +47,7 @@ class Sampling:
         return self.top_k == 1
 
     def schedule(self, num_scales: int) -> tuple[float, ...]:
-        """Guidance t of each of K scales."""
+        """Return the guidance t of each of K scales. Raises ValueError if `guidance` has another length."""
         if not self.guidance:
             return guidance_schedule(self.cfg, num_scales)
         if len(self.guidance) != num_scales:
@@ -59,44 +59,44 @@ class Sampling:
 
 
 def guidance_schedule(cfg: float, num_scales: int) -> tuple[float, ...]:
-    """Guidance of every scale, from 0 at the first to `cfg` at the last: t_k = cfg k / (K - 1) (public code)."""
+    """Return the guidance t_k = cfg k / (K - 1) of each scale, from 0 to `cfg` at the last scale (public code)."""
     return tuple(cfg * k / max(num_scales - 1, 1) for k in range(num_scales))
 
 
 def num_doubled_scales(guidance: Sequence[float]) -> int:
-    """How many scales need the unconditional half: each guided one, and all before it, which it attends to."""
+    """Count the scales that need the unconditional half: each guided one, and all before it, which it attends to."""
     return max((k + 1 for k, t in enumerate(guidance) if t), default=0)
 
 
 def guide(conditional: Tensor, unconditional: Tensor, t: float) -> Tensor:
-    """Classifier-free guidance of strength t: away from what would be predicted without the class."""
+    """Apply classifier-free guidance of strength t: (1 + t) conditional - t unconditional."""
     return (1 + t) * conditional - t * unconditional
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Codes of each token, among them all that may be drawn."""
+    """Codes that may be drawn for each token; others among them have a logit of -inf."""
 
     logits: Tensor  # (..., m), -inf for those that may not be drawn
     codes: Tensor  # (..., m) int64, each once
 
     def spread(self, vocab_size: int) -> Tensor:
-        """Logits of all codes, -inf for the others: (..., V)."""
+        """Return logits of all codes (..., V), which are -inf for those that are no candidates."""
         empty = self.logits.new_full((*self.logits.shape[:-1], vocab_size), -torch.inf)
         return empty.scatter_(-1, self.codes, self.logits)
 
 
 def filter_logits(logits: Tensor, top_k: int, top_p: float) -> Tensor:
-    """Keep the likeliest tokens of (..., V), cut the others to -inf: top-k, then top-p of what is left.
+    """Keep the most likely codes of logits (..., V) and set the others to -inf: first top-k, then top-p.
 
-    top_k: how many, 0 = all; ties with the last one stay. top_p: the fewest whose probability reaches it, 0 or 1 = all;
-    of codes that tie there, the last ones stay.
+    top_k: how many codes to keep, 0 = all; codes that tie with the last one stay. top_p: keep the smallest set of most
+    likely codes whose probabilities sum to at least this, 0 or 1 = all; of codes that tie, the last ones stay.
     """
     return find_candidates(logits, top_k, top_p).spread(logits.shape[-1])
 
 
 def find_candidates(logits: Tensor, top_k: int, top_p: float) -> Candidates:
-    """The codes that `filter_logits` keeps of (..., V). With top-k no more than k + TIES are sorted, if no more tie."""
+    """Find the codes that `filter_logits` keeps of (..., V), with k + TIES sorted for top-k unless more of them tie."""
     vocab_size = logits.shape[-1]
     is_cut_by_p = 0 < top_p < 1
     if 0 < top_k < vocab_size:
@@ -109,7 +109,7 @@ def find_candidates(logits: Tensor, top_k: int, top_p: float) -> Candidates:
 
 
 def _likeliest(logits: Tensor, top_k: int) -> Candidates:
-    """The k likeliest codes and those that tie with the last of them, likeliest first; logits of others are -inf."""
+    """Find the k most likely codes of (..., V) and those that tie with the last of them, in descending order."""
     vocab_size = logits.shape[-1]
     width = min(top_k + TIES, vocab_size)
     values, codes = logits.topk(width, dim=-1)
@@ -120,13 +120,16 @@ def _likeliest(logits: Tensor, top_k: int) -> Candidates:
 
 
 def _cut_by_probability(logits: Tensor, found: Candidates, top_p: float) -> Candidates:
-    """Of candidates, likeliest first, the fewest whose probability reaches top_p; of logits (..., V) they are."""
+    """Keep the smallest set of most likely candidates whose probabilities sum to at least top_p.
+
+    found: candidates of logits (..., V) in descending order. Codes that are cut get a logit of -inf.
+    """
     # In ascending order and over all codes, so that sums are rounded as the public code's are.
     vocab_size, width = logits.shape[-1], found.logits.shape[-1]
     ascending = logits.new_full(logits.shape, -torch.inf)
     ascending[..., vocab_size - width :] = found.logits.flip(-1)
     is_cut = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
-    num_kept = 1 + (~is_cut[..., vocab_size - width : -1]).sum(dim=-1, keepdim=True)  # the likeliest in any case
+    num_kept = 1 + (~is_cut[..., vocab_size - width : -1]).sum(dim=-1, keepdim=True)  # the most likely in any case
     last = found.logits.gather(-1, num_kept - 1)  # the smallest logit that stays
     num_last = num_kept - (found.logits > last).sum(dim=-1, keepdim=True)  # codes with it that stay
     is_last = logits == last  # (..., V)
@@ -136,7 +139,7 @@ def _cut_by_probability(logits: Tensor, found: Candidates, top_p: float) -> Cand
 
 
 def _without_empty_columns(found: Candidates) -> Candidates:
-    """Without what no row needs; all of it on a GPU, which the host would have to wait for to know."""
+    """Drop the last columns, from which no row may draw; not on a GPU, for whose answer the host would wait."""
     if found.logits.device.type != "cpu":
         return found
     is_needed = (found.logits != -torch.inf).reshape(-1, found.logits.shape[-1]).any(dim=0)  # (m,)
@@ -145,9 +148,10 @@ def _without_empty_columns(found: Candidates) -> Candidates:
 
 
 def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice, *, top_k: int = 0, top_p: float = 0) -> Tensor:
-    """The likeliest token without seeds, else a draw of those that `filter_logits` keeps: (B, n, V) -> (B, n) int64.
+    """Draw a code for each token from those that `filter_logits` keeps: logits (B, n, V) -> (B, n) int64.
 
-    seeds: (B,). tokens: where these n tokens lie among the image's L; each has noise of its own.
+    seeds: (B,) int64, one per image; None takes the most likely codes. tokens: where these n tokens lie among the L of
+    an image, since each has noise of its own.
     """
     if seeds is None:
         return logits.argmax(dim=-1)
@@ -163,10 +167,10 @@ def choose_tokens(logits: Tensor, seeds: Tensor | None, tokens: slice, *, top_k:
 def smooth_code_vectors(
     logits: Tensor, seeds: Tensor | None, tokens: slice, codebook: Tensor, *, progress: float
 ) -> Tensor:
-    """Mixtures of codes instead of one code per token: logits (B, n, V), codebook (V, C) -> (B, n, C).
+    """Mix code vectors for each token instead of choosing one: logits (B, n, V), codebook (V, C) -> (B, n, C).
 
-    A Gumbel-softmax with the noise of `choose_tokens`. progress: k / (K - 1). With it the logits are sharpened by
-    1 + progress and the temperature falls as 0.27 (1 - 0.95 progress), to 0.005 at least (public code, "more_smooth").
+    The weights are a Gumbel-softmax with the noise of `choose_tokens`. progress: k / (K - 1); the logits are sharpened
+    by 1 + progress, and the temperature is 0.27 (1 - 0.95 progress), at least 0.005 (public code, "more_smooth").
     """
     temperature = max(0.27 * (1 - 0.95 * progress), 0.005)
     if seeds is None:
@@ -183,16 +187,16 @@ def smooth_code_vectors(
 
 
 def _in_turns(logits: Tensor, seeds: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Pair logits and seeds in parts of so few images that what is made of them fits into memory."""
+    """Pair logits (B, n, V) and seeds (B,) in parts of so few images that what is made of them fits into memory."""
     most = MAX_NUMBERS_ON_CPU if logits.device.type == "cpu" else MAX_NUMBERS
     images = max(1, most // (logits.shape[1] * logits.shape[2]))
     return zip(logits.split(images), seeds.split(images), strict=True)
 
 
 def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int, *, codes: Tensor | None = None) -> Tensor:
-    """Standard Gumbel noise, a function of (seed, token, code): seeds (B,) int64 -> (B, n, V) float32.
+    """Make standard Gumbel noise, a function of (seed, token, code): seeds (B,) int64 -> (B, n, V) float32.
 
-    codes: (B, n, m) int64, those whose noise is wanted: -> (B, n, m), the same numbers.
+    codes: (B, n, m) int64 asks for the noise of these codes alone: -> (B, n, m), the same numbers.
     """
     positions = torch.arange(tokens.start, tokens.stop, device=seeds.device)  # (n,)
     codes = torch.arange(vocab_size, device=seeds.device) if codes is None else codes
@@ -204,7 +208,7 @@ def gumbel_noise(seeds: Tensor, tokens: slice, vocab_size: int, *, codes: Tensor
 
 
 def image_seeds(seeds: Sequence[int] | Tensor | None, num_images: int, device: torch.device) -> Tensor:
-    """One seed per image: (B,) int64 on `device`. Raises ValueError for another number, or one outside [0, 2^63)."""
+    """Put one seed per image into a tensor (B,) int64. Raises ValueError unless there is one each, in [0, 2^63)."""
     values = [] if seeds is None else [int(seed) for seed in seeds]
     if len(values) != num_images:
         raise ValueError(f"got {len(values)} seeds for {num_images} images, expected one each (none if top_k is 1)")
@@ -215,7 +219,7 @@ def image_seeds(seeds: Sequence[int] | Tensor | None, num_images: int, device: t
 
 
 def _signed(value: int) -> int:
-    """A 64-bit pattern as the int64 that holds it."""
+    """Return the int64 that has the bits of an unsigned 64-bit number."""
     return value - 2**64 if value >= 2**63 else value
 
 
@@ -223,7 +227,7 @@ SPLITMIX_GAMMA = _signed(0x9E3779B97F4A7C15)  # the step of SplitMix64's counter
 
 
 def splitmix64(x: Tensor) -> Tensor:
-    """The output function of SplitMix64 (Steele, Lea and Flood, 2014) on int64 bit patterns; products wrap around."""
+    """Apply the output function of SplitMix64 (Steele, Lea and Flood, 2014) to int64 bit patterns."""
     x = x + SPLITMIX_GAMMA
     x = x.bitwise_xor_(_shift_right(x, 30)).mul_(_signed(0xBF58476D1CE4E5B9))
     x = x.bitwise_xor_(_shift_right(x, 27)).mul_(_signed(0x94D049BB133111EB))
@@ -231,5 +235,5 @@ def splitmix64(x: Tensor) -> Tensor:
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    """Logical shift: int64 has no unsigned kind, and its own shift would drag the sign along."""
+    """Shift bits right without copying the sign, which the shift of int64 would do."""
     return (x >> bits).bitwise_and_((1 << (64 - bits)) - 1)

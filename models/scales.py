@@ -80,11 +80,11 @@ class Scales:
         return torch.cat(list(token_maps), dim=1)
 
     def scale_ids(self, device: torch.device | str | None = None) -> Tensor:
-        """The scale each token belongs to, counted from 0: (L,) int64."""
+        """Return the scale that each token belongs to, counted from 0: (L,) int64."""
         sizes = enumerate(self.scale_sizes)
         return torch.cat([torch.full((size,), k, dtype=torch.int64, device=device) for k, size in sizes])
 
     def block_causal_mask(self, device: torch.device | str | None = None) -> Tensor:
-        """Which token (row) may attend to which (column), its own and earlier scales (Fig. 4): (L, L) bool."""
+        """Return which token (row) may attend to which (column): its own and earlier scales (Fig. 4). (L, L) bool."""
         ids = self.scale_ids(device)
         return ids[:, None] >= ids[None, :]

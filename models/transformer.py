@@ -29,7 +29,7 @@ Attend = Callable[..., Tensor]  # q, k, v (B, H, n or m, D/H), softmax_scale= ->
 
 @dataclass(frozen=True)
 class LayerCache:
-    """One layer's part of a KVCache, a view. That it has no number of its own lets all layers share compiled code."""
+    """One layer's part of a KVCache, a view. It does not know its layer, so all layers share compiled code."""
 
     keys: Tensor  # (B, H, L, D/H)
     values: Tensor  # (B, H, L, D/H)
@@ -62,16 +62,16 @@ class KVCache:
         dtype: torch.dtype,
         device: torch.device | str,
     ) -> "KVCache":
-        """An empty cache for `num_tokens` tokens of every layer."""
+        """Allocate an empty cache for `num_tokens` tokens of every layer."""
         shape = (num_layers, batch, num_heads, num_tokens, head_dim)
         return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
 
     def layers(self) -> list[LayerCache]:
-        """The part of each layer, at this position."""
+        """Return the part of each layer, at this position."""
         return [LayerCache(keys, values, self.position) for keys, values in zip(self.keys, self.values)]
 
     def rows(self, part: slice) -> "KVCache":
-        """The cache of a part of the batch: the same storage, a position of its own."""
+        """Return the cache of a part of the batch: the same storage, a position of its own."""
         return KVCache(self.keys[:, part], self.values[:, part], self.position)
 
     def advance(self, num_tokens: int) -> None:
@@ -94,18 +94,18 @@ class UnitNorm(nn.Module):
 
 
 def inverse_length(x: Tensor) -> Tensor:
-    """1 over the length of each vector, which counts as 1e-12 at least, as in F.normalize: (..., D) -> (..., 1)."""
+    """Return 1 / max(length, 1e-12) of each vector, as F.normalize takes it: (..., D) -> (..., 1)."""
     return torch.linalg.vector_norm(x, dim=-1, keepdim=True).clamp_min(MIN_LENGTH).reciprocal()
 
 
 class LinearWithGivenBias(nn.Linear):
-    """A linear layer whose bias is made elsewhere, and added within the product."""
+    """A linear layer whose bias comes as an argument: (..., in), (out,) -> (..., out)."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
-    def forward(self, x: Tensor, bias: Tensor) -> Tensor:  # type: ignore[override]
-        return F.linear(x, self.weight, bias)
+    def forward(self, input: Tensor, bias: Tensor | None = None) -> Tensor:
+        return F.linear(input, self.weight, bias)
 
 
 class SelfAttention(nn.Module):
@@ -123,7 +123,7 @@ class SelfAttention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, *, attend: Attend = full_attention, cache: LayerCache | None = None) -> Tensor:
-        """x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
+        """Attend within x (B, n, D) -> (B, n, D); with a cache, x is one scale and sees all scales so far."""
         qkv = self.qkv(x, torch.cat([self.q_bias, torch.zeros_like(self.q_bias), self.v_bias]))  # (B, n, 3D)
         qkv = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)  # (3, B, H, n, D/H)
         q, k, v = qkv.unbind(0)  # (B, H, n, D/H)
@@ -159,7 +159,7 @@ class ModulationVectors:
     feed_forward_shift: Tensor  # shift2
 
     def __getitem__(self, part: slice) -> "ModulationVectors":
-        """Those of a part of the batch."""
+        """Return the vectors of a part of the batch."""
         return ModulationVectors(*(getattr(self, vector.name)[part] for vector in fields(self)))
 
 
@@ -192,7 +192,7 @@ def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
 
 
 def branch_factor(residual_scale: Tensor | None, branch: int, x: Tensor) -> Tensor | float:
-    """What branch 0 (attention) or 1 (feed-forward) is multiplied by: residual_scale (2, B) -> (B, 1, 1), or 1."""
+    """Return the factor on branch 0 (attention) or 1 (feed-forward): residual_scale (2, B) -> (B, 1, 1), or 1."""
     return 1.0 if residual_scale is None else residual_scale[branch].to(x.dtype)[:, None, None]
 
 
@@ -206,7 +206,7 @@ class AdaLNBlock(nn.Module):
         self.feed_forward = FeedForward(width, hidden_width)
 
     def vectors(self, condition: Tensor) -> ModulationVectors:
-        """What `forward` makes of the condition, which can be given in its place."""
+        """Make the six vectors of the condition, which `forward` takes in its place."""
         return self.modulation(condition)
 
     def forward(
@@ -218,10 +218,10 @@ class AdaLNBlock(nn.Module):
         cache: LayerCache | None = None,
         residual_scale: Tensor | None = None,
     ) -> Tensor:
-        """x (B, n, D) -> (B, n, D).
+        """Transform x (B, n, D) -> (B, n, D).
 
-        condition: (B, D), or (B, 6, D) when AdaLN is shared, or its `vectors`. residual_scale: (2, B), what each
-        sample's attention and feed-forward branches are multiplied by; 0 or 1 / keep gives stochastic depth.
+        condition: (B, D), or (B, 6, D) when AdaLN is shared, or its `vectors`. residual_scale: (2, B), factors on each
+        sample's attention and feed-forward branches; 0 or 1 / keep gives stochastic depth.
         """
         m = condition if isinstance(condition, ModulationVectors) else self.vectors(condition)
         h = self.attention(modulate(x, m.attention_scale, m.attention_shift), attend=attend, cache=cache)
@@ -241,7 +241,7 @@ class LayerNormBlock(nn.Module):
         self.feed_forward = FeedForward(width, hidden_width)
 
     def vectors(self, condition: Tensor) -> Tensor:
-        """As AdaLNBlock's; there is nothing to make."""
+        """Return the condition itself: there is nothing to make of it."""
         return condition
 
     def forward(
@@ -253,7 +253,7 @@ class LayerNormBlock(nn.Module):
         cache: LayerCache | None = None,
         residual_scale: Tensor | None = None,
     ) -> Tensor:
-        """As AdaLNBlock, but the condition is not looked at: the class is in the start token alone."""
+        """Transform x (B, n, D) -> (B, n, D), see `AdaLNBlock`. The condition is ignored."""
         h = self.attention(self.attention_norm(x), attend=attend, cache=cache)
         x = x + branch_factor(residual_scale, 0, x) * h
         h = self.feed_forward(self.feed_forward_norm(x))
@@ -268,7 +268,7 @@ class ScaleAndShift:
     shift: Tensor
 
     def __getitem__(self, part: slice) -> "ScaleAndShift":
-        """Those of a part of the batch."""
+        """Return the vectors of a part of the batch."""
         return ScaleAndShift(self.scale[part], self.shift[part])
 
 
@@ -280,7 +280,7 @@ class FinalNorm(nn.Module):
         self.linear = nn.Linear(width, 2 * width)
 
     def vectors(self, condition: Tensor) -> ScaleAndShift:
-        """What `forward` makes of the condition, which can be given in its place."""
+        """Make scale and shift of the condition, which `forward` takes in its place."""
         return ScaleAndShift(*self.linear(F.silu(condition)).unflatten(1, (2, 1, -1)).unbind(1))
 
     def forward(self, x: Tensor, condition: Tensor | ScaleAndShift) -> Tensor:
@@ -295,11 +295,11 @@ class PlainFinalNorm(nn.LayerNorm):
         super().__init__(width, eps=NORM_EPS)
 
     def vectors(self, condition: Tensor) -> Tensor:
-        """As FinalNorm's; there is nothing to make."""
+        """Return the condition itself: there is nothing to make of it."""
         return condition
 
-    def forward(self, x: Tensor, condition: Tensor) -> Tensor:  # type: ignore[override]
-        return super().forward(x)
+    def forward(self, input: Tensor, condition: Tensor | None = None) -> Tensor:
+        return super().forward(input)
 
 
 @dataclass(frozen=True)
@@ -311,12 +311,12 @@ class ClassVectors:
     final: ScaleAndShift | Tensor  # what the norm before the head makes of it
 
     def rows(self, part: slice) -> "ClassVectors":
-        """Those of a part of the batch."""
+        """Return the vectors of a part of the batch."""
         return ClassVectors(self.embedding[part], tuple(vectors[part] for vectors in self.blocks), self.final[part])
 
 
 def cached_step(
     block: nn.Module, x: Tensor, vectors: ModulationVectors | Tensor, keys: Tensor, values: Tensor, position: int
 ) -> Tensor:
-    """A block on one scale x (B, n, D), with its layer's part of the cache, as a function of tensors and a number."""
+    """Run a block on one scale x (B, n, D) with its layer's part of the cache; torch.compile takes this function."""
     return block(x, vectors, cache=LayerCache(keys, values, position))

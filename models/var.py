@@ -11,6 +11,7 @@ Shapes: B batch, K scales, L tokens, p_k side of token map k, C code width, D mo
 import math
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ from models.transformer import (
     cached_step,
 )
 
+Block = AdaLNBlock | LayerNormBlock
 HEAD_DIM = 64
 ADALN, SHARED_ADALN, LAYER_NORM = "adaln", "shared_adaln", "layer_norm"
 NORMS = (ADALN, SHARED_ADALN, LAYER_NORM)
@@ -75,10 +77,12 @@ class VARConfig:
 
     @property
     def width(self) -> int:
+        """Width D of the model."""
         return HEAD_DIM * self.depth  # w = 64 d, eq. 7
 
     @property
     def num_heads(self) -> int:
+        """Attention heads of each block."""
         return self.depth  # h = d, eq. 7
 
     @property
@@ -88,6 +92,7 @@ class VARConfig:
 
     @property
     def hidden_width(self) -> int:
+        """Width of the feed-forward's hidden layer."""
         return round(self.mlp_ratio * self.width)
 
     @property
@@ -97,15 +102,17 @@ class VARConfig:
 
     @property
     def is_conditional(self) -> bool:
+        """Whether there are classes besides the null class."""
         return self.num_classes > 0
 
     @property
     def scales(self) -> Scales:
+        """The schedule of token maps."""
         return Scales(self.patch_nums)
 
     @property
     def num_parameters(self) -> int:
-        """Closed form. Eq. 8 counts only 18 d w^2, the matrices of the blocks."""
+        """The number of all parameters, in closed form; eq. 8 counts only 18 d w^2, the matrices of the blocks."""
         w, d, scales = self.width, self.depth, self.scales
         attention = 4 * w**2 + 3 * w + (self.num_heads if self.qk_norm else 0)
         feed_forward = 2 * w * self.hidden_width + self.hidden_width + w
@@ -147,7 +154,7 @@ class VAR(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, generator: torch.Generator) -> None:
-        """Draw all weights anew from a CPU generator: the same on every device. The public code's scheme."""
+        """Draw all weights anew with the public code's deviations, from a CPU generator: the same on every device."""
         if self.position_embedding.is_meta:
             return
         width, depth, config = self.config.width, self.config.depth, self.config
@@ -163,46 +170,40 @@ class VAR(nn.Module):
                 is_offset = name.endswith("modulation.offset")  # shared AdaLN: the one table with its own std
                 draw_(parameter, std=width**-0.5 if is_offset else std, generator=generator)
         self.head.weight.mul_(config.init_head)  # logits near 0, so the first loss is ln V
-        for block in self.blocks:
-            block.attention.proj.weight.div_(math.sqrt(2 * depth))  # 2d branches add up to unit variance
-            block.feed_forward.fc2.weight.div_(math.sqrt(2 * depth))
-        if config.norm != LAYER_NORM:
-            self._damp_modulation()
-
-    def _damp_modulation(self) -> None:
-        """Scale down the initial AdaLN maps."""
-        self.final_norm.linear.weight.mul_(0.5)
-        for block in self.blocks:
-            # the rows are the two gates, then scales and shifts: gates near 0 make a block start as the identity
-            is_shared = self.config.norm == SHARED_ADALN
-            modulation = block.modulation.offset if is_shared else block.modulation.linear.weight
-            rows = modulation.view(NUM_MODULATIONS, -1)
-            rows[:2].mul_(self.config.init_gamma)
-            rows[2:].mul_(0.5)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.proj.weight", "feed_forward.fc2.weight")):
+                parameter.div_(math.sqrt(2 * depth))  # 2d branches add up to unit variance
+            elif name.endswith(("modulation.linear.weight", "modulation.offset")):
+                # the rows are the two gates, then scales and shifts: gates near 0 make a block start as the identity
+                rows = parameter.view(NUM_MODULATIONS, -1)
+                rows[:2].mul_(config.init_gamma)
+                rows[2:].mul_(0.5)
+            elif name == "final_norm.linear.weight":
+                parameter.mul_(0.5)
 
     def names_without_weight_decay(self) -> frozenset[str]:
-        """Parameters without weight decay: vectors, positions, scale embedding, AdaLN offsets (public code)."""
+        """Name the parameters that do not decay: vectors, positions, scale embedding, AdaLN offsets (public code)."""
         exempt = ("start_position", "position_embedding", "scale_embedding.weight", "modulation.offset")
         return frozenset(name for name, p in self.named_parameters() if p.ndim < 2 or name.endswith(exempt))
 
     def compile_blocks(self) -> None:
-        """Let torch.compile fuse what lies between the matrix products of a block; all blocks share the compiled code.
+        """Compile each block for training, which fuses what lies between its matrix products.
 
-        The inside of each block is compiled: hooks around it, which gather partitioned weights, stay outside.
+        All blocks share the compiled code. Hooks around a block, which gather partitioned weights, stay outside of it.
         """
         for block in self.blocks:
             block.forward = torch.compile(block.forward, dynamic=False)
 
     def compile_generation(self) -> None:
-        """Compile the block that `forward_scale` runs, once for all layers; shapes that change become variables of it.
+        """Compile the block that `forward_scale` runs, once for all layers and with shapes as variables.
 
-        The first images wait for the compiler, and results differ from the plain ones by rounding. CUDA graphs are
-        left out: their memory must not move, and every call of generation has a cache of its own.
+        The first images wait for the compiler, and results differ from the plain ones by rounding. CUDA graphs are not
+        used: they need memory that does not move, and every call of generation allocates its own cache.
         """
         self._cached_step = torch.compile(cached_step)
 
     def forward(self, inputs: Tensor, labels: Tensor, *, residual_scale: Tensor | None = None) -> Tensor:
-        """Logits of all scales from the true codes: (B, L, V), in the precision of the weights.
+        """Predict all scales from the true codes: -> logits (B, L, V), in the precision of the weights.
 
         inputs: (B, L - p_1^2, C), the quantiser's teacher-forcing inputs. labels: (B,) int64, null_class where dropped.
         residual_scale: (depth, 2, B), see AdaLNBlock; None keeps every branch.
@@ -221,19 +222,20 @@ class VAR(nn.Module):
         return self.head(self.final_norm(x, condition))  # (B, L, V)
 
     def class_vectors(self, labels: Tensor) -> ClassVectors:
-        """What `forward_scale` takes of the classes: labels (B,) int64."""
+        """Compute what `forward_scale` takes of the classes: labels (B,) int64."""
         condition = self.class_embedding(labels)  # (B, D)
         block_condition = self._block_condition(condition)  # (B, D) or (B, 6, D)
-        blocks = tuple(block.vectors(block_condition) for block in self.blocks)
+        blocks = tuple(cast(Block, block).vectors(block_condition) for block in self.blocks)
         return ClassVectors(condition, blocks, self.final_norm.vectors(condition))
 
     def forward_scale(
         self, inputs: Tensor | None, classes: ClassVectors, k: int, cache: KVCache, *, wanted: slice = slice(None)
     ) -> Tensor:
-        """Logits of scale k, given in `cache` the scales before it: (B, p_k^2, V) float32. Moves the cache on.
+        """Predict scale k from the scales in `cache`: -> logits (B, p_k^2, V) float32. Adds scale k to the cache.
 
         inputs: (B, p_k^2, C), the quantiser's next_input; None at the first scale, whose start tokens are the class.
-        wanted: the images whose logits are; the keys and values of all are stored.
+        wanted: the images whose logits are returned; keys and values are stored of all. Raises
+        ValueError if scales come out of order, or inputs are given at scale 0 or missing at a later one.
         """
         tokens = self.scales.slices[k]
         if cache.position != tokens.start:
@@ -248,7 +250,7 @@ class VAR(nn.Module):
         return self.head(self.final_norm(x[wanted], classes.final[wanted])).float()  # (B, p_k^2, V)
 
     def allocate_cache(self, batch: int) -> KVCache:
-        """An empty cache for `forward_scale`, in the dtype in which attention runs here."""
+        """Allocate an empty cache for `forward_scale`, in the dtype in which attention runs here."""
         weight, config = self.position_embedding, self.config
         device_type = weight.device.type
         autocast = torch.is_autocast_enabled(device_type)
@@ -258,14 +260,14 @@ class VAR(nn.Module):
         )
 
     def _start_tokens(self, condition: Tensor) -> Tensor:
-        """The start tokens [s], from the class: (B, D) -> (B, p_1^2, D)."""
+        """Make the start tokens [s] of the class: (B, D) -> (B, p_1^2, D)."""
         return condition[:, None] + self.start_position
 
     def _embed_inputs(self, inputs: Tensor) -> Tensor:
         return self.input_embedding(inputs.to(self.position_embedding.dtype))
 
     def _block_condition(self, condition: Tensor) -> Tensor:
-        """What the blocks' modulation takes: the condition (B, D), or the shared map of it (B, 6, D)."""
+        """Return what the blocks' modulation takes: the condition (B, D), or the shared map of it (B, 6, D)."""
         if self.shared_modulation is None:
             return condition
         return self.shared_modulation(nn.functional.silu(condition)).unflatten(1, (NUM_MODULATIONS, -1))
@@ -287,18 +289,18 @@ class VAR(nn.Module):
         )
 
 
-def keep_products() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-    """For `checkpoint`: keep what matrix products and attention gave, recompute what is cheap."""
+def keep_products() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Let `checkpoint` keep results of matrix products and attention, and recompute all others."""
     return create_selective_checkpoint_contexts(list(KEPT_OPERATIONS))
 
 
-def make_block(config: VARConfig) -> nn.Module:
-    """A block of the kind that config.norm names."""
-    width, heads, hidden_width, qk_norm = config.width, config.num_heads, config.hidden_width, config.qk_norm
+def make_block(config: VARConfig) -> Block:
+    """Make a block of the kind that config.norm names."""
+    width, heads, hidden_width = config.width, config.num_heads, config.hidden_width
     if config.norm == LAYER_NORM:
-        return LayerNormBlock(width, heads, hidden_width=hidden_width, qk_norm=qk_norm)
+        return LayerNormBlock(width, heads, hidden_width=hidden_width, qk_norm=config.qk_norm)
     is_shared = config.norm == SHARED_ADALN
-    return AdaLNBlock(width, heads, shared_adaln=is_shared, hidden_width=hidden_width, qk_norm=qk_norm)
+    return AdaLNBlock(width, heads, hidden_width=hidden_width, qk_norm=config.qk_norm, shared_adaln=is_shared)
 
 
 def draw_(parameter: Tensor, *, std: float, generator: torch.Generator) -> None:

@@ -35,6 +35,7 @@ class VQVAEConfig:
 
     @property
     def scales(self) -> Scales:
+        """The schedule of token maps."""
         return Scales(self.patch_nums)
 
     @property
@@ -73,7 +74,7 @@ class VQVAE(nn.Module):
         self.decoder = Decoder(config.autoencoder)
 
     def features(self, images: Tensor) -> Tensor:
-        """The feature map f that is quantised: images (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""
+        """Compute the feature map f that is quantised: images (B, 3, H, W) in [-1, 1] -> (B, C, h, w)."""
         self._check_shape(images)
         return self.quant_conv(self.encoder(images))
 
@@ -92,42 +93,44 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) in [-1, 1] -> codes (B, L) int64 (Algorithm 1)."""
+        """Encode images (B, 3, H, W) in [-1, 1] to codes (B, L) int64 (Algorithm 1)."""
         return self.quantizer.encode(self.features(images))
 
     def prepare_decoder(self, dtype: torch.dtype = torch.float32) -> None:
-        """Make `decode` fast, for weights that change no more: channels-last, upsampling folded, in `dtype`.
+        """Make `decode` fast once the weights change no more: channels-last, upsampling folded, in `dtype`.
 
         Images differ from the plain ones by rounding: with initial weights in float32 by less than 1e-4 of [-1, 1], in
-        bfloat16 by one of 256 grey levels on average and by up to 8. Codes of images and the quantiser stay as they
-        are. Weights in bfloat16 are not prepared again: folding would round them twice.
+        bfloat16 by one of 256 grey levels on average and by up to 8. The encoder and the quantiser do not change. A
+        decoder in 16 bit cannot be prepared again: folding would round its weights twice.
         """
         self.decoder.fold_upsampling()
         for module in (self.post_quant_conv, self.decoder):
-            module.eval().requires_grad_(False).to(dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            module.eval().requires_grad_(False).to(dtype)
+            module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch does not declare it
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
-        """Codes (B, L) -> images (B, 3, H, W) clamped to [-1, 1] (Algorithm 2)."""
+        """Decode codes (B, L) to images (B, 3, H, W) float32 clamped to [-1, 1] (Algorithm 2)."""
         return self.decode_features(self.quantizer.decode(codes))
 
     @torch.no_grad()
     def decode_features(self, f_hat: Tensor) -> Tensor:
-        """Feature maps (B, C, h, w) -> images (B, 3, H, W) float32 clamped to [-1, 1]; a few at a time."""
+        """Decode feature maps (B, C, h, w) to images (B, 3, H, W) float32 clamped to [-1, 1], a few at a time."""
         together = max(1, MAX_PIXELS_DECODED // self.config.image_size**2)
         parts = f_hat.to(self.post_quant_conv.weight.dtype).split(together)
         return torch.cat([self._decode_features(part).float().clamp_(-1, 1) for part in parts])
 
     @torch.no_grad()
     def teacher_forcing_inputs(self, codes: Tensor) -> Tensor:
-        """The transformer's inputs for scales 2 .. K: codes (B, L) -> (B, L - p_1^2, C) float32."""
+        """Make the transformer's inputs for scales 2 .. K: codes (B, L) -> (B, L - p_1^2, C) float32."""
         return self.quantizer.teacher_forcing_inputs(codes)
 
     @torch.no_grad()
     def token_dependency(self, images: Tensor) -> Tensor:
-        """How much each token of the feature map looks at each other one, in raster order (Fig. 9, appendix A).
+        """Measure how much each token of the feature map depends on each other one (Fig. 9, appendix A).
 
-        Images (B, 3, H, W) in [-1, 1] -> (B, h*w, h*w), row i the attention of token i; rows sum to 1.
+        images (B, 3, H, W) in [-1, 1] -> (B, h*w, h*w), in raster order: row i is the attention of token i and sums
+        to 1.
         """
         self._check_shape(images)
         return self.encoder.attention_map(images)

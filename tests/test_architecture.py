@@ -23,14 +23,14 @@ ROOMS = {
     "models": ("",),
     "data_pipeline": ("files", "remote", "shards", "images", "loading", "making"),
     "training": (
-        ".accounting", ".flops", ".cross_entropy", ".optim", ".seams",
+        ".accounting", ".flops", ".cross_entropy", ".optim",
         "engine", "checkpoints", "supervision", "tracking", "planning", "laws", "evaluation", "post", "",
     ),
     "launchers": ("setup", "figures", "sampling", "study", "bench", ""),
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"training/engine"},
-    "mlflow": {"training/tracking"},
+    "mlflow": {"training/tracking/mlflow.py"},
     "lpips": {"training/losses.py"},
     "omegaconf": {"launchers/setup/config_files.py"},
     "fsspec": {"data_pipeline/remote/open.py"},
@@ -44,7 +44,8 @@ DOORS = {
     "sklearn": {"launchers/demo.py", "data_pipeline/making"},
 }
 MODELS_MAY_IMPORT = {
-    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "__future__",
+    "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "typing",
+    "__future__",
 }  # fmt: skip
 
 

@@ -99,14 +99,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, undecayed: Col
         for decayed, scale in ((True, 1.0), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
-    settings = {"lr": config.base_lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    rate, betas, epsilon = config.base_lr, (config.beta1, config.beta2), config.epsilon
     if config.ema_decay:
-        return AveragingAdamW(groups, ema_decay=config.ema_decay, fused=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Write this step's learning rate and weight decay into every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+        return AveragingAdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True, ema_decay=config.ema_decay)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)

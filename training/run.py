@@ -19,16 +19,15 @@ from training.supervision.bad_samples import BadSamples, NoBadSamples
 from training.supervision.history import CHECKPOINT, START, STOP, History
 from training.supervision.stopping import Stopped, Stopping
 from training.supervision.watch import Heartbeat
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import Record, RunRecord, wall_time
 
 CLOSING_SECONDS = 180.0  # more than an MLflow page is waited for
-UNFINISHED_SECONDS = 10.0  # of that, when something else is in a hurry
 
 
 @dataclass
 class Run:
-    """One run. Rank 0 alone writes its record, history and MLflow view; the other ranks call the same methods."""
+    """One run. Rank 0 alone writes its record, history and page in MLflow; the other ranks call the same methods."""
 
     folder: Path
     world: World
@@ -36,7 +35,7 @@ class Run:
     stopping: Stopping
     heartbeat: Heartbeat
     report: Callable[[str], None]  # silent on all ranks but 0
-    view: MLflowView | None = None  # on rank 0, where MLflow is on
+    page: LivePage | None = None  # on rank 0, where MLflow is on
     bad_samples: BadSamples | NoBadSamples = field(default_factory=NoBadSamples)
 
     @cached_property
@@ -89,8 +88,8 @@ class Run:
         self.history.note(START, step=step, world_size=self.world.world_size, changed=changes)
         takes_steps_again = any(record["step"] > step for record, _ in self.record.read_after())
         self.record.forget_after(step)
-        if self.view is not None and takes_steps_again and changes:  # they may get other values than MLflow has
-            self.view.start_over()
+        if self.page is not None and takes_steps_again and changes:  # they may get other values than MLflow has
+            self.page.start_over()
 
     def goodput(self, useful_seconds: float) -> float:
         """Return the share of the time since the first start that went into steps that survive, in [0, 1]."""
@@ -98,11 +97,11 @@ class Run:
         return useful_seconds / seconds if seconds else 0.0
 
     def publish(self, records: list[Record]) -> None:
-        """Append records to metrics.jsonl, from where MLflow's view takes them."""
+        """Append records to metrics.jsonl, from where its page in MLflow takes them."""
         if self.world.is_rank_zero and records:
             self.record.write(records)
-        if self.view is not None:
-            self.view.notify()
+        if self.page is not None:
+            self.page.notify()
 
     def note(self, event: str, **facts: Any) -> None:
         """Append an event to the history."""
@@ -116,7 +115,7 @@ class Run:
             CheckpointFailed: on all ranks; the earlier checkpoints are as they were.
         """
         self.heartbeat.beat(f"saving step {state.step}")
-        notes = {"mlflow_run_id": self.view.run_id if self.view is not None else None}
+        notes = {"mlflow_run_id": self.page.run_id if self.page is not None else None}
         path = self.checkpoints.save(engines, state, is_kept=is_kept, notes=notes)
         self.note(CHECKPOINT, step=state.step)
         self.report(f"saved {path}")
@@ -139,8 +138,8 @@ class Run:
         with failing_together(self.world):
             if self.world.is_rank_zero:
                 self.record.forget_after(step)
-        if self.view is not None:
-            self.view.start_over()
+        if self.page is not None:
+            self.page.start_over()
 
     @contextmanager
     def closing(self) -> Iterator[None]:
@@ -155,7 +154,7 @@ class Run:
             raise
         finally:
             self.heartbeat.beat("closing the run", allow_seconds=CLOSING_SECONDS)
-            if self.view is not None:
-                self.view.close(status=status, patience_seconds=None if status == "FINISHED" else UNFINISHED_SECONDS)
+            if self.page is not None:
+                self.page.close(status)
             if status == "KILLED":
                 barrier(self.world)  # a launcher kills the others once the first rank has ended with a code but 0

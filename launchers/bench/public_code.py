@@ -1,6 +1,7 @@
-"""The public VAR code as something to measure beside: found in a checkout that the user has, run in its own process.
+"""The public VAR code as something to measure beside ours: found in a user's checkout, run in a process of its own.
 
-It gets our weights in its own format, so that both do the same work. Nothing of it lies in this project.
+It gets our weights in its own format, the same precision and as many threads as this process has, so that both do the
+same work with the same means. Nothing of it lies in this project.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, BinaryIO
+from typing import Any
+
+import torch
 
 from launchers.setup.loading import write_public
 from models.reference import check_public
@@ -27,23 +28,40 @@ NEEDED = ("models/var.py", "models/vqvae.py", "models/quant.py", "utils/amp_sc.p
 class PublicCode:
     """The public models with the weights of ours, behind a pipe. Use it in a `with` statement.
 
-    Raises FileNotFoundError for a path without the public code, ValueError for models it cannot have, or with the last
-    line that it printed when it fails.
+    Raises:
+        FileNotFoundError: the public code is not at the path.
+        ValueError: the public code has no such models; or it failed, with the last line that it printed.
     """
 
     def __init__(self, checkout: str, var: VAR, tokenizer: VQVAE, *, precision: str) -> None:
-        check_checkout(checkout)
+        for name in NEEDED:
+            if not (Path(checkout) / name).is_file():
+                raise FileNotFoundError(
+                    f"against is {checkout!r}, which has no {name}; give the folder of a clone of FoundationVision/VAR"
+                )
         check_public(var.config)
+        self._models = (var, tokenizer)
+        self._checkout, self._precision = str(Path(checkout).resolve()), precision
         self._folder = tempfile.TemporaryDirectory()
-        self._errors: BinaryIO = (Path(self._folder.name) / "stderr").open("w+b")
-        folder = Path(self._folder.name)
+
+    def __enter__(self) -> PublicCode:
+        folder, (var, tokenizer) = Path(self._folder.name), self._models
         write_public(folder / "var.pth", var)
         write_public(folder / "tokenizer.pth", tokenizer)
+        with (folder / "stderr").open("wb") as errors:
+            self._process = subprocess.Popen(
+                [sys.executable, str(WORKER)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+            )
         config = var.config
-        self._settings = {
-            "checkout": str(Path(checkout).resolve()),
+        settings = {
+            "checkout": self._checkout,
             "folder": str(folder),
-            "precision": precision,
+            "precision": self._precision,
+            "threads": torch.get_num_threads(),
             "patch_nums": list(config.patch_nums),
             "vocab_size": config.vocab_size,
             "code_width": config.code_width,
@@ -52,89 +70,54 @@ class PublicCode:
             "depth": config.depth,
             "shared_adaln": config.norm == SHARED_ADALN,
         }
-        self._process: subprocess.Popen[str] | None = None
-
-    def __enter__(self) -> PublicCode:
-        self._process = subprocess.Popen(
-            [sys.executable, str(WORKER)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
+        assert self._process.stdin and self._process.stdout, "pipes were asked for"
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         try:
-            self._ask(self._settings)
-        except BaseException:  # what is not entered is not left
-            self._close()
+            self.ask(settings)
+        except BaseException:
+            self.__exit__()
             raise
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._close()
-
-    def _close(self) -> None:
+    def __exit__(self, *error: object) -> None:
         with suppress(BrokenPipeError):  # it may have ended without reading its last request
-            self._process.stdin.close()
+            self._requests.close()
         self._process.kill()
         self._process.wait()
-        self._process.stdout.close()
-        self._errors.close()
+        self._answers.close()
         self._folder.cleanup()
 
     def timed(self, what: str, *, batch: int, **settings: Any) -> PublicCall:
-        """Doing `what` (train_step, sample, encode or decode) with `batch` images, as something to time."""
-        work = {"what": what, "batch": batch, **settings}
-        return PublicCall(lambda: self._ask(work), batch, release=lambda: self._ask({"what": "release"}))
+        """Return a call that does `what` (train_step, sample, encode or decode) with `batch` images."""
+        return PublicCall(self, {"what": what, "batch": batch, **settings})
 
-    def _ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        try:
-            print(json.dumps(request), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # what it said at the end is told below
-        line = self._process.stdout.readline()
-        if not line:
-            raise ValueError(
-                f"the public code in {self._settings['checkout']} stopped: {self._last_words()}; "
-                "see that what its requirements.txt names is installed"
-            )
-        return json.loads(line)
-
-    def _last_words(self) -> str:
+    def ask(self, request: dict[str, Any]) -> dict[str, Any]:
+        """Send one request and wait for its answer."""
+        with suppress(BrokenPipeError):  # its last words are told below
+            print(json.dumps(request), file=self._requests, flush=True)
+        line = self._answers.readline()
+        if line:
+            return json.loads(line)
         self._process.wait()
-        self._errors.seek(0)
-        lines = self._errors.read().decode(errors="replace").split("\n")
-        return next((line.strip() for line in reversed(lines) if line.strip()), "it said nothing")
+        printed = (Path(self._folder.name) / "stderr").read_text(errors="replace").strip() or "it said nothing"
+        raise ValueError(
+            f"the public code in {self._checkout} stopped: {printed.splitlines()[-1]}; "
+            "see that what its requirements.txt names is installed"
+        )
 
 
 class PublicCall:
-    """One kind of work of the public code. A call does it to the end, and returns how many images it was."""
+    """One kind of work of the public code. Calling it does the work to its end, and returns how many images it was."""
 
-    def __init__(self, work: Callable[[], dict[str, int]], batch: int, *, release: Callable[[], object]) -> None:
-        """work: does it, and tells the memory that it took. release: gives back what is kept for the next call."""
-        self._work = work
-        self._release = release
-        self._batch = batch
-        self._memory: dict[str, int] = {}
+    def __init__(self, public: PublicCode, request: dict[str, Any]) -> None:
+        self._public = public
+        self._request = request
+        self.memory: dict[str, int] = {}  # on a GPU peak_bytes and working_bytes of the latest call (timing.py)
 
     def __call__(self) -> int:
-        self._memory = self._work()
-        return self._batch
-
-    def memory(self) -> dict[str, int]:
-        """`peak_bytes` and `working_bytes` of the latest call on a GPU, as benchmark_timing.py has them; else empty."""
-        return self._memory
+        self.memory = self._public.ask(self._request)
+        return self._request["batch"]
 
     def release(self) -> None:
         """Let other processes have the GPU memory that this one does not use between two calls."""
-        self._release()
-
-
-def check_checkout(checkout: str) -> None:
-    """Raise FileNotFoundError where the public code is not at `checkout`."""
-    for name in NEEDED:
-        if not (Path(checkout) / name).is_file():
-            raise FileNotFoundError(
-                f"against is {checkout!r}, which has no {name}; give the folder of a clone of FoundationVision/VAR"
-            )
+        self._public.ask({"what": "release"})

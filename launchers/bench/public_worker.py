@@ -12,24 +12,26 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import cached_property
 from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 
 LEARNING_RATE, WEIGHT_DECAY, CLIPPING = 1e-5, 0.05, 2.0
 AMP_MODES = {"fp32": 0, "fp16": 1, "bf16": 2}  # AmpOptimizer's numbers
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class PublicModels:
-    """Both public models with the weights they were given, and the calls that are timed."""
+    """Both public models with the weights they were given, and the kinds of work that are timed."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
-        import torch
-        from utils.amp_sc import AmpOptimizer
-
         from models import build_vae_var
 
-        self.torch = torch
+        self.settings = settings
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.precision = settings["precision"]
         self.tokenizer, self.var = build_vae_var(
             device=self.device,
             patch_nums=tuple(settings["patch_nums"]),
@@ -40,88 +42,85 @@ class PublicModels:
             depth=settings["depth"],
             shared_aln=settings["shared_adaln"],
         )
-        self.load(settings["folder"])
-        self.var.requires_grad_(True).train()
-        self.parameters = list(self.var.parameters())
-        self.names = [name for name, _ in self.var.named_parameters()]
-        self.settings = settings
-        self.inputs: dict[tuple[str, int], Any] = {}
-        self.amp_optimizer = AmpOptimizer
-        self.optimizer: Any = None
-
-    def load(self, folder: str) -> None:
         for model, name in ((self.tokenizer, "tokenizer.pth"), (self.var, "var.pth")):
-            model.load_state_dict(self.torch.load(os.path.join(folder, name), map_location="cpu", weights_only=True))
+            path = os.path.join(settings["folder"], name)
+            model.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.var.requires_grad_(True).train()
+        self.inputs: dict[tuple[str, int], Tensor] = {}
+
+    @cached_property
+    def optimizer(self) -> Any:
+        from utils.amp_sc import AmpOptimizer
+
+        names, parameters = zip(*self.var.named_parameters())
+        adamw = torch.optim.AdamW(
+            parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
+        )
+        return AmpOptimizer(AMP_MODES[self.settings["precision"]], adamw, list(names), list(parameters), CLIPPING)
 
     def train_step(self, batch: int, *, encodes: bool) -> None:
-        """One step on random images, or on their codes where `encodes` is false."""
-        if self.optimizer is None:
-            adamw = self.torch.optim.AdamW(
-                self.parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
-            )
-            mode = AMP_MODES[self.precision]
-            self.optimizer = self.amp_optimizer(mode, adamw, self.names, self.parameters, CLIPPING)
+        """Take one step on random images, or on their codes where `encodes` is false."""
         self.var.train()
         maps = self.tokenizer.img_to_idxBl(self.images(batch)) if encodes else self.token_maps(batch)
-        codes = self.torch.cat(maps, dim=1)
+        codes = torch.cat(maps, dim=1)
         inputs = self.tokenizer.quantize.idxBl_to_var_input(maps)
-        with self.autocast():  # AmpOptimizer's own is CUDA's alone, and equal to this one there
+        with self.autocast():  # AmpOptimizer's own is for CUDA alone, and equal to this one there
             logits = self.var(self.labels(batch), inputs)
-            scored = self.torch.nn.functional.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
+            scored = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none")
             loss = scored.view(batch, -1).mul(1 / codes.shape[1]).sum(dim=-1).mean()
         self.optimizer.backward_clip_step(stepping=True, loss=loss)
-        logits.data.argmax(dim=-1)  # the public step does it in every step
+        logits.data.argmax(dim=-1)  # the public trainer does it in every step
 
     def sample(self, batch: int, *, cfg: float, top_k: int, top_p: float) -> None:
-        """Images from labels, as the public demo draws them."""
+        """Draw images from labels, as the public demo does."""
         self.var.eval()
-        with self.torch.inference_mode(), self.autocast():
+        with torch.inference_mode(), self.autocast():
             labels = self.labels(batch)
             self.var.autoregressive_infer_cfg(B=batch, label_B=labels, cfg=cfg, top_k=top_k, top_p=top_p, g_seed=0)
 
+    @torch.inference_mode()
     def encode(self, batch: int) -> None:
-        with self.torch.inference_mode():
-            self.tokenizer.img_to_idxBl(self.images(batch))
+        """Turn images into codes."""
+        self.tokenizer.img_to_idxBl(self.images(batch))
 
+    @torch.inference_mode()
     def decode(self, batch: int) -> None:
-        with self.torch.inference_mode():
-            self.tokenizer.idxBl_to_img(self.token_maps(batch), same_shape=True, last_one=True)
+        """Turn codes into images."""
+        self.tokenizer.idxBl_to_img(self.token_maps(batch), same_shape=True, last_one=True)
 
     def release(self) -> None:
-        self.torch.cuda.empty_cache()
+        """Give back the GPU memory that is kept for later calls."""
+        torch.cuda.empty_cache()
 
     def autocast(self) -> Any:
-        torch = self.torch
-        dtypes = {"fp16": torch.float16, "bf16": torch.bfloat16}
-        dtype = dtypes.get(self.precision)
+        """Return the context in which the public code computes in low precision."""
+        dtype = DTYPES.get(self.settings["precision"])
         return nullcontext() if dtype is None else torch.autocast(self.device, dtype=dtype)
 
-    def labels(self, batch: int) -> Any:
-        return self.resident("labels", batch, lambda: self.torch.arange(batch) % self.settings["num_classes"])
+    def labels(self, batch: int) -> Tensor:
+        """Return the labels 0, 1, 2, ... (B,)."""
+        return self.resident("labels", batch, lambda _: torch.arange(batch) % self.settings["num_classes"])
 
-    def images(self, batch: int) -> Any:
-        side = 16 * self.settings["patch_nums"][-1]
-        generator = self.torch.Generator().manual_seed(0)
-        return self.resident(
-            "images", batch, lambda: self.torch.rand(batch, 3, side, side, generator=generator) * 2 - 1
-        )
+    def images(self, batch: int) -> Tensor:
+        """Return random pixels (B, 3, H, H) in [-1, 1]."""
+        shape = (batch, 3, *2 * [16 * self.settings["patch_nums"][-1]])
+        return self.resident("images", batch, lambda generator: torch.rand(shape, generator=generator) * 2 - 1)
 
-    def token_maps(self, batch: int) -> list[Any]:
-        sizes = [side * side for side in self.settings["patch_nums"]]
-        shape, generator = (batch, sum(sizes)), self.torch.Generator().manual_seed(0)
-        codes = self.resident(
-            "codes", batch, lambda: self.torch.randint(self.settings["vocab_size"], shape, generator=generator)
-        )
+    def token_maps(self, batch: int) -> list[Tensor]:
+        """Return random token maps, each (B, p_k^2)."""
+        sizes, vocab = [side * side for side in self.settings["patch_nums"]], self.settings["vocab_size"]
+        shape = (batch, sum(sizes))
+        codes = self.resident("codes", batch, lambda generator: torch.randint(vocab, shape, generator=generator))
         return list(codes.split(sizes, dim=1))
 
-    def resident(self, kind: str, batch: int, make: Callable[[], Any]) -> Any:
-        """Inputs made by the first call that needs them, which warms up; later ones find them on the device, like ours.
+    def resident(self, kind: str, batch: int, make: Callable[[torch.Generator], Tensor]) -> Tensor:
+        """Return inputs that the first call makes, which warms up; later ones find them on the device, like ours.
 
-        Outside inference mode: training keeps them for its backward pass.
+        They are made outside inference mode, since training keeps them for its backward pass.
         """
         if (kind, batch) not in self.inputs:
-            with self.torch.inference_mode(False):
-                self.inputs[kind, batch] = make().to(self.device)
+            with torch.inference_mode(False):
+                self.inputs[kind, batch] = make(torch.Generator().manual_seed(0)).to(self.device)
         return self.inputs[kind, batch]
 
 
@@ -129,8 +128,8 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
     """Build the models as the first line says, then do what each further line asks for."""
     settings = json.loads(sys.stdin.readline())
     sys.path[0] = settings["checkout"]
+    torch.set_num_threads(settings["threads"])
     models = PublicModels(settings)
-    torch = models.torch
     if models.device == "cuda":  # as the public trainer sets them (its tf32, and seed_everything without a seed)
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
@@ -150,15 +149,12 @@ def serve(answer: Callable[[dict[str, Any]], None]) -> None:
         answer({"peak_bytes": peak, "working_bytes": peak - resident})
 
 
-def serve_on_a_pipe() -> None:
+def main() -> None:
+    """Serve on stdin and stdout, where the public code's own prints go to stderr."""
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # the public code prints
-
-    def answer(value: dict[str, Any]) -> None:
-        print(json.dumps(value), file=answers, flush=True)
-
-    serve(answer)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    serve(lambda value: print(json.dumps(value), file=answers, flush=True))
 
 
 if __name__ == "__main__":
-    serve_on_a_pipe()
+    main()

@@ -1,4 +1,4 @@
-"""What stands in a benchmark's .json beside its figures: when, by which command, on what and with which versions.
+"""What a benchmark reports: a table for people, and a .json that says when, how, on what and with which versions.
 
 No name of a host and no path is in it, but for those that the command itself was given.
 """
@@ -9,7 +9,7 @@ import json
 import os
 import platform
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -22,16 +22,41 @@ from torch.utils.collect_env import get_nvidia_driver_version, run
 from data_pipeline.files.atomic import atomic_file
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.timing import Row
+from launchers.setup.tables import table
 from training.engine.distributed import World
-from training.tracking.mlflow_client import code_version
+from training.tracking.mlflow import code_version
 
 Report = dict[str, Any]
-USED_BY_PUBLIC = ("flash-attn", "xformers")  # by the public code where they are installed
+PACKAGES = ("deepspeed", "nextscale", "flash-attn", "xformers")  # the public code uses the last two if it finds them
 MUST_AGREE = ("machine", "versions", "settings")  # of figures that may stand in one table
+
+COLUMNS: dict[str, tuple[str, Callable[[Any], str]]] = {  # of a row, in their order: heading and text
+    "samples_per_second": ("samples/s", "{:,.3f}".format),
+    "slowest": ("slowest", "{:,.3f}".format),
+    "fastest": ("fastest", "{:,.3f}".format),
+    "ratio": ("ratio", "{:.3f}".format),
+    "ratio_to_bare": ("to bare", "{:.3f}".format),
+    "ratio_to_encoding": ("to encoding", "{:.3f}".format),
+    "tflops": ("TFLOP/s", "{:.3g}".format),
+    "mfu": ("MFU", "{:.1%}".format),
+    "working_bytes": ("working", lambda size: f"{size / 2**30:.2f} GiB"),
+    "peak_bytes": ("peak", lambda size: f"{size / 2**30:.2f} GiB"),
+    "equal_codes": ("same codes", "{:.2%}".format),
+    "data_wait_ms": ("data wait", "{:.1f} ms".format),
+    "data_wait_share": ("of a step", "{:.2%}".format),
+    "reason": ("reason", str),
+}
+
+
+def rows_table(rows: list[Row]) -> str:
+    """Return the rows as a table with the columns that any of them has."""
+    shown = [name for name in COLUMNS if any(name in row for row in rows)]
+    cells = [[row["name"], *(COLUMNS[name][1](row[name]) if name in row else "" for name in shown)] for row in rows]
+    return table(["", *(COLUMNS[name][0] for name in shown)], cells)
 
 
 def begin_report(config: BenchmarkConfig, arguments: Sequence[str]) -> Report:
-    """A report without rows. `arguments` are those of the command line."""
+    """Return a report without rows. `arguments` are those of the command line."""
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "launchers/benchmark.py", *arguments]),
@@ -44,6 +69,7 @@ def begin_report(config: BenchmarkConfig, arguments: Sequence[str]) -> Report:
 
 
 def describe_machine() -> dict[str, Any]:
+    """Return what figures depend on: card, processor, threads and ranks."""
     card = torch.cuda.get_device_properties(0) if torch.cuda.is_available() else None
     return {
         "card": card and card.name,
@@ -56,7 +82,7 @@ def describe_machine() -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """As Linux names it; elsewhere the architecture."""
+    """Return the processor as Linux names it; elsewhere the architecture."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -66,17 +92,14 @@ def cpu_model() -> str:
 
 
 def versions() -> dict[str, Any]:
-    """None for what is not here."""
-    on_cuda = torch.cuda.is_available()
+    """Return the versions of all that figures depend on; None for what is not installed."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
         "cudnn": torch.backends.cudnn.version(),
-        "driver": get_nvidia_driver_version(run) if on_cuda else None,
-        "deepspeed": _installed("deepspeed"),
-        "nextscale": _installed("nextscale"),
-        **{package: _installed(package) for package in USED_BY_PUBLIC},
+        "driver": get_nvidia_driver_version(run) if torch.cuda.is_available() else None,
+        **{package: _installed(package) for package in PACKAGES},
         "commit": code_version(),
     }
 
@@ -89,7 +112,7 @@ def _installed(package: str) -> str | None:
 
 
 def write_report(report: Report, out: str) -> None:
-    """Replace the file `out`, whose folder is made; nothing where `out` is empty."""
+    """Replace the file `out`, making its folder; do nothing where `out` is empty."""
     if out:
         Path(out).parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(Path(out)) as file:
@@ -97,7 +120,7 @@ def write_report(report: Report, out: str) -> None:
 
 
 def unfinished_rows(report: Report, out: str) -> list[Row]:
-    """The rows in the file `out` of a report that was cut short and can go on as `report`; else none."""
+    """Return the rows in the file `out` if its report was cut short and `report` can go on from it; else none."""
     try:
         found = json.loads(Path(out).read_text())
     except (OSError, ValueError):
@@ -109,5 +132,5 @@ def unfinished_rows(report: Report, out: str) -> list[Row]:
 
 
 def _fixed(part: Any) -> Any:
-    """Without the driver, which one card may have in two versions on two days."""
+    """Leave out the driver, which may be updated between two runs on the same card."""
     return {name: value for name, value in part.items() if name != "driver"} if isinstance(part, dict) else part

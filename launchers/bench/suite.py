@@ -1,7 +1,7 @@
-"""`benchmark.py suite`: every figure of docs/benchmarks.md in one command, on the machine at hand.
+"""`benchmark.py suite`: every figure of docs/speed.md in one command, on the machine at hand.
 
 Each benchmark runs in a process of its own, so that one which fails, for want of memory or of anything else, costs its
-own rows alone, and a GPU's memory is free for the next. What is there is written after each: a suite that was cut short
+own rows alone, and a GPU's memory is free for the next. The report is written after each: a suite that was cut short
 goes on by the same command. On a GPU: d16 to d30 in bf16, batches chosen by the planner.
 """
 
@@ -31,8 +31,7 @@ from training.planning.memory import largest_micro_batch
 
 GPU_DEPTHS = (24, 30, 16, 20)
 SAMPLED_DEPTHS = (16, 30)
-SAMPLED_AT_ONCE, FEWER_AT_ONCE = 64, (1, 4, 16, 32)
-MANY_AT_ONCE = 256
+SAMPLED_AT_ONCE, FEWER_AT_ONCE, MANY_AT_ONCE = 64, [1, 4, 16, 32], 256
 USABLE_SHARE = 0.85  # of a GPU's memory; the rest is that of CUDA's contexts, of libraries, and lost to fragments
 PUBLIC_STATE = 16  # bytes of a parameter that the public trainer keeps: weights, moments and gradients in float32
 MOST_SECONDS = 3600  # of one benchmark: what hangs must not take all others with it
@@ -45,29 +44,24 @@ Settings = dict[str, Any]
 
 
 def benchmark_suite(config: BenchmarkConfig, report: Report) -> list[Row]:
-    """The rows of all benchmarks, each with the title of its own first; what fails is a row that says why.
+    """Run all benchmarks and return their rows, each with its benchmark's title; a failure is a row with its reason.
 
     `report`, with the rows so far, is written to config.out after each benchmark.
     """
     earlier, rows = unfinished_rows(report, config.out), []
     write_report(report | {"rows": earlier}, config.out)  # what cannot be written is known now, not in half an hour
     for settings in plan_suite(config):
-        part = title_of(settings)
-        kept = [row for row in earlier if row["part"] == part]
-        say(f"-- {part}{f', kept from {config.out}' if kept else ''}")
-        rows += kept or [row | {"part": part} for row in run_or_run_less(settings)]
+        title = title_of(settings)
+        kept = [row for row in earlier if row["part"] == title]
+        say(f"-- {title}{f', kept from {config.out}' if kept else ''}")
+        rows += kept or [row | {"part": title} for row in run_or_run_less(settings)]
         if not kept:
             write_report(report | {"rows": rows}, config.out)
     return rows
 
 
-def plan_suite(config: BenchmarkConfig) -> list[Settings]:
-    """The settings of each benchmark, in their order."""
-    return gpu_suite(config) if torch.cuda.is_available() else cpu_suite(config)
-
-
 def title_of(settings: Settings) -> str:
-    """Such as "train d16, 88 images"."""
+    """Return a title such as "train d16, 88 images"."""
     words = [settings["what"]]
     words += ["alone"] if settings.get("contestants") == OURS else []
     words += [f"d{settings['depth']}"] if "depth" in settings else []
@@ -77,73 +71,67 @@ def title_of(settings: Settings) -> str:
     return " ".join(words) + (f", {settings['batch']} images" if "batch" in settings else "")
 
 
-def cpu_suite(config: BenchmarkConfig) -> list[Settings]:
-    """d8 in float32, as the README's figures are."""
-    names = ("train", "switches", "sample", "tokenizer", "memory", "attention", "data")
-    more = {"sample": {"batches": [1, 2]}}
-    return [common(config, what) | more.get(what, {}) for what in names]
+def plan_suite(config: BenchmarkConfig) -> list[Settings]:
+    """Return the settings of each benchmark, in their order."""
 
+    def part(what: str, **settings: Any) -> Settings:
+        beside = {"against": config.against} if what in BESIDE_PUBLIC and config.against else {}
+        return {"what": what, "repeats": config.repeats} | beside | settings
 
-def gpu_suite(config: BenchmarkConfig) -> list[Settings]:
-    """The sizes of the paper in bf16 with compiled blocks, d30 also without; sampling at 64 images.
+    if not torch.cuda.is_available():
+        names = ("train", "sample", "tokenizer", "attention", "data")
+        return [part(what, **{"batches": [1, 2]} if what == "sample" else {}) for what in names]
 
-    A step beside the public code's at a batch that both fit, and alone, as training runs, at the largest. What says
-    most comes first, should there be no time for all.
-    """
-    total = torch.cuda.get_device_properties(0).total_memory
-    low, fast = {"precision": "bf16"}, {"precision": "bf16", "compile": True}
-    train = common(config, "train")
-    single = {"what": "train", "contestants": OURS, "repeats": config.repeats} | fast
-    alone = {depth: single | {"depth": depth, "batch": batch_alone(depth, total)} for depth in GPU_DEPTHS}
-    beside = {depth: train | fast | {"depth": depth, "batch": batch_beside(depth, total)} for depth in GPU_DEPTHS}
-    sampling = [
-        common(config, "sample") | fast | {"depth": depth, "batch": SAMPLED_AT_ONCE, "batches": list(FEWER_AT_ONCE)}
-        for depth in SAMPLED_DEPTHS
-    ]
-    switches = {"what": "switches", "depth": 16, "batch": max(1, round_down(batch_alone(16, total) // 4))}
-    others: list[Settings] = [
-        switches,
-        {"what": "attention"},
-        {"what": "memory", "depth": 16, "batch": 32},
-        {"what": "tokenizer", "batch": 8},
-        {"what": "sample", "depth": 16, "batch": MANY_AT_ONCE, "compile": True},  # late: public caches may not fit
-        {"what": "data"},  # needs no GPU
-    ]
-    rest = [common(config, part["what"]) | low | part for part in others]
-    first = [alone.pop(24), beside.pop(16), *sampling]
+    total, fast = torch.cuda.get_device_properties(0).total_memory, {"precision": "bf16", "compile": True}
+    alone = {
+        depth: {"what": "train", "contestants": OURS, "repeats": config.repeats, "depth": depth} | fast
+        | {"batch": batch_alone(depth, total)}
+        for depth in GPU_DEPTHS
+    }  # fmt: skip
+    beside = {depth: part("train", depth=depth, batch=batch_beside(depth, total), **fast) for depth in GPU_DEPTHS}
+    flex = alone[24] | {"attention": FLEX}
     eager = alone[30] | {"compile": False, "activation_checkpointing": FULL_CHECKPOINTING}
-    return [*first, *alone.values(), *beside.values(), first[0] | {"attention": FLEX}, eager, *rest]
-
-
-def common(config: BenchmarkConfig, what: str) -> Settings:
-    beside = {"against": config.against} if what in BESIDE_PUBLIC and config.against else {}
-    return {"what": what, "repeats": config.repeats} | beside
+    return [  # what says most comes first, should there be no time for all
+        alone.pop(24),
+        beside.pop(16),
+        *(
+            part("sample", depth=depth, batch=SAMPLED_AT_ONCE, batches=FEWER_AT_ONCE, **fast)
+            for depth in SAMPLED_DEPTHS
+        ),
+        *alone.values(),
+        *beside.values(),
+        flex,
+        eager,
+        part("attention", precision="bf16"),
+        part("tokenizer", precision="bf16", batch=8),
+        part("sample", depth=16, batch=MANY_AT_ONCE, **fast),  # late: the caches of the public code may not fit
+        part("data", precision="bf16"),
+    ]
 
 
 def batch_alone(depth: int, total_bytes: int) -> int:
-    """The most images that one trainer with compiled blocks fits."""
-    return even_batch(depth, USABLE_SHARE * total_bytes, compiles=True)
+    """Return the most images that one trainer with compiled blocks fits."""
+    return most_images(depth, USABLE_SHARE * total_bytes, compiles=True)
 
 
 def batch_beside(depth: int, total_bytes: int) -> int:
-    """The most images that fit beside the state of the public trainer; what a step takes, the two have in turns.
+    """Return the most images that fit beside the state of the public trainer; a step's memory the two have in turns.
 
     The public code keeps no more of an image than ours does where it is not compiled.
     """
     state = PUBLIC_STATE * VARConfig(depth=depth).num_parameters
-    return even_batch(depth, USABLE_SHARE * total_bytes - state, compiles=False)
+    return most_images(depth, USABLE_SHARE * total_bytes - state, compiles=False)
 
 
-def even_batch(depth: int, memory_bytes: float, *, compiles: bool) -> int:
-    """The most images that fit by the planner; a multiple of 8 from 8 on, and at least one."""
+def most_images(depth: int, memory_bytes: float, *, compiles: bool) -> int:
+    """Return the most images that fit by the planner, rounded down, and at least one."""
     engine = EngineConfig(precision="bf16", micro_batch=1, compile=compiles)
-    most = largest_micro_batch(VARConfig(depth=depth), engine, 1, memory_bytes)
-    return max(1, round_down(most))
+    return round_down(largest_micro_batch(VARConfig(depth=depth), engine, 1, memory_bytes))
 
 
 def round_down(images: int) -> int:
-    """To a multiple of 8, from 8 on."""
-    return images - images % EVEN_BATCH if images >= EVEN_BATCH else images
+    """Round to a multiple of 8 from 8 on, and to at least one."""
+    return images - images % EVEN_BATCH if images >= EVEN_BATCH else max(1, images)
 
 
 class ChildFailed(Exception):
@@ -151,33 +139,26 @@ class ChildFailed(Exception):
 
 
 def run_or_run_less(settings: Settings) -> list[Row]:
-    """The rows of one benchmark. Each failure is a row that says why, and something less is run in its place."""
-    rows: list[Row] = []
-    attempt: Settings | None = settings
-    while attempt is not None:
-        try:
-            return rows + [named(attempt, row) for row in run_apart(attempt)]
-        except ChildFailed as failure:
-            rows.append(named(attempt, failed_row(attempt, str(failure))))
-            say(f"{rows[-1]['name']}: {rows[-1]['reason']}")
-            attempt = something_less(attempt, str(failure))
-    return rows
+    """Return the rows of one benchmark. A failure is a row with its reason, and something less is run in its place.
 
-
-def named(settings: Settings, row: Row) -> Row:
-    return row | {"name": f"{title_of(settings)}: {row['name']}", "settings": settings}
-
-
-def failed_row(settings: Settings, reason: str) -> Row:
-    """The path that the command was given may be in it, where that leads to may not."""
+    Names of rows begin with the benchmark's title. A reason may hold the path of the public code as it was given, not
+    where it leads to.
+    """
+    title = f"{title_of(settings)}: "
+    try:
+        return [row | {"name": title + row["name"], "settings": settings} for row in run_apart(settings)]
+    except ChildFailed as failure:
+        name, reason = f"{title}failed", str(failure)
     if against := settings.get("against"):
-        reason = reason.replace(str(Path(against).resolve()), against)
-        return {"name": "failed beside the public code", "reason": reason}
-    return {"name": "failed", "reason": reason}
+        name, reason = f"{name} beside the public code", reason.replace(str(Path(against).resolve()), against)
+    say(f"{name}: {reason}")
+    less = something_less(settings, reason)
+    row = {"name": name, "reason": reason, "settings": settings}
+    return [row, *(run_or_run_less(less) if less is not None else [])]
 
 
 def something_less(settings: Settings, reason: str) -> Settings | None:
-    """A training step with three quarters of the images; ours without the public code; None where neither helps."""
+    """Return a step with three quarters of the images, or ours without the public code; None if neither helps."""
     is_training, batch = settings["what"] == "train", settings.get("batch", 1)
     if is_training and "out of memory" in reason and batch > EVEN_BATCH:
         return settings | {"batch": round_down(3 * batch // 4)}
@@ -188,7 +169,7 @@ def something_less(settings: Settings, reason: str) -> Settings | None:
 
 
 def run_apart(settings: Settings) -> list[Row]:
-    """The rows of one benchmark, which runs in a process of its own. Raises ChildFailed."""
+    """Run one benchmark in a process of its own and return its rows. Raises ChildFailed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "rows.json"
         given = [f"{name}={value}" for name, value in settings.items()]
@@ -199,7 +180,7 @@ def run_apart(settings: Settings) -> list[Row]:
 
 
 def run_group(command: list[str]) -> tuple[int, str]:
-    """A command's exit code and what it said of errors. With it end all processes that it has started.
+    """Return a command's exit code and its stderr, and end all processes that it has started.
 
     Raises ChildFailed after MOST_SECONDS.
     """
@@ -208,14 +189,14 @@ def run_group(command: list[str]) -> tuple[int, str]:
             _, errors = child.communicate(timeout=MOST_SECONDS)
         except subprocess.TimeoutExpired:
             raise ChildFailed(f"was not done after {MOST_SECONDS} s") from None
-        finally:  # on Ctrl-C, too, which a session of its own does not get
+        finally:  # also on Ctrl-C, which a session of its own does not get
             with suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGKILL)
     return child.returncode, errors
 
 
 def reason_of(errors: str) -> str:
-    """The last line that names an error, for libraries go on talking at the end of a process; else the last line."""
+    """Return the last line that names an error, since libraries go on talking after it; else the last line."""
     lines = [line.strip() for line in errors.splitlines() if line.strip()]
-    named = [line for line in lines if ERROR_LINE.match(line)]
-    return (named or lines or [""])[-1]
+    named_errors = [line for line in lines if ERROR_LINE.match(line)]
+    return (named_errors or lines or [""])[-1]

@@ -1,13 +1,11 @@
-"""Contestants timed in turns within one process, so that a busy machine slows all of them; what they did with it.
+"""The one timing harness: contestants timed in turns, and the matrix products that this machine reaches at its best.
 
-A ratio is the median of those of the turns, not the ratio of two medians: the turns see the same weather, and each has
-another order. FLOPs and bytes that a contestant names are set against what this machine was measured to reach
-(launchers/bench/machine_limits.py).
+Contestants take turns within one process tree, each turn in another order, so that a busy machine slows all of them. A
+ratio is the median of the ratios of the turns, not the ratio of two medians. FLOPs are set against a peak that is
+measured here and now: a share of it says what the code leaves unused, not how the machine was sold or cooled.
 
-`working_bytes` is the most memory that was allocated during a call above what was there when it began: activations,
-gradients, temporaries. It is the call's own, whoever else lives in the process. On a GPU `peak_bytes` beside it is the
-most that the process had at all, weights and states of all the contestants in it included. On a CPU, where to count is
-slow, models have one more call for it, which is not timed.
+On a GPU `working_bytes` is the most memory that a call took above what was there when it began, and `peak_bytes` the
+most that its process had, the weights and states of all contestants in it included.
 """
 
 from __future__ import annotations
@@ -15,92 +13,104 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import Any
 
 import torch
 
-from launchers.bench.allocations import AllocationRecorder
-from launchers.bench.machine_limits import MIXED, copy_bytes_per_second, device_type, matmul_flops_per_second
+from launchers.bench.public_code import PublicCall
+from training.engine.engine import PRECISIONS
 
 Row = dict[str, Any]
 NO_RIVALS: Mapping[str, str] = {}
-GIB = 2**30
 WARM_UPS = 2  # turns: ZeRO-3 follows the trace of its second step from the third on
+MATMUL_SIDES = {"cpu": (1024, 2048), "cuda": (4096, 8192, 16384)}  # the best of these squares counts
+MATMUL_SECONDS = 0.5  # for each of them
+MIXED = ""  # the precision of work that has several: it has no one peak
+TF32 = "tf32"  # float32 numbers whose products a GPU computes with 10 bits of their fractions
 
 
-class Elsewhere(Protocol):
-    """Another process, in which a contestant works."""
+def device_type() -> str:
+    """Return cuda where there is a GPU, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
-    def memory(self) -> Row: ...  # the columns of what the latest call took of a GPU
 
-    def release(self) -> None: ...  # gives back the memory of a GPU that it holds for calls to come
+def synchronize() -> None:
+    """Wait until the device has done what it was told."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
 
 @dataclass(frozen=True)
 class Contestant:
-    """Something to time. `call` works to the end, a GPU's too, and returns how many images it has handled."""
+    """Something to time. `call` works to the end, also on a GPU, and returns how many images it has handled.
+
+    A PublicCall works in a process of its own.
+    """
 
     name: str
     call: Callable[[], int]
     flops_per_image: float = 0  # exact FLOPs; 0: not known
-    bytes_per_image: float = 0  # to be moved from and to memory; 0: not known
-    bytes_on: str = field(default_factory=device_type)  # cpu or cuda: whose memory that is
-    precision: str = "fp32"  # whose matmul peak the FLOPs are set against; MIXED: none, and no MFU
-    elsewhere: Elsewhere | None = None  # the process that works; None: this one
-    has_threads: bool = False  # of its own, whose memory on a CPU nobody counts
-    extra: Callable[[], Row] = dict  # more columns, asked for once all turns are done
+    precision: str = "fp32"  # whose peak the FLOPs are set against; MIXED: none
+    extra: Callable[[], Row] = dict  # returns more columns, once all turns are done
 
 
 def time_in_turns(
     contestants: Sequence[Contestant], repeats: int, *, rivals: Mapping[str, str] = NO_RIVALS
 ) -> list[Row]:
-    """Samples a second of each, and its speed over the first one's in the same turn; WARM_UPS turns more come first.
+    """Time `repeats` turns after WARM_UPS; return for each contestant a row of samples a second and ratios.
 
-    rivals: by column, the names of further contestants to whose speed each is compared, if they are there. Where
-    several processes share a GPU, each gives back what it does not keep at the end of its turn, and begins with a call
-    that is not timed.
+    `ratio` is the speed over the first contestant's in the same turn. rivals: by column, the names of further
+    contestants to whose speed each is compared, if they are there.
     """
-    rates, memories = _take_turns(contestants, repeats)
-    rows = [
-        _row(contestant, found) | {"ratio": _ratio(found, rates[0])} | memory | contestant.extra()
-        for contestant, found, memory in zip(contestants, rates, memories, strict=True)
-    ]
-    rates_of = {contestant.name: found for contestant, found in zip(contestants, rates, strict=True)}
-    there = {column: rates_of[name] for column, name in rivals.items() if name in rates_of}
-    for row, contestant, found in zip(rows, contestants, rates, strict=True):
-        row |= {column: _ratio(found, others) for column, others in there.items()}
-        row |= _memory_on_cpu(contestant)
-    return rows
-
-
-def _take_turns(contestants: Sequence[Contestant], repeats: int) -> tuple[list[list[float]], list[Row]]:
-    """Of each contestant its samples a second in every turn, and the most memory that it took on a GPU."""
-    shares_gpu = torch.cuda.is_available() and any(contestant.elsewhere for contestant in contestants)
-    rates: list[list[float]] = [[] for _ in contestants]
-    memories: list[Row] = [{} for _ in contestants]
+    rates: dict[str, list[float]] = {contestant.name: [] for contestant in contestants}
+    memories: dict[str, Row] = {contestant.name: {} for contestant in contestants}
+    shares_gpu = torch.cuda.is_available() and any(
+        isinstance(contestant.call, PublicCall) for contestant in contestants
+    )
     for turn in range(-WARM_UPS, repeats):
         for place in range(len(contestants)):
-            number = (turn + place) % len(contestants)
-            rate, taken = _take_turn(contestants[number], shares_gpu=shares_gpu)
+            contestant = contestants[(turn + place) % len(contestants)]
+            rate, taken = _take_turn(contestant, shares_gpu=shares_gpu)
             if turn >= 0:
-                rates[number].append(rate)
-                memories[number] = {name: max(memories[number].get(name, 0), value) for name, value in taken.items()}
-    return rates, memories
+                rates[contestant.name].append(rate)
+                most = memories[contestant.name]
+                most |= {name: max(most.get(name, 0), value) for name, value in taken.items()}
+    against = {"ratio": contestants[0].name} | {column: name for column, name in rivals.items() if name in rates}
+    return [
+        _speed_row(contestant, rates[contestant.name])
+        | {column: _ratio(rates[contestant.name], rates[rival]) for column, rival in against.items()}
+        | memories[contestant.name]
+        | contestant.extra()
+        for contestant in contestants
+    ]
 
 
 def _take_turn(contestant: Contestant, *, shares_gpu: bool) -> tuple[float, Row]:
-    """Samples a second of one call, and the columns of the memory that it took."""
-    elsewhere = contestant.elsewhere
+    """Return the samples a second of one call, and the columns of the memory that it took on a GPU.
+
+    Where several processes share a GPU, each gives back what it does not keep at the end of its turn, and begins with a
+    call that is not timed.
+    """
+    call = contestant.call
     if shares_gpu:
-        contestant.call()
-    resident = _forget_peak()
+        call()
+    resident = 0
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        resident = torch.cuda.memory_allocated()
     start = time.perf_counter()
-    count = contestant.call()
+    count = call()
     rate = count / (time.perf_counter() - start)
-    taken = elsewhere.memory() if elsewhere else _memory_above(resident)
+    taken: Row = {}
+    if isinstance(call, PublicCall):
+        taken = call.memory
+    elif torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+        taken = {"peak_bytes": peak, "working_bytes": peak - resident}
     if shares_gpu:
-        release = elsewhere.release if elsewhere else torch.cuda.empty_cache
+        release = call.release if isinstance(call, PublicCall) else torch.cuda.empty_cache
         release()
     return rate, taken
 
@@ -109,7 +119,7 @@ def _ratio(rates: list[float], reference: list[float]) -> float:
     return statistics.median(one / other for one, other in zip(rates, reference, strict=True))
 
 
-def _row(contestant: Contestant, rates: list[float]) -> Row:
+def _speed_row(contestant: Contestant, rates: list[float]) -> Row:
     median = statistics.median(rates)
     row: Row = {
         "name": contestant.name,
@@ -120,90 +130,58 @@ def _row(contestant: Contestant, rates: list[float]) -> Row:
     if contestant.flops_per_image:
         row["tflops"] = median * contestant.flops_per_image / 1e12
         if contestant.precision != MIXED:
-            peak_rate = matmul_flops_per_second(contestant.precision)
-            row |= {"mfu": median * contestant.flops_per_image / peak_rate, "matmul_tflops": peak_rate / 1e12}
-    if contestant.bytes_per_image:
-        moved, bandwidth = median * contestant.bytes_per_image, copy_bytes_per_second(contestant.bytes_on)
-        row |= {"gb_per_second": moved / 1e9, "bandwidth_share": moved / bandwidth}
-        row["copy_gb_per_second"] = bandwidth / 1e9
+            peak = matmul_flops_per_second(contestant.precision)
+            row |= {"mfu": median * contestant.flops_per_image / peak, "matmul_tflops": peak / 1e12}
     return row
 
 
-def _forget_peak() -> int:
-    """Bytes of tensors on the GPU now; from here on its peak is counted. 0 on the CPU, where nobody counts."""
-    if not torch.cuda.is_available():
-        return 0
-    torch.cuda.reset_peak_memory_stats()
-    return torch.cuda.memory_allocated()
+def convolution_precision(precision: str) -> str:
+    """Return the precision in which convolutions of such numbers are computed: TF32 for fp32 on a GPU that may."""
+    return TF32 if (precision, device_type()) == ("fp32", "cuda") and torch.backends.cudnn.allow_tf32 else precision
 
 
-def _memory_above(resident: int) -> Row:
-    """The columns of the memory taken since `_forget_peak`, which found `resident` bytes."""
-    if not torch.cuda.is_available():
-        return {}
-    peak = torch.cuda.max_memory_allocated()
-    return {"peak_bytes": peak, "working_bytes": peak - resident}
+def common_precision(products: str, convolutions: str) -> str:
+    """Return the precision in which both are computed, or MIXED."""
+    return products if convolution_precision(convolutions) == products else MIXED
 
 
-def _memory_on_cpu(contestant: Contestant) -> Row:
-    """`working_bytes` of one more call, if it is a model that works on the CPU, and in this thread."""
-    is_counted = not (torch.cuda.is_available() or contestant.elsewhere or contestant.has_threads)
-    if not is_counted or not contestant.flops_per_image:
-        return {}
-    with AllocationRecorder() as recorder:
-        contestant.call()
-        recorder.mark("done")
-    return {"working_bytes": recorder.phases[0].peak}
+@cache
+def matmul_flops_per_second(precision: str) -> float:
+    """Measure the FLOPs a second of large square matrix products in fp32, bf16, fp16 or tf32.
+
+    A CPU has no TF32: there it is fp32.
+    """
+    if precision != TF32:
+        return _best_matmul_rate(PRECISIONS[precision])
+    if device_type() == "cpu":
+        return matmul_flops_per_second("fp32")
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
+    try:
+        return _best_matmul_rate(torch.float32)
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
-COLUMNS: dict[str, Callable[[Any], str]] = {  # those that not every row has
-    "ratio_to_bare": lambda value: f"{value:.3f}",
-    "ratio_to_encoding": lambda value: f"{value:.3f}",
-    "tflops": lambda value: f"{value:.3g}",
-    "mfu": lambda value: f"{value:.1%}",
-    "gb_per_second": lambda value: f"{value:.3g}",
-    "bandwidth_share": lambda value: f"{value:.1%}",
-    "working_bytes": lambda value: f"{value / GIB:.2f} GiB",
-    "peak_bytes": lambda value: f"{value / GIB:.2f} GiB",
-    "predicted_bytes": lambda value: f"{value / GIB:.2f} GiB",
-    "equal_codes": lambda value: f"{value:.2%}",
-    "error": lambda value: f"{value:+.1%}",
-    "data_wait_ms": lambda value: f"{value:.1f} ms",
-    "data_wait_share": lambda value: f"{value:.2%}",
-}
-HEADINGS = {
-    "ratio_to_bare": "to bare",
-    "ratio_to_encoding": "to encoding",
-    "tflops": "TFLOP/s",
-    "mfu": "MFU",
-    "gb_per_second": "GB/s",
-    "bandwidth_share": "bandwidth",
-    "working_bytes": "working",
-    "peak_bytes": "peak",
-    "predicted_bytes": "predicted",
-    "equal_codes": "same codes",
-    "error": "error",
-    "data_wait_ms": "data wait",
-    "data_wait_share": "of a step",
-}
+def _best_matmul_rate(dtype: torch.dtype) -> float:
+    """Return the best rate over all sides; a side whose product would take too long, as in bf16 on CPUs, ends it."""
+    best = 0.0
+    for side in MATMUL_SIDES[device_type()]:
+        a, b = (torch.randn(side, side, device=device_type()).to(dtype) for _ in range(2))
+        best = max(best, 2 * side**3 / _best_seconds(partial(torch.mm, a, b)))
+        if 2 * (2 * side) ** 3 / best > 4 * MATMUL_SECONDS:
+            break
+    return best
 
 
-def table(rows: list[Row]) -> str:
-    """The rows for people, with the columns that any of them has."""
-    if not rows:
-        return "nothing was timed"
-    shown = [name for name in COLUMNS if any(name in row for row in rows)]
-    width = max(len(row["name"]) for row in rows)
-    lines = [
-        f"{'':{width}s} {'samples/s':>12s} {'slowest':>12s} {'fastest':>12s} {'ratio':>7s}"
-        + "".join(f" {HEADINGS[name]:>11s}" for name in shown)
-    ]
-    for row in rows:
-        speeds = "".join(f" {row[name]:12,.3f}" if name in row else 13 * " " for name in SPEEDS)
-        ratio = f" {row['ratio']:7.3f}" if "ratio" in row else 8 * " "
-        cells = "".join(f" {COLUMNS[name](row[name]) if name in row else '':>11s}" for name in shown)
-        lines.append(f"{row['name']:{width}s}{speeds}{ratio}{cells}")
-    return "\n".join(lines)
-
-
-SPEEDS = ("samples_per_second", "slowest", "fastest")
+def _best_seconds(call: Callable[[], object]) -> float:
+    """Return the seconds of the fastest of many calls, after one to warm up: a peak is what nobody disturbed."""
+    call()
+    best, end = float("inf"), time.perf_counter() + MATMUL_SECONDS
+    while time.perf_counter() < end:
+        synchronize()
+        start = time.perf_counter()
+        call()
+        synchronize()
+        best = min(best, time.perf_counter() - start)
+    return best

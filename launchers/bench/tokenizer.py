@@ -1,22 +1,22 @@
 """`benchmark.py tokenizer`: images to codes, codes to images, and a training step of stage 1 without LPIPS.
 
-Each kind of work has rows of its own, whose first one, the public code where it is there, the others are compared with.
-Nearly all of it is convolutions, so on a GPU float32 is set against the peak of TF32, in which cuDNN computes them.
+The rows of each kind of work are compared with its first one, which is the public code where it is there. Nearly all of
+the work is convolutions, so on a GPU float32 is set against the peak of TF32, in which cuDNN computes them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from copy import deepcopy
+from dataclasses import replace
 from itertools import repeat
 
 import torch
 from torch import Tensor
 
 from launchers.bench.config import BenchmarkConfig
-from launchers.bench.machine_limits import convolution_precision, device_type, synchronize
 from launchers.bench.models import code_batch, image_batch, make_tokenizer, make_var, public_code, var_config
-from launchers.bench.timing import Contestant, Elsewhere, Row, time_in_turns
+from launchers.bench.timing import Contestant, Row, convolution_precision, device_type, synchronize, time_in_turns
 from models.vqvae import VQVAE
 from training.engine.distributed import World, join_world
 from training.engine.engine import Engine, EngineConfig
@@ -31,7 +31,7 @@ PIXELS_ALONE = ReconstructionLossConfig(lpips_weight=0.0, adversarial_weight=0.0
 
 
 def benchmark_tokenizer(config: BenchmarkConfig) -> list[Row]:
-    """Images a second of encoding, of decoding and of training; training in fp32, as stage 1 is."""
+    """Time images a second of encoding, of decoding and of training; training in fp32, as stage 1 is."""
     world, tokenizer = join_world(), make_tokenizer(config)
     with public_code(config, make_var(config), tokenizer) as public:
         tokenizer.to(device_type())
@@ -39,59 +39,45 @@ def benchmark_tokenizer(config: BenchmarkConfig) -> list[Row]:
         if public is not None:
             for group, what in zip(groups, ("encode", "decode")):
                 call = public.timed(what, batch=config.batch)
-                flops = group[0].flops_per_image
-                group.insert(0, contestant(f"public, {what}", call, flops, elsewhere=call))
+                group.insert(0, replace(group[0], name=f"public, {what}", call=call))
         return [row for group in groups for row in time_in_turns(group, config.repeats)]
 
 
-def contestant(
-    name: str,
-    call: Callable[[], int],
-    flops: int,
-    *,
-    precision: str = "fp32",
-    elsewhere: Elsewhere | None = None,
-    extra: Callable[[], Row] = dict,
-) -> Contestant:
-    """Convolutions on numbers in `precision`."""
-    return Contestant(name, call, flops, precision=convolution_precision(precision), elsewhere=elsewhere, extra=extra)
-
-
 def encoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:
-    """Plain, and with the encoder in channels-last, whose rounding changes few of the codes."""
+    """Return ours, and ours with the encoder in channels-last, whose rounding changes few of the codes."""
     images = image_batch(var_config(config), tokenizer.config, config.batch).data.to(device_type())
     turned = deepcopy(tokenizer).to(memory_format=torch.channels_last)
-    flops = encoding_flops(tokenizer.config)
+    flops, precision = encoding_flops(tokenizer.config), convolution_precision("fp32")
 
     def equal_codes() -> Row:
         return {"equal_codes": (turned.encode(images) == tokenizer.encode(images)).float().mean().item()}
 
     return [
-        contestant("ours, encode", timed(tokenizer.encode, images), flops),
-        contestant("ours, encode, channels-last", timed(turned.encode, images), flops, extra=equal_codes),
+        Contestant("ours, encode", timed(tokenizer.encode, images), flops, precision),
+        Contestant("ours, encode, channels-last", timed(turned.encode, images), flops, precision, extra=equal_codes),
     ]
 
 
 def decoders(config: BenchmarkConfig, tokenizer: VQVAE) -> list[Contestant]:
-    """Plain, and prepared: in fp32, and in bf16 where the config asks for it."""
+    """Return ours as it was trained, and prepared: in fp32, and in bf16 where the config asks for it."""
     codes = code_batch(var_config(config), config.batch).data.to(device_type())
     plain, folded = (decoding_flops(tokenizer.config, is_folded=is_folded) for is_folded in (False, True))
+    precision = convolution_precision("fp32")
     prepared = deepcopy(tokenizer)
     prepared.prepare_decoder()
     found = [
-        contestant("ours, decode, plain", timed(tokenizer.decode, codes), plain),
-        contestant("ours, decode, prepared", timed(prepared.decode, codes), folded),
+        Contestant("ours, decode, plain", timed(tokenizer.decode, codes), plain, precision),
+        Contestant("ours, decode, prepared", timed(prepared.decode, codes), folded, precision),
     ]
     if config.precision == "bf16":
         halved = deepcopy(tokenizer)
         halved.prepare_decoder(torch.bfloat16)
-        call = timed(halved.decode, codes)
-        found.append(contestant("ours, decode, prepared, bf16", call, folded, precision="bf16"))
+        found.append(Contestant("ours, decode, prepared, bf16", timed(halved.decode, codes), folded, "bf16"))
     return found
 
 
 def timed(work: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], int]:
-    """A call that ends when the device has."""
+    """Return a call that ends when the device has done the work."""
 
     def call() -> int:
         work(given)
@@ -102,7 +88,7 @@ def timed(work: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], int]:
 
 
 def trainer(config: BenchmarkConfig, tokenizer: VQVAE, world: World) -> Contestant:
-    """A step of TokenizerStage, DeepSpeed and all."""
+    """Return a step of stage 1, DeepSpeed included, on a copy of the tokenizer."""
     model = deepcopy(tokenizer).train().requires_grad_(True)
     optimizer = build_optimizer(model, OptimizerConfig())
     settings = EngineConfig(precision="fp32", micro_batch=config.batch, zero_stage=0)
@@ -121,4 +107,5 @@ def trainer(config: BenchmarkConfig, tokenizer: VQVAE, world: World) -> Contesta
         synchronize()
         return config.batch
 
-    return contestant("ours, training step without LPIPS", call, tokenizer_training_flops(tokenizer.config))
+    flops = tokenizer_training_flops(tokenizer.config)
+    return Contestant("ours, training step without LPIPS", call, flops, convolution_precision("fp32"))

@@ -1,8 +1,7 @@
-"""`benchmark.py train` and `switches`: one training step of the transformer, with all that training does in it.
+"""`benchmark.py train`: one training step of the transformer, with all that training does in it.
 
-`train`: ours, a bare PyTorch loop, and the public code's step, on codes and on images that it encodes at each step.
-`switches`: ours with each setting that trades speed, memory or start-up time. All have the same weights, batch,
-precision and device. Models of one process lie in memory all at once: `working_bytes` is the column that compares them.
+Beside ours stand a bare PyTorch loop, and the public code's step, on codes and on images that it encodes every time.
+All have the same weights, batch, precision and device. On several ranks ours is measured alone.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -22,89 +18,63 @@ from torch.nn import functional as F
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.loader import train_batches
 from launchers.bench.config import OURS, BenchmarkConfig
-from launchers.bench.machine_limits import common_precision, device_type, synchronize
-from launchers.bench.models import code_batch, code_shards, make_tokenizer, make_var, public_code, var_config
+from launchers.bench.models import code_batch, make_codes, make_tokenizer, make_var, public_code, var_config
 from launchers.bench.public_code import PublicCode
-from launchers.bench.timing import Contestant, Elsewhere, Row, time_in_turns
+from launchers.bench.timing import Contestant, Row, common_precision, device_type, synchronize, time_in_turns
 from launchers.setup.loading import place_tokenizer
-from models.attention import FLEX, MASKED
-from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
+from models.var import VAR
 from models.vqvae import VQVAE
 from training.engine.distributed import World, join_world
 from training.engine.engine import Engine, EngineConfig
 from training.flops import encoding_flops, training_flops
 from training.optim import OptimizerConfig, build_optimizer
-from training.planning.traffic import training_bytes
 from training.stage import StepContext
 from training.step_metrics import TimedIterator
 from training.var_loop import VARStage, set_up_var
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
 SHARD_SAMPLES = 1024
+PUBLIC, OURS_ON_CODES = "public, codes in memory", "ours, codes from shards"
 BARE, ENCODING = "bare PyTorch loop, codes in memory", "public, images encoded anew"
 RIVALS = {"ratio_to_bare": BARE, "ratio_to_encoding": ENCODING}
 
 
 def benchmark_train(config: BenchmarkConfig) -> list[Row]:
-    """Images a second; the first row is the public code's step on given codes, where it is there."""
+    """Time images a second; the first row is the public code's step on given codes, where it is there."""
     world, tokenizer, model = join_world(), make_tokenizer(config), make_var(config)
-    codes = code_batch(var_config(config), config.batch)
+    codes, flops = code_batch(var_config(config), config.batch), training_flops(var_config(config))
     with tempfile.TemporaryDirectory() as folder, public_code(config, model, tokenizer) as public:
-        batches = TimedIterator(read_batches(config, Path(folder), world))
+        contestants = []
         # a GPU has no room for three trainers of d30
-        has_bare = config.contestants != OURS and (device_type() == "cpu" or public is None)
-        bare = [contestant(config, BARE, bare_step(config, deepcopy(model), tokenizer, codes))] if has_bare else []
-        step = OurStep(config, engine_config(config), model, tokenizer, batches, world)
-        contestants = [contestant(config, "ours, codes from shards", step, extra=step.data_wait), *bare]
+        if config.contestants != OURS and (device_type() == "cpu" or public is None):
+            bare = bare_step(config, deepcopy(model), tokenizer, codes)
+            contestants = [Contestant(BARE, bare, flops, config.precision)]
+        batches = TimedIterator(read_batches(config, Path(folder), world))
+        step = OurStep(config, model, tokenizer, batches, world)
+        ours = Contestant(OURS_ON_CODES, step, flops, config.precision, extra=step.data_wait)
+        contestants = [ours, *contestants]
         if public is not None:
-            on_codes, on_images = public_steps(config, public, encoding_flops(tokenizer.config))
+            on_codes, on_images = public_steps(config, public, flops, encoding_flops(tokenizer.config))
             contestants = [on_codes, *contestants, on_images]
         return time_in_turns(contestants, config.repeats, rivals=RIVALS)
 
 
-def public_steps(config: BenchmarkConfig, public: PublicCode, flops_to_encode: float) -> tuple[Contestant, Contestant]:
-    """The public code's step on given codes, and on images that it encodes in every step, outside of autocast."""
+def public_steps(
+    config: BenchmarkConfig, public: PublicCode, flops: float, flops_to_encode: float
+) -> tuple[Contestant, Contestant]:
+    """Return the public code's step on given codes, and on images that it encodes outside of autocast."""
     given, encoding = (public.timed("train_step", batch=config.batch, encodes=encodes) for encodes in (False, True))
-    on_codes = contestant(config, "public, codes in memory", given, elsewhere=given)
-    on_images = replace(
-        contestant(config, ENCODING, encoding, elsewhere=encoding),
-        flops_per_image=on_codes.flops_per_image + flops_to_encode,
-        precision=common_precision(config.precision, "fp32"),
+    precision = common_precision(config.precision, "fp32")
+    return (
+        Contestant(PUBLIC, given, flops, config.precision),
+        Contestant(ENCODING, encoding, flops + flops_to_encode, precision),
     )
-    return on_codes, on_images
-
-
-def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
-    """Images a second of our step with each switch, beside the step without any."""
-    world, plain = join_world(), engine_config(config)
-    tokenizer, model = make_tokenizer(config), make_var(config)
-    changes: dict[str, dict[str, Any]] = {
-        "as it comes": {},
-        "dense mask": {"attention": MASKED},
-        "compiled blocks": {"compile": True},
-        "selective checkpointing": {"activation_checkpointing": SELECTIVE_CHECKPOINTING},
-        "full checkpointing": {"activation_checkpointing": FULL_CHECKPOINTING},
-        **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in (1, 3) if stage != plain.zero_stage},
-    }
-    if world.device.type == "cuda":
-        changes["FlexAttention"] = {"attention": FLEX}
-        changes["compiled blocks, FlexAttention"] = {"attention": FLEX, "compile": True}
-    batch = code_batch(var_config(config), config.batch)
-    batch = batch.pinned() if world.device.type == "cuda" else batch
-    engines = {name: replace(plain, **change) for name, change in changes.items()}
-    contestants = [
-        contestant(
-            config, name, OurStep(config, engine, deepcopy(model), tokenizer, repeat(batch), world), engine=engine
-        )
-        for name, engine in engines.items()
-    ]
-    return time_in_turns(contestants, config.repeats)
 
 
 def engine_config(config: BenchmarkConfig) -> EngineConfig:
-    """One rank has nobody to share with: no ZeRO in float32; below it ZeRO's first stage keeps the float32 weights."""
+    """Return the engine's settings. Unless asked for, there is no ZeRO in fp32; below it stage 1 keeps fp32 weights."""
     return EngineConfig(
-        zero_stage=0 if config.precision == "fp32" else 1,
+        zero_stage=(0 if config.precision == "fp32" else 1) if config.zero_stage is None else config.zero_stage,
         precision=config.precision,
         micro_batch=config.batch,
         compile=config.compile,
@@ -113,97 +83,70 @@ def engine_config(config: BenchmarkConfig) -> EngineConfig:
     )
 
 
-def contestant(
-    config: BenchmarkConfig,
-    name: str,
-    call: Callable[[], int],
-    *,
-    engine: EngineConfig | None = None,
-    elsewhere: Elsewhere | None = None,
-    extra: Callable[[], Row] = dict,
-) -> Contestant:
-    """All do the same FLOPs. Ours and the bare loop, which keep the same tensors, move what training_bytes says."""
-    model, engine = var_config(config), engine or engine_config(config)
-    return Contestant(
-        name,
-        call,
-        flops_per_image=training_flops(model),
-        bytes_per_image=0 if elsewhere else training_bytes(model, engine) / config.batch,
-        precision=config.precision,
-        elsewhere=elsewhere,
-        extra=extra,
-    )
-
-
 def read_batches(config: BenchmarkConfig, folder: Path, world: World) -> Iterator[Batch]:
-    """What this rank of a run reads: random codes from shards, in a random order, pinned for a GPU."""
-    dataset = code_shards(var_config(config), folder, SHARD_SAMPLES)
+    """Return what this rank of a run reads: random codes from shards in a random order, pinned for a GPU."""
+    dataset = make_codes(folder, var_config(config), samples=SHARD_SAMPLES)
     share = {"batch_size": config.batch, "rank": world.rank, "world_size": world.world_size}
     return train_batches(dataset, device=world.device, samples_seen=0, seed=0, **share)
 
 
 class OurStep:
-    """A step as training takes it, DeepSpeed and all. On several ranks a collective, and the images are this rank's."""
+    """A step as training takes it, DeepSpeed included. On several ranks a collective; the images are this rank's."""
 
     def __init__(
         self,
         config: BenchmarkConfig,
-        engine: EngineConfig,
         model: VAR,
         tokenizer: VQVAE,
-        batches: Iterator[Batch],
+        batches: TimedIterator,
         world: World,
     ) -> None:
-        """The model becomes this step's own, and the tokenizer's quantiser moves to its device."""
+        """Take the model over, and move the tokenizer's quantiser to its device."""
+        engine = engine_config(config)
         set_up_var(model, engine)
-        global_batch = config.batch * world.world_size
+        self.batch, self.global_batch = config.batch, config.batch * world.world_size
         optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
         self.stage = VARStage(
-            Engine(model, optimizer, engine, global_batch=global_batch, world=world),
+            Engine(model, optimizer, engine, global_batch=self.global_batch, world=world),
             place_tokenizer(tokenizer, world.device, kinds={"codes"}),
             label_drop=0.1,
             seed=0,
             validation=lambda: (),
         )
-        self.batch, self.global_batch = config.batch, global_batch
         self.batches = batches
         self.samples_seen = 0
-        self.waits: list[tuple[float, float]] = []  # of each step, the seconds waited for data and those that it took
+        self.waits: list[tuple[float, float]] = []  # seconds waited for data, and seconds of the whole step
 
     def __call__(self) -> int:
         start = time.perf_counter()
         self.stage.train_step(self.batches, StepContext(self.samples_seen, 0.5, LEARNING_RATE, WEIGHT_DECAY))
         synchronize()
-        if isinstance(self.batches, TimedIterator):
-            self.samples_seen += self.global_batch
-            self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
+        self.samples_seen += self.global_batch
+        self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
         return self.batch
 
     def data_wait(self) -> Row:
-        """What a step has waited for its data, in milliseconds and as a share of the step.
-
-        Over all steps but the first, which starts the reader, and warms up what else there is.
-        """
+        """Return the mean wait for data over all steps but the first, which starts the reader."""
         waited, taken = (sum(seconds) for seconds in zip(*self.waits[1:], strict=True))
         return {"data_wait_ms": 1000 * waited / len(self.waits[1:]), "data_wait_share": waited / taken}
 
 
 def bare_step(config: BenchmarkConfig, model: VAR, tokenizer: VQVAE, batch: Batch) -> Callable[[], int]:
-    """The least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed or ours.
+    """Return the least that trains the same model: forward, loss, backward, clipping and AdamW, without DeepSpeed.
 
-    Its blocks are compiled and checkpointed, and its attention computed, as those of ours are.
+    Compilation, checkpointing and attention are those of ours.
     """
-    set_up_var(model, engine_config(config))
+    engine = engine_config(config)
+    set_up_var(model, engine)
     place_tokenizer(tokenizer, torch.device(device_type()), kinds={"codes"})
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY, fused=True
     )
-    batch = batch.to(device_type())
-    dtype, is_low = engine_config(config).dtype, config.precision != "fp32"
+    batch = batch.to(torch.device(device_type()))
 
     def call() -> int:
         inputs = tokenizer.teacher_forcing_inputs(batch.data)
-        with torch.autocast(device_type(), dtype=dtype, enabled=is_low):
+        with torch.autocast(device_type(), dtype=engine.dtype, enabled=config.precision != "fp32"):
             logits = model(inputs, batch.labels)
         F.cross_entropy(logits.float().flatten(0, 1), batch.data.flatten()).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 2.0)

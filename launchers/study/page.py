@@ -1,13 +1,13 @@
-"""A scaling study as MLflow shows it: made from its folders, best effort but for the verb `sync`, and never in the way.
+"""A scaling study as MLflow shows it, made from its folders: one MLflow run, a child for each size and seed, the fits.
 
-Each run sends its own curves (training/tracking/mlflow_uploader.py) and puts itself below the study's MLflow run. What is known
-of it only later, its parameters, its last losses, the fits, comes from here.
+Each run sends its own curves while it trains and puts itself below the study's MLflow run (training/tracking). What is
+known only later comes from here: parameters, last losses, fits. Only the verb `sync` fails where a tracker does; for
+the others its absence costs one line.
 """
 
 from __future__ import annotations
 
-import math
-import os
+import colorsys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -22,215 +22,191 @@ from training.accounting import EXACT
 from training.checkpoints.commit import candidates, read_manifest
 from training.laws.study_data import METRICS
 from training.tracking.curves import points_of
-from training.tracking.mlflow_client import COMMIT_TAG, code_version, reason
-from training.tracking.mlflow_state import read_state
-from training.tracking.mlflow_study import COLOUR_TAG, SIZE, Facts, StudyView, colours
-from training.tracking.mlflow_tracker import Sent, Tracker, TrackerUnavailable
-from training.tracking.mlflow_uploader import ENDED, QUIET_AND_QUICK, how_it_ended, send_now
+from training.tracking.follow import send
+from training.tracking.mlflow import (
+    COMMIT_TAG,
+    ENDED,
+    RunPage,
+    StudyPage,
+    TrackerUnavailable,
+    code_version,
+    how_it_ended,
+    read_state,
+    reason,
+    unavailable,
+)
 from training.tracking.record import RunRecord, TrackingConfig, absolute_uri
+from training.tracking.saved_view import COLOUR_TAG, SIZE, address_of
 
 REPORT = "report.md"
 IDENTITY = {"tokenizer_sha256": "tokenizer_sha256", "data": "data_fingerprint"}  # of a checkpoint, as tags
 
-
-def open_parent(config: StudyConfig) -> bool:
-    """Show that a study has started: its MLflow run, its saved view, and where to look; whether that could be done."""
-
-    def show(view: StudyView) -> None:
-        view.state.update(status="RUNNING", git=code_version())
-        view.set_status("RUNNING")
-        view.describe(facts_of_study(config))
-        say(where_to_look(view))
-
-    return _best_effort(config, show)
+Runs = Mapping[Path, MeasuredRun | None]  # run folders that have a record; None for those without an evaluation
 
 
-def close_parent(config: StudyConfig, status: str) -> bool:
-    """Show how the study has ended: FINISHED, FAILED, or KILLED where it was stopped; whether that could be done."""
+def open_parent(config: StudyConfig) -> None:
+    """Show that a study has started, and report where to look."""
 
-    def show(view: StudyView) -> None:
-        view.state.update(status=status)
-        show_children(view, read_runs(config))
-        view.set_status(status)
+    def show_start(page: StudyPage) -> None:
+        page.note(git=code_version())
+        say(show(page, config, {}, "RUNNING"))
 
-    return _best_effort(config, show)
+    best_effort(config, show_start)
 
 
-def publish(config: StudyConfig) -> bool:
-    """Put what `fit` and `report` have made on the study's page; whether that could be done."""
+def close_parent(config: StudyConfig, status: str) -> None:
+    """Show how the study has ended: FINISHED, FAILED, or KILLED where it was stopped."""
+    best_effort(config, lambda page: show(page, config, read_runs(config), status))
 
-    def show(view: StudyView) -> None:
+
+def publish(config: StudyConfig) -> None:
+    """Put what `fit` and `report` have made on the study's page, and report where to look."""
+
+    def show_results(page: StudyPage) -> None:
         runs = read_runs(config)
-        show_children(view, runs)
-        show_results(view, config)
-        if is_finished(config, runs):
-            view.state.update(status="FINISHED")
-            view.set_status("FINISHED")
-        say(where_to_look(view))
+        say(show(page, config, runs, "FINISHED" if is_finished(config, runs) else ""))
 
-    return _best_effort(config, show)
+    best_effort(config, show_results)
+
+
+def best_effort(config: StudyConfig, show_part: Callable[[StudyPage], object]) -> None:
+    """Show something on the study's page; a tracker that is away costs one line, since the folders are the record."""
+    if config.tracking.mlflow:
+        try:
+            with opened(config) as page:
+                show_part(page)
+        except Exception as error:  # whatever a tracker throws
+            say(f"mlflow: {reason(error)}; `scaling_study.py sync {config.folder}` brings it up to the study")
 
 
 def launch_sync(command: Command[StudyConfig]) -> None:
     """Bring MLflow up to the study's folders, all of it from them alone; doing it twice changes nothing.
 
     Raises:
-        FileNotFoundError: no run is there. ValueError: tracking.mlflow is false, or a record or fit.json is damaged.
-        BlockingIOError: somebody is at it.
+        FileNotFoundError: no run is there.
+        ValueError: tracking.mlflow is false, or a record or fit.json is damaged.
+        BlockingIOError: another process is sending the study.
         TrackerUnavailable: the tracker cannot be reached, or does not take it.
     """
     refuse_several_ranks("scaling_study.py")
-    config, tracking = command.config, tracking_of(command.config)
+    config, tracking, folder = command.config, tracking_of(command.config), Path(command.config.folder)
     if not tracking.mlflow:
         raise ValueError("tracking.mlflow is false, so there is nothing to send to; add tracking.mlflow=true")
-    runs = recorded_runs(config)
+    runs = read_runs(config)
     if not runs:
-        raise FileNotFoundError(f"{config.folder}: has no run folder with a record; train with scaling_study.py run")
+        raise FileNotFoundError(f"{folder}: has no run folder with a record; train with scaling_study.py run")
+    points = {run: sum(len(points_of(record, tracking)) for record in RunRecord(run).read()) for run in runs}
     if command.dry_run:
-        number = sum(len(points_of(record, tracking)) for run in runs for record in RunRecord(run).read())
-        say(f"{config.folder}: would send what is missing of {number} points in {len(runs)} runs to {tracking.uri}")
+        total = sum(points.values())
+        say(f"{folder}: would send what is missing of {total} points in {len(runs)} runs to {tracking.uri}")
         return
-    if (Path(config.folder) / FIT).is_file():
-        read_fit(Path(config.folder))  # what is damaged is the study's fault, not the tracker's
-    with opened(config) as view:
-        sent = [send_run(run, tracking) for run in runs]
-        read = read_runs(config)
-        try:
-            view.describe(facts_of_study(config))
-            show_children(view, read)
-            show_results(view, config)
-            noted = view.state.values.get("status")
-            view.set_status("RUNNING" if None in sent else how_the_study_ended(noted, is_finished(config, read)))
-            page = where_to_look(view)
-        except Exception as error:  # whatever a tracker throws
-            raise unavailable(tracking, error) from None
-    total = sum(filter(None, sent), Sent())
-    say(f"{config.folder}: {len(runs)} runs, {total.new} points sent, {total.known} were there already")
-    say(page)
+    if (folder / FIT).is_file():
+        read_fit(folder)  # damage is the study's fault, not the tracker's
+    with opened(config) as page:
+        sent = {run: number for run in runs if (number := send_run(run, tracking)) is not None}
+        noted = read_state(folder).get("status", "")
+        ended = noted if noted in ENDED else "FINISHED" if is_finished(config, runs) else "KILLED"
+        address = show(page, config, runs, ended if len(sent) == len(runs) else "RUNNING")
+    known = sum(points[run] - number for run, number in sent.items())
+    say(f"{folder}: {len(runs)} runs, {sum(sent.values())} points sent, {known} were there already\n{address}")
 
 
-def send_run(run: Path, tracking: TrackingConfig) -> Sent | None:
-    """Send what is missing of a run; None where the run does so itself."""
+def send_run(run: Path, tracking: TrackingConfig) -> int | None:
+    """Send what is missing of a run and return the number of points; None where the run does so itself."""
     settings = read_settings(run / "config.yaml")
-    tracker = Tracker(run, tracking, settings)
     try:
-        return send_now(tracker, how_it_ended(read_state(run) or {}, RunRecord(run).read(), settings))
+        return send(RunPage(run, tracking, settings), how_it_ended(run, settings))
     except BlockingIOError:
         say(f"{run}: is sent by the run itself")
         return None
+
+
+@contextmanager
+def opened(config: StudyConfig) -> Iterator[StudyPage]:
+    """Hold the study's page open for one process.
+
+    Raises:
+        BlockingIOError: another process has it open.
+        TrackerUnavailable: the tracker cannot be reached, or does not take something that is sent while it is open.
+    """
+    page = StudyPage(Path(config.folder), tracking_of(config))
+    try:
+        page.open(search=bool(recorded_runs(config)))
+        yield page
+    except (BlockingIOError, TrackerUnavailable):
+        raise
+    except Exception as error:  # whatever a tracker throws
+        raise unavailable(page, error) from None
     finally:
-        tracker.state.release()
-
-
-def how_the_study_ended(noted: str | None, is_finished: bool) -> str:
-    """As it was noted; where it could not be, by its runs."""
-    if noted in ENDED:
-        return noted
-    return "FINISHED" if is_finished else "KILLED"
-
-
-def is_finished(config: StudyConfig, runs: Mapping[Path, MeasuredRun | None]) -> bool:
-    """Whether all runs have come to their ends."""
-    planned = (runs.get(Path(config.folder) / name) for name in planned_runs(config))
-    return all(run is not None and run.size.is_finished for run in planned)
+        page.release()
 
 
 def tracking_of(config: StudyConfig) -> TrackingConfig:
-    """Where the study and all its runs are shown, under which name."""
+    """Return where the study and all its runs are shown, and the study's name there."""
     name = config.tracking.study or study_name(config)
     return replace(config.tracking, uri=absolute_uri(config.tracking.uri), study=name)
 
 
 def recorded_runs(config: StudyConfig) -> list[Path]:
-    """The run folders that have a record."""
+    """List the run folders that have a record."""
     runs = sorted(path.parent for path in Path(config.folder).glob("*/metrics.jsonl"))
     return [run for run in runs if next(RunRecord(run).read_after(), None) is not None]
 
 
-def read_runs(config: StudyConfig) -> dict[Path, MeasuredRun | None]:
-    """The run folders that have a record, read; None for those without an evaluation."""
+def read_runs(config: StudyConfig) -> Runs:
+    """Read the run folders that have a record."""
     return {folder: read_run(folder) for folder in recorded_runs(config)}
 
 
-@contextmanager
-def opened(config: StudyConfig) -> Iterator[StudyView]:
-    """The study's MLflow run, claimed for as long as it is open.
+def is_finished(config: StudyConfig, runs: Runs) -> bool:
+    """Tell whether all planned runs have come to their ends."""
+    planned = (runs.get(Path(config.folder) / name) for name in planned_runs(config))
+    return all(run is not None and run.size.is_finished for run in planned)
 
-    Raises:
-        BlockingIOError: another process has it open. TrackerUnavailable: the tracker cannot be reached.
+
+def show(page: StudyPage, config: StudyConfig, runs: Runs, status: str) -> str:
+    """Bring a study's page up to its folder, and return where to look.
+
+    status: RUNNING, FINISHED, FAILED or KILLED, also noted in the folder; empty: as it was.
     """
-    os.environ.update(QUIET_AND_QUICK | os.environ)
-    tracking = tracking_of(config)
-    view = StudyView(Path(config.folder), tracking)
-    try:
-        try:
-            view.open(has_begun=bool(recorded_runs(config)))
-        except BlockingIOError:
-            raise
-        except Exception as error:  # whatever a tracker throws
-            raise unavailable(tracking, error) from None
-        yield view
-    finally:
-        view.release()
-
-
-def unavailable(tracking: TrackingConfig, error: Exception) -> TrackerUnavailable:
-    """The one error for what a tracker throws."""
-    return TrackerUnavailable(f"{tracking.uri}: {reason(error)}; do this again when it is back")
-
-
-def show_children(view: StudyView, runs: Mapping[Path, MeasuredRun | None]) -> None:
-    """Put the runs that the tracker has below the study, with what is known of them."""
-    sizes = sorted({run.size.num_parameters for run in runs.values() if run})
-    colour_of = dict(zip(sizes, colours(len(sizes)), strict=True))
-    for folder, run in runs.items():
-        state = read_state(folder) or {}
-        if state.get("uri") != view.config.uri or "run_id" not in state:
-            continue
-        facts = facts_of_run(folder, run) if run else Facts({}, {}, 0)
-        colour = {COLOUR_TAG: colour_of[run.size.num_parameters]} if run else {}
-        view.describe_child(state["run_id"], replace(facts, tags={**facts.tags, **colour}))
-
-
-def show_results(view: StudyView, config: StudyConfig) -> None:
-    """Put the fitted laws and the files of the report on the study's page."""
-    folder = Path(config.folder)
-    files = [folder / name for name in (REPORT, FIT, POINTS)] + sorted(folder.glob("*.png"))
-    view.attach([file for file in files if file.is_file()])
-    if not (folder / FIT).is_file():
-        return
-    scalars = {}
-    for law in read_fit(folder).laws:
-        values = {"exponent": law.law.exponent, "scale": law.law.scale, "irreducible": law.law.irreducible}
-        values |= {"exponent_low": law.exponent_interval.low, "exponent_high": law.exponent_interval.high}
-        values |= {"pearson": law.pearson, "r_squared": law.r_squared}
-        scalars |= {f"fit/{law.metric}_by_{law.variable}_{name}": value for name, value in values.items()}
-    view.describe(Facts({}, finite(scalars), modified(folder / FIT)))
-
-
-def facts_of_study(config: StudyConfig) -> Facts:
-    """The study's tags."""
     tags = {"sizes": " ".join(config.names()), "seeds": " ".join(map(str, config.seeds))}
-    if commit := (read_state(Path(config.folder)) or {}).get("git"):
+    if commit := read_state(page.folder).get("git"):
         tags[COMMIT_TAG] = commit
-    return Facts(tags, {}, 0)
+    page.describe(tags, {}, time_ms=0)
+    describe_runs(page, runs)
+    attach_results(page)
+    if status:
+        page.note(status=status)
+        page.set_status(status)
+    address, uri = address_of(page), page.config.uri
+    if uri.startswith("http"):
+        return f"curves     {uri.rstrip('/')}/{address}"
+    return f"curves     mlflow ui --backend-store-uri {uri} --port 5000, then http://127.0.0.1:5000/{address}"
 
 
-def facts_of_run(folder: Path, run: MeasuredRun) -> Facts:
-    """A run's tags, and its last losses once it is done; compute is in exact PFLOP."""
-    size = run.size
-    tags = {"depth": size.depth, "seed": size.seed}
-    tags |= {"params_total": size.num_parameters, "params_eq8": size.eq8_parameters} | identity_of(folder)
-    scalars = {SIZE: size.num_parameters / 1e9, "final/n_eq8_billion": size.eq8_parameters / 1e9}
-    if size.is_finished:
-        scalars |= {f"final/{metric}": size.final(metric) for metric in METRICS}
-        scalars["final/pflop"] = float(size.compute(EXACT)[-1])
-    text = {name: str(value) for name, value in tags.items()}
-    return Facts(text, finite(scalars), modified(folder / "metrics.jsonl"))
+def describe_runs(page: StudyPage, runs: Runs) -> None:
+    """Put the runs that the tracker has below the study, with their sizes, data, colours and last losses."""
+    sizes = sorted({run.size.num_parameters for run in runs.values() if run})
+    for folder, run in runs.items():
+        state = read_state(folder)
+        if state.get("uri") != page.config.uri or "run_id" not in state:
+            continue
+        tags: dict[str, str] = {}
+        numbers: dict[str, float] = {}
+        if run:
+            size = run.size
+            tags = {"depth": str(size.depth), "seed": str(size.seed), "params_total": str(size.num_parameters)}
+            tags |= {"params_eq8": str(size.eq8_parameters)} | identity_of(folder)
+            tags[COLOUR_TAG] = colour(sizes.index(size.num_parameters), len(sizes))
+            numbers = {SIZE: size.num_parameters / 1e9, "final/n_eq8_billion": size.eq8_parameters / 1e9}
+            if size.is_finished:
+                numbers |= {f"final/{metric}": size.final(metric) for metric in METRICS}
+                numbers["final/pflop"] = float(size.compute(EXACT)[-1])
+        page.describe_child(state["run_id"], tags, numbers, modified(folder / "metrics.jsonl"))
 
 
 def identity_of(run: Path) -> dict[str, str]:
-    """Which tokenizer and data a run was trained with, as its newest checkpoint says; empty without one."""
+    """Return, as tags, the tokenizer and the data that the newest checkpoint of a run names; empty without one."""
     newest = next(iter(candidates(run / "checkpoints")), None)
     try:
         identity = read_manifest(newest)["identity"] if newest else {}
@@ -239,30 +215,27 @@ def identity_of(run: Path) -> dict[str, str]:
     return {tag: str(identity[name]) for name, tag in IDENTITY.items() if name in identity}
 
 
-def finite(scalars: dict[str, float]) -> dict[str, float]:
-    return {name: value for name, value in scalars.items() if math.isfinite(value)}
+def colour(place: int, number: int) -> str:
+    """Return a colour of the rainbow as #rrggbb, violet for the first of so many places, red for the last."""
+    hue = 0.75 * (1 - place / max(number - 1, 1))
+    return "#" + "".join(f"{round(255 * part):02x}" for part in colorsys.hsv_to_rgb(hue, 0.8, 0.8))
+
+
+def attach_results(page: StudyPage) -> None:
+    """Put the fitted laws and the files of the report on the study's page."""
+    files = [page.folder / name for name in (REPORT, FIT, POINTS)] + sorted(page.folder.glob("*.png"))
+    page.attach([file for file in files if file.is_file()])
+    if not (page.folder / FIT).is_file():
+        return
+    numbers: dict[str, float] = {}
+    for law in read_fit(page.folder).laws:
+        values = {"exponent": law.law.exponent, "scale": law.law.scale, "irreducible": law.law.irreducible}
+        values |= {"exponent_low": law.exponent_interval.low, "exponent_high": law.exponent_interval.high}
+        values |= {"pearson": law.pearson, "r_squared": law.r_squared}
+        numbers |= {f"fit/{law.metric}_by_{law.variable}_{name}": value for name, value in values.items()}
+    page.describe({}, numbers, time_ms=modified(page.folder / FIT))
 
 
 def modified(file: Path) -> int:
-    """When a file was last changed, in ms: the same however often its numbers are sent."""
+    """Return when a file was last changed, in ms: the same however often its numbers are sent."""
     return int(file.stat().st_mtime * 1000)
-
-
-def where_to_look(view: StudyView) -> str:
-    """The saved view of the study as an address, or the command that serves it."""
-    address, uri = view.save_view(), view.config.uri
-    if uri.startswith("http"):
-        return f"curves     {uri.rstrip('/')}/{address}"
-    return f"curves     mlflow ui --backend-store-uri {uri} --port 5000, then http://127.0.0.1:5000/{address}"
-
-
-def _best_effort(config: StudyConfig, show: Callable[[StudyView], None]) -> bool:
-    if not config.tracking.mlflow:
-        return False
-    try:
-        with opened(config) as view:
-            show(view)
-    except Exception as error:  # whatever a tracker throws must not reach the study: its folders are the record
-        say(f"mlflow: {reason(error)}; `scaling_study.py sync {config.folder}` brings it up to the study")
-        return False
-    return True

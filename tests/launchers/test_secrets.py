@@ -7,13 +7,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 from secret_texts import NAMED, SECRETS, visible
 from tiny import Study, train_var
-from trackers import FakeMLflow, record_of, tracker_of, train_record
+from trackers import FakeMLflow, connect, page_of, record_of, train_record
 
 import launchers.setup.config_files as config_files
 from launchers import train
@@ -22,9 +22,8 @@ from launchers.setup.running import supervise
 from launchers.setup.settings import TrainConfig
 from launchers.sync_mlflow import SyncConfig
 from training.engine.distributed import World
-from training.tracking import mlflow_tracker, mlflow_view
-from training.tracking.mlflow_tracker import log_picture
-from training.tracking.mlflow_uploader import Follower
+from training.tracking.follow import follow
+from training.tracking.mlflow import TrackerUnavailable, log_picture, update_state
 
 VARIABLES = [
     *("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN", "AWS_SECRET_ACCESS_KEY", "AWS_ACCESS_KEY_ID"),
@@ -75,7 +74,7 @@ def test_a_run_leaves_no_secret_in_any_file_output_or_argument(
 
     def start(command: Any, **options: Any) -> Any:
         started.append(command)
-        if "training.tracking.mlflow_uploader" in command:
+        if "training.tracking.follow" in command:
             raise OSError(f"cannot reach http://anna:{CANARIES['DB_PASSWORD']}@mlflow.example")
         return popen(command, **options)
 
@@ -83,7 +82,7 @@ def test_a_run_leaves_no_secret_in_any_file_output_or_argument(
         with supervise(Path(command.config.run), command.config.watch, World()):
             train_var(command.config)
 
-    monkeypatch.setattr(mlflow_view, "subprocess", SimpleNamespace(**vars(subprocess) | {"Popen": start}))
+    monkeypatch.setattr(subprocess, "Popen", start)
     config = study.train_config("secrets", stop_after_steps=1)
     (tmp_path / "a.yaml").write_text(config_files.to_yaml(config))
     arguments = ["--config", str(tmp_path / "a.yaml"), "tracking.mlflow=true", "tracking.uri=http://mlflow.example"]
@@ -94,59 +93,64 @@ def test_a_run_leaves_no_secret_in_any_file_output_or_argument(
     assert files_with_a_canary(run) == []
     said = "".join(capfd.readouterr())
     assert "http://***@mlflow.example" in said and not visible(said)
-    assert started and not visible(json.dumps(started))
+    assert any("training.tracking.follow" in command for command in started) and not visible(json.dumps(started))
 
 
-@pytest.mark.parametrize("secret", [*SECRETS.values(), *NAMED, *CANARIES.values()])
-@pytest.mark.parametrize("kind", [ValueError, KeyError])
+@pytest.mark.parametrize(("kind", "code"), [(ValueError, 64), (KeyError, 1)])
 def test_errors_and_tracebacks_show_no_secret(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], secret: str, kind: type[Exception]
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], kind: type[Exception], code: int
 ) -> None:
     monkeypatch.setenv("NEXTSCALE_TRACEBACK", "1")
+    for secret in (*SECRETS.values(), *NAMED, *CANARIES.values()):
 
-    def fail(command: Command[SyncConfig]) -> None:
-        print(f"about to send {secret}")
-        raise kind(f"cannot send {secret}")
+        def fail(command: Command[SyncConfig], secret: str = secret) -> None:
+            print(f"about to send {secret}")
+            raise kind(f"cannot send {secret}")
 
-    assert leave(monkeypatch, fail, "run=r") == (64 if kind is ValueError else 1)
-    said = "".join(capsys.readouterr())
-    assert "Traceback" in said and "cannot send" in said and not visible(said)
+        assert leave(monkeypatch, fail, "run=r") == code
+        said = "".join(capsys.readouterr())
+        assert "Traceback" in said and "cannot send" in said and not visible(said), secret
 
 
-@pytest.mark.parametrize("secret", SECRETS.values())
 def test_a_setting_that_holds_a_secret_is_refused_without_showing_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], secret: str
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ways = (["run=r", "--uri", secret], ["run=r", f"--uri={json.dumps(secret)}"], [secret], [f"{secret}=1"])
-    for arguments in ways:
-        assert leave(monkeypatch, lambda command: pytest.fail("launched"), *arguments) == 64
-        said = capsys.readouterr().err
-        assert said.count("\n") == 1 and not visible(said), said
-        assert " holds a" in said and "MLFLOW_TRACKING_PASSWORD" in said and "~/.aws" in said
+    for secret in SECRETS.values():
+        for arguments in (
+            ["run=r", f"uri={secret}"],
+            ["run=r", f"uri={json.dumps(secret)}"],
+            [secret],
+            [f"{secret}=1"],
+        ):
+            assert leave(monkeypatch, lambda command: pytest.fail("launched"), *arguments) == 64
+            said = capsys.readouterr().err
+            assert said.count("\n") == 1 and not visible(said), said
+            assert " holds a" in said and "MLFLOW_TRACKING_PASSWORD" in said and "~/.aws" in said
 
 
 def test_what_trackers_say_and_are_told_shows_no_secret(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Settings of a run that an earlier version wrote may hold one; its errors name the URL."""
+    """Settings of a run that an earlier version wrote may hold one; errors of a tracker name the URL."""
     url = SECRETS["a password in a URL"]
     record_of(tmp_path, train_record(1))
-    client = FakeMLflow()
-    tracker = tracker_of(tmp_path, client, **{"tracking.uri": url, "token": SECRETS["a Hugging Face token"]})
-    tracker.connect()
-    assert not visible(repr(client.active()))
+    client = connect(FakeMLflow(), monkeypatch)
+    page = page_of(tmp_path, **{"tracking.uri": url, "token": SECRETS["a Hugging Face token"]})
+    page.catch_up("RUNNING")
+    assert client.active()[0].data.params and not visible(repr(client.active()))
 
-    def fail(call: int) -> str:
+    def fail(*arguments: Any) -> Any:
         raise ConnectionError(f"{'x' * 90} {url} with {CANARIES['MLFLOW_TRACKING_TOKEN']}")
 
     client.fail = fail
-    follower = Follower(tracker, print)
-    follower._try("FINISHED")
-    (tmp_path / "mlflow.json").write_text(json.dumps({"uri": url, "run_id": "1"}))
-    monkeypatch.setattr(mlflow_tracker, "open_client", lambda uri: fail(0))
+    record_of(tmp_path, train_record(2))
+    with pytest.raises(TrackerUnavailable) as caught:
+        follow(page, Mock(side_effect=["RUNNING", *["FINISHED"] * 3]), print)
+    update_state(tmp_path, uri=url, run_id="1")
+    monkeypatch.setattr("training.tracking.mlflow.open_client", fail)
     log_picture(tmp_path, tmp_path / "a.png")
     said = "".join(capsys.readouterr())
-    assert said.count("mlflow: ") >= 2 and not visible(said)
+    assert said.count("mlflow: ") == 2 and not visible(said + str(caught.value))
 
 
 def test_job_scripts_name_no_secret_and_print_no_environment() -> None:

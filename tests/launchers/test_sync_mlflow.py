@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from repository import CONFIGS
+from repository import CONFIGS, ROOT
 from tiny import command
-from trackers import FakeMLflow, points_of, record_of, train_record, validation_record
+from trackers import URI, FakeMLflow, connect, points_of, record_of, train_record, validation_record
 
 from data_pipeline.files.nested import flatten
 from launchers import sync_mlflow
@@ -17,20 +18,15 @@ from launchers.setup.command_line import parse
 from launchers.setup.config_files import load_config, read_settings, to_yaml
 from launchers.setup.settings import TrainConfig
 from launchers.sync_mlflow import SyncConfig
-from training.tracking import mlflow_uploader
-from training.tracking.mlflow_state import ViewState, read_state
-from training.tracking.mlflow_tracker import TrackerUnavailable
+from training.tracking import follow
+from training.tracking.mlflow import TrackerUnavailable, read_state, update_state
 from training.tracking.record import TrackingConfig
-
-URI = "http://tracker:5000"
 
 
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeMLflow:
-    client = FakeMLflow()
-    monkeypatch.setattr("training.tracking.mlflow_tracker.open_client", lambda uri: client)
-    monkeypatch.setattr(mlflow_uploader, "pause_after", lambda failures: 0.0)
-    return client
+    monkeypatch.setattr(follow, "pause_after", lambda failures: 0.0)
+    return connect(FakeMLflow(), monkeypatch)
 
 
 @pytest.fixture
@@ -42,17 +38,9 @@ def run(tmp_path: Path) -> Path:
     return folder
 
 
-def sync(run: Path, capsys: pytest.CaptureFixture[str], **settings: str) -> str:
-    """What the launcher says; as the process would at its end, it leaves the run to others."""
-    claimed: list[ViewState] = []
-    claim = ViewState.claim
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ViewState, "claim", lambda state: (claimed.append(state), claim(state))[1])
-        try:
-            sync_mlflow.launch(command(SyncConfig(run=str(run), **settings)))
-        finally:
-            for state in claimed:
-                state.release()
+def sync(run: Path, capsys: pytest.CaptureFixture[str], *, dry_run: bool = False, **settings: str) -> str:
+    """What the launcher says."""
+    sync_mlflow.launch(command(SyncConfig(run=str(run), **settings), dry_run=dry_run))
     return capsys.readouterr().out
 
 
@@ -67,7 +55,7 @@ def test_twice_is_once(run: Path, client: FakeMLflow, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.parametrize(
-    "noted, last_step, status",
+    ("noted", "last_step", "status"),
     [
         ("FAILED", 80, "FAILED"),
         ("KILLED", 80, "KILLED"),
@@ -77,15 +65,10 @@ def test_twice_is_once(run: Path, client: FakeMLflow, capsys: pytest.CaptureFixt
     ],
 )
 def test_the_mlflow_run_ends_as_the_run_did(
-    run: Path,
-    client: FakeMLflow,
-    noted: str | None,
-    last_step: int,
-    status: str,
-    capsys: pytest.CaptureFixture[str],
+    run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str], noted: str | None, last_step: int, status: str
 ) -> None:
     record_of(run).forget_after(last_step)
-    ViewState(run).update(status=noted)
+    update_state(run, status=noted)
     sync(run, capsys)
     assert client.active()[0].info.status == status
 
@@ -97,7 +80,6 @@ def test_another_tracker_is_named_on_the_command_line_and_stays_the_runs(
     assert "http://other/#/" in sync(run, capsys, uri="http://other", experiment="moved")
     assert "http://other/#/" in sync(run, capsys)
     assert client.experiments.keys() == {"study", "moved"}
-    assert read_state(run)["uri"] == "http://other"
 
 
 def test_what_is_drawn_is_what_the_run_would_have_sent_itself(
@@ -111,45 +93,36 @@ def test_what_is_drawn_is_what_the_run_would_have_sent_itself(
     assert client.active()[0].data.tags["study"] == "sizes"
 
 
-def test_a_tracker_that_is_away_is_said_to_be_and_changes_nothing(
+def test_a_tracker_that_is_away_changes_nothing(
     run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    ViewState(run).update(status="FAILED")
+    update_state(run, status="FAILED")
     sync(run, capsys)
     noted = read_state(run)
     client.fail = lambda call: "refused"
     with pytest.raises(TrackerUnavailable, match="http://away"):
         sync(run, capsys, uri="http://away")
     assert read_state(run) == noted
-    client.fail = lambda call: ""
-    sync(run, capsys, uri="http://other")
-    assert read_state(run)["status"] == "FAILED"
 
 
-def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no metrics.jsonl"):
-        sync_mlflow.launch(command(SyncConfig(run=str(tmp_path))))
-
-
-def test_a_run_without_a_step_has_nothing_to_send(
-    tmp_path: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("has_steps", "said"), [(False, "nothing to do"), (True, f"to {URI}")])
+def test_a_run_without_a_step_and_a_dry_run_send_nothing(
+    run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str], has_steps: bool, said: str
 ) -> None:
-    record_of(tmp_path)
-    assert "nothing to do" in sync(tmp_path, capsys)
-    assert client.calls == []
+    if not has_steps:
+        record_of(run).forget_after(0)
+    assert said in sync(run, capsys, dry_run=has_steps)
+    assert client.calls == [] and read_state(run) == {}
 
 
-def test_a_dry_run_sends_nothing(run: Path, client: FakeMLflow, capsys: pytest.CaptureFixture[str]) -> None:
-    sync_mlflow.launch(command(SyncConfig(run=str(run)), dry_run=True))
-    assert f"to {URI}" in capsys.readouterr().out
-    assert client.calls == [] and read_state(run) is None
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(FileNotFoundError, match="no metrics.jsonl"):
+        sync(tmp_path, capsys)
 
 
-def test_the_run_is_given_with_or_without_its_name() -> None:
-    for arguments in (["runs/a=b"], ["run=runs/a=b"], ["--run", "runs/a=b"], ["--uri", "http://x", "runs/a=b"]):
-        assert parse(SyncConfig, arguments, "").config.run == "runs/a=b"
-    with pytest.raises(ValueError, match="'runs/c' is not a setting"):
-        parse(SyncConfig, ["runs/b", "runs/c"], "")
+@pytest.mark.parametrize("arguments", [["runs/a=b"], ["run=runs/a=b"], ["uri=http://x", "runs/a=b"]])
+def test_the_run_is_given_with_or_without_its_name(arguments: list[str]) -> None:
+    assert parse(SyncConfig, arguments, "").config.run == "runs/a=b"
 
 
 def test_settings_of_a_run_read_as_they_were_logged(tmp_path: Path) -> None:
@@ -169,3 +142,10 @@ def test_the_exit_code_says_that_a_service_is_absent(
         sync_mlflow.main()
     assert ended.value.code == 69
     assert capsys.readouterr().err.startswith(f"error: {URI}: ConnectionError")
+
+
+def test_mlflow_and_torch_are_not_needed_to_know_the_command() -> None:
+    imports = ", ".join(f"training.tracking.{name}" for name in ("follow", "mlflow", "record", "saved_view"))
+    code = f"import sys, {imports}; print({{'torch', 'mlflow', 'deepspeed'}} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.quantizer import MultiScaleQuantizer, QuantizerConfig, phi_indices
+from models.quantizer import MultiScaleQuantizer, Phi, QuantizerConfig, phi_indices
 from models.scales import Scales
 
 SCALES = Scales((1, 2, 3, 4))
@@ -133,6 +133,33 @@ def test_the_loss_is_the_mean_over_scales_of_the_running_error(quantizer: MultiS
         f_hat = f_hat + quantizer.embed_scale(tokens, k)
         loss += (1 + CONFIG.beta) * (f_hat - f).square().mean() / SCALES.num_scales
     torch.testing.assert_close(quantized.loss, loss)
+
+
+def loss_gradients(beta: float, f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the quantisation loss with respect to f and to the codebook, and the sum of f - f_hat of scales."""
+    torch.manual_seed(0)
+    quantizer = MultiScaleQuantizer(QuantizerConfig(vocab_size=32, code_width=6, num_phi=2, beta=beta), SCALES)
+    quantizer.codebook.data.normal_()
+    f = f.clone().requires_grad_()
+    quantized = quantizer(f)
+    of_f, of_codebook = torch.autograd.grad(quantized.loss, (f, quantizer.codebook))
+    f_hat, errors = torch.zeros_like(f), torch.zeros_like(f)
+    for k, tokens in enumerate(SCALES.split(quantized.codes)):
+        f_hat = f_hat + quantizer.embed_scale(tokens, k)
+        errors = errors + f - f_hat
+    return of_f, of_codebook, errors.detach()
+
+
+def test_beta_weighs_what_pulls_f_and_the_codebook_is_pulled_with_weight_1(f: Tensor) -> None:
+    of_f, of_codebook, errors = loss_gradients(0.1, f)
+    torch.testing.assert_close(of_f, 2 * 0.1 * errors / f.numel() / SCALES.num_scales)  # of mean squares, over scales
+    torch.testing.assert_close(of_codebook, loss_gradients(0.0, f)[1])  # where the codebook's term is the whole loss
+    assert of_codebook.abs().sum() > 0
+
+
+def test_phi_mixes_its_input_with_the_share_ratio_of_the_convolution() -> None:
+    phi, x = Phi(6, ratio=0.2), torch.randn(2, 6, 4, 4)
+    torch.testing.assert_close(phi(x), 0.8 * x + 0.2 * phi.conv(x))
 
 
 def test_the_loss_reaches_feature_map_codebook_and_phi(quantizer: MultiScaleQuantizer, f: Tensor) -> None:

@@ -4,12 +4,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 from models.transformer import (
     AdaLNBlock,
     FinalNorm,
     KVCache,
+    LayerNormBlock,
     Modulation,
     SelfAttention,
     SharedModulation,
@@ -20,8 +22,20 @@ from models.transformer import (
 WIDTH, HEADS, BATCH, TOKENS = 32, 2, 3, 5
 
 
-def make_block(*, shared_adaln: bool = False) -> AdaLNBlock:
-    return AdaLNBlock(WIDTH, HEADS, hidden_width=64, qk_norm=True, shared_adaln=shared_adaln)
+def make_block(kind: str = "adaln") -> AdaLNBlock | LayerNormBlock:
+    if kind == "layer_norm":
+        return LayerNormBlock(WIDTH, HEADS, hidden_width=64, qk_norm=True)
+    return AdaLNBlock(WIDTH, HEADS, hidden_width=64, qk_norm=True, shared_adaln=False)
+
+
+def branches_of(block: AdaLNBlock | LayerNormBlock, x: Tensor, condition: Tensor) -> tuple[Tensor, Tensor]:
+    """What attention and feed-forward would each add to x, if they were alone."""
+    if isinstance(block, LayerNormBlock):
+        return block.attention(block.attention_norm(x)), block.feed_forward(block.feed_forward_norm(x))
+    m = block.modulation(condition)
+    attended = block.attention(modulate(x, m.attention_scale, m.attention_shift))
+    fed = block.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
+    return m.attention_gate * attended, m.feed_forward_gate * fed
 
 
 def test_unit_norm_makes_keys_unit_vectors_and_queries_of_the_learned_length() -> None:
@@ -83,31 +97,23 @@ def test_shared_modulation_adds_an_offset_to_the_shared_vectors() -> None:
     torch.testing.assert_close(modulation(shared).attention_scale.squeeze(1), shared[:, 2] + modulation.offset[2])
 
 
-def test_a_residual_scale_of_zero_removes_the_branch() -> None:
-    block, x, condition = make_block(), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
+@pytest.mark.parametrize("kind", ["adaln", "layer_norm"])
+def test_a_residual_scale_of_zero_removes_the_branch(kind: str) -> None:
+    block, x, condition = make_block(kind), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
     assert torch.equal(block(x, condition, residual_scale=torch.zeros(2, BATCH)), x)
     torch.testing.assert_close(block(x, condition, residual_scale=torch.ones(2, BATCH)), block(x, condition))
 
 
+@pytest.mark.parametrize("kind", ["adaln", "layer_norm"])
 @pytest.mark.parametrize("kept", [0, 1])
-def test_the_two_branches_are_scaled_sample_by_sample(kept: int) -> None:
-    block, x, condition = make_block(), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
+def test_the_two_branches_are_scaled_sample_by_sample(kind: str, kept: int) -> None:
+    block, x, condition = make_block(kind), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
     residual_scale = torch.zeros(2, BATCH)
     residual_scale[kept, 1] = 2.0
     out = block(x, condition, residual_scale=residual_scale)
-    m = block.modulation(condition)
-    branch = (
-        m.attention_gate * block.attention(modulate(x, m.attention_scale, m.attention_shift))
-        if kept == 0
-        else m.feed_forward_gate * block.feed_forward(modulate(x, m.feed_forward_scale, m.feed_forward_shift))
-    )
+    branch = branches_of(block, x, condition)[kept]
     torch.testing.assert_close(out[1], x[1] + 2 * branch[1])
     assert torch.equal(out[[0, 2]], x[[0, 2]])
-
-
-def test_a_block_does_not_depend_on_train_or_eval_mode() -> None:
-    block, x, condition = make_block(), torch.randn(BATCH, TOKENS, WIDTH), torch.randn(BATCH, WIDTH)
-    assert torch.equal(block.train()(x, condition), block.eval()(x, condition))
 
 
 def test_the_cache_returns_everything_stored_so_far() -> None:

@@ -2,28 +2,27 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 from models.attention import MASKED, PER_SCALE
-from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR, VARConfig
+from models.var import FULL_CHECKPOINTING, NO_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR, VARConfig
 
 BATCH = 3
+PLAIN = VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5)
 KINDS = {
-    "adaln": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5),
-    "shared_adaln": VARConfig(
-        depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5, norm="shared_adaln"
-    ),
-    "layer_norm": VARConfig(
-        depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5, norm="layer_norm"
-    ),
-    "unconditional": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=0),
-    "no_qk_norm": VARConfig(depth=2, patch_nums=(1, 2, 3), vocab_size=32, code_width=6, num_classes=5, qk_norm=False),
-    "four_start_tokens": VARConfig(depth=2, patch_nums=(2, 3), vocab_size=32, code_width=6, num_classes=5),
+    "adaln": PLAIN,
+    "shared_adaln": replace(PLAIN, norm="shared_adaln"),
+    "layer_norm": replace(PLAIN, norm="layer_norm"),
+    "unconditional": replace(PLAIN, num_classes=0),
+    "no_qk_norm": replace(PLAIN, qk_norm=False),
+    "four_start_tokens": replace(PLAIN, patch_nums=(2, 3)),
 }
 
 
@@ -57,7 +56,7 @@ def test_logits_of_a_scale_depend_on_inputs_up_to_it_and_on_no_later_one(config:
     var, (inputs, labels) = make_var(config), make_batch(config)
     inputs.requires_grad_()
     scales = config.scales
-    for k, tokens in enumerate(scales.slices):
+    for tokens in scales.slices:
         (gradient,) = torch.autograd.grad(var(inputs, labels)[:, tokens].square().sum(), inputs)
         size_of_input = gradient.abs().sum(dim=(0, 2))  # one number per input token
         num_seen = tokens.stop - scales.first_tokens
@@ -155,6 +154,25 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(config: VAR
         loss.backward()
     for one, other in zip(plain.parameters(), checkpointed.parameters()):
         assert torch.equal(one.grad, other.grad)
+
+
+def cost_of_gradients(checkpointing: str) -> tuple[int, int]:
+    """How many tensors autograd keeps of a forward pass, and the FLOPs of the backward pass."""
+    var, kept = make_var(PLAIN), []
+    var.checkpointing = checkpointing
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        loss = var(*make_batch(PLAIN)).sum()
+    with FlopCounterMode(display=False) as counter:
+        loss.backward()
+    return len(kept), counter.get_total_flops()
+
+
+def test_checkpointing_keeps_less_and_computes_again_what_it_says() -> None:
+    """Full checkpointing repeats a block's forward pass; selective keeps its products and repeats what is cheap."""
+    ways = (NO_CHECKPOINTING, SELECTIVE_CHECKPOINTING, FULL_CHECKPOINTING)
+    (tensors, flops), (selective_tensors, selective_flops), (full_tensors, full_flops) = map(cost_of_gradients, ways)
+    assert selective_tensors < tensors / 2 and full_tensors < tensors / 2
+    assert selective_flops == flops < 0.8 * full_flops
 
 
 def test_residual_scales_of_zero_leave_embeddings_and_head(config: VARConfig) -> None:
@@ -295,9 +313,9 @@ def twenty_losses(config: VARConfig, prepare: Callable[[VAR], None]) -> list[flo
     ("name", "value"),
     [("attention", PER_SCALE), ("checkpointing", FULL_CHECKPOINTING), ("checkpointing", SELECTIVE_CHECKPOINTING)],
 )
-def test_twenty_steps_take_the_losses_of_the_plain_path(config: VARConfig, name: str, value: str) -> None:
-    plain = twenty_losses(config, lambda var: setattr(var, "attention", MASKED))
-    faster = twenty_losses(config, lambda var: setattr(var, name, value))
+def test_twenty_steps_take_the_losses_of_the_plain_path(name: str, value: str) -> None:
+    plain = twenty_losses(PLAIN, lambda var: setattr(var, "attention", MASKED))
+    faster = twenty_losses(PLAIN, lambda var: setattr(var, name, value))
     assert faster == pytest.approx(plain, rel=1e-5, abs=1e-6) and faster[-1] < faster[0]  # one passes near zero
 
 

@@ -23,6 +23,8 @@ from training.supervision.stopping import Stopping
 from training.supervision.watch import Heartbeat, WatchConfig
 from training.tracking.record import Record
 
+ALONE = World()
+SKIP = DivergenceConfig()
 NUM_SAMPLES = 40
 GLOBAL_BATCH = 8  # 5 steps an epoch
 
@@ -96,8 +98,8 @@ class CountedRun:
         self,
         folder: Path,
         *,
-        divergence: DivergenceConfig = DivergenceConfig(),
-        world: World = World(),
+        divergence: DivergenceConfig = SKIP,
+        world: World = ALONE,
         **config: Any,
     ) -> None:
         self.stage, self.checkpoints, self.lines = CountingStage(), RememberedCheckpoints(), []
@@ -119,6 +121,6 @@ class CountedRun:
         return [record["step"] for record in self.records(kind)]
 
 
-def run_in(folder: Path, checkpoints: Any, report: Callable[[str], None], world: World = World()) -> Run:
+def run_in(folder: Path, checkpoints: Any, report: Callable[[str], None], world: World = ALONE) -> Run:
     """A run that nobody watches, and that only the file `stop` can stop."""
     return Run(folder, world, checkpoints, Stopping(folder, world), Heartbeat(WatchConfig()), report)

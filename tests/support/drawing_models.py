@@ -15,9 +15,9 @@ SAMPLING = {"cfg": 2.0, "top_k": 12, "top_p": 0.9}
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0, 1])
 
 
-def decided_var() -> VAR:
+def decided_var(config: VARConfig = CONFIG) -> VAR:
     """Weights large enough for logits to differ between tokens and classes."""
-    var, generator = VAR(CONFIG), torch.Generator().manual_seed(0)
+    var, generator = VAR(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in var.parameters():
             parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)

@@ -31,42 +31,61 @@ PATIENCE = 120.0  # seconds, for a busy machine
 CARD = "experiment-view-compare-runs-card"  # a chart's
 
 
-def free_port() -> int:
-    """A port of this machine that nobody listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+class Server:
+    """An MLflow server that shows `database`, which can be killed and started again at the same address."""
 
+    def __init__(self, database: str, folder: Path) -> None:
+        """folder: where the server keeps what is its own."""
+        self.database, self.folder = database, folder
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            self.port = probe.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._process: subprocess.Popen[bytes] | None = None
 
-def is_healthy(url: str) -> bool:
-    """Whether a server at `url` answers that it is well."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=5) as answer:
-            return answer.status == 200
-    except OSError:
-        return False
+    def start(self) -> None:
+        command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", self.database]
+        command += ["--artifacts-destination", str(self.folder / "artifacts")]
+        command += ["--host", "127.0.0.1", "--port", str(self.port), "--workers", "1"]
+        with (self.folder / "server.log").open("a") as log:
+            self._process = subprocess.Popen(
+                command,
+                cwd=self.folder,
+                env=os.environ | QUIET_SERVER,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+
+    def wait_until_healthy(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        while not self._is_healthy():
+            log = (self.folder / "server.log").read_text()
+            assert self._process.poll() is None and time.monotonic() < deadline, f"no MLflow server:\n{log}"
+            time.sleep(0.2)
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)  # the server and its worker
+        self._process.wait()
+
+    def _is_healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return answer.status == 200
+        except OSError:
+            return False
 
 
 @contextmanager
-def serving(database: str, folder: Path) -> Iterator[str]:
-    """The address of an MLflow server that shows `database` and keeps what is its own in `folder`."""
-    port, log = free_port(), folder / "server.log"
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", database, "--artifacts-destination"]
-    command += [str(folder / "artifacts"), "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    with log.open("w") as output:
-        process = subprocess.Popen(
-            command, cwd=folder, env=os.environ | QUIET_SERVER, stdout=output, stderr=output, start_new_session=True
-        )
+def serving(database: str, folder: Path) -> Iterator[Server]:
+    """A healthy server."""
+    server = Server(database, folder)
+    server.start()
     try:
-        deadline = time.monotonic() + PATIENCE
-        while not is_healthy(f"http://127.0.0.1:{port}"):
-            assert process.poll() is None and time.monotonic() < deadline, f"no MLflow server:\n{log.read_text()}"
-            time.sleep(0.2)
-        yield f"http://127.0.0.1:{port}"
+        server.wait_until_healthy()
+        yield server
     finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)  # the server and its worker
-        process.wait()
+        server.kill()
 
 
 @contextmanager
@@ -74,8 +93,10 @@ def browsing() -> Iterator[Page]:
     """An empty page of a headless browser; skips the test where there is none."""
     playwright = pytest.importorskip("playwright.sync_api", reason="needs a browser driver: pip install playwright")
     chromium = shutil.which("chromium") or pytest.skip("needs a browser: apt-get install chromium")
-    with playwright.sync_playwright() as driver:
-        with driver.chromium.launch(executable_path=chromium, args=QUIET_BROWSER) as browser:
-            page = browser.new_page(viewport=ONE_SCREEN)
-            page.set_default_timeout(PATIENCE * 1000)
-            yield page
+    with (
+        playwright.sync_playwright() as driver,
+        driver.chromium.launch(executable_path=chromium, args=QUIET_BROWSER) as browser,
+    ):
+        page = browser.new_page(viewport=ONE_SCREEN)
+        page.set_default_timeout(PATIENCE * 1000)
+        yield page

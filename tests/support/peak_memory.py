@@ -1,4 +1,4 @@
-"""How much memory a call takes at its peak, beyond what the process has before."""
+"""Measure how much memory a call takes at its peak, beyond what the process has before."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ BOUND = 256 * 2**20  # bytes above the baseline; the promise for whatever is rea
 
 
 def peak_memory(call: Callable[[], object]) -> int:
-    """Bytes of resident memory that a call adds at its peak; what it raises is raised here."""
+    """Return the bytes of resident memory that a call adds at its peak; what it raises is raised here."""
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)  # what was freed before must not be there to be used again unseen
     before = _status("VmRSS")

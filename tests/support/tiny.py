@@ -38,6 +38,7 @@ from training.supervision.stopping import Stopping
 from training.supervision.watch import Heartbeat
 from training.tracking.record import TrackingConfig
 
+ALONE = World()
 PATCH_NUMS = (1, 2)  # 5 tokens
 PACK_OPTIONS = {
     "samples_per_shard": 4,
@@ -100,9 +101,7 @@ def image_batch(number: int, seed: int = 0) -> Batch:
 class PlainEngine:
     """`training.engine.engine.Engine` without DeepSpeed: a module, plain SGD, and an accumulation counter."""
 
-    def __init__(
-        self, model: nn.Module, *, accumulation: int = 1, global_batch: int = 4, world: World = World()
-    ) -> None:
+    def __init__(self, model: nn.Module, *, accumulation: int = 1, global_batch: int = 4, world: World = ALONE) -> None:
         self.model = model
         self.accumulation = accumulation
         self.global_batch = global_batch
@@ -133,12 +132,6 @@ class PlainEngine:
                 parameter -= learning_rate * (parameter.grad + weight_decay * parameter)
         self.model.zero_grad()
         return norm
-
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
 
 
 def codes_of(sample_id: int, view: int) -> np.ndarray:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
+
 from training.tracking import curves
-from training.tracking.mlflow_tracker import Tracker
+from training.tracking.mlflow import RunPage
 from training.tracking.record import Record, RunRecord, TrackingConfig
 
+URI = "http://tracker:5000"
+ALL_OF_IT = TrackingConfig()
 Points = dict[tuple[str, int], list[float]]
 
 
@@ -26,7 +30,7 @@ def validation_record(step: int, **values: object) -> Record:
     return {"kind": "validation", "step": step, "time": 1000.5 + step, "loss_avg": 2 / step} | values
 
 
-def points_of(records: list[Record], config: TrackingConfig = TrackingConfig()) -> Points:
+def points_of(records: list[Record], config: TrackingConfig = ALL_OF_IT) -> Points:
     """What a tracker must hold of a record: every metric of every step, with one value."""
     found: Points = defaultdict(list)
     for name, value, _, step in [point for record in records for point in curves.points_of(record, config)]:
@@ -39,7 +43,7 @@ class Killed(BaseException):
 
 
 class FakeMLflow:
-    """Speaks as MlflowClient does, as far as `Tracker` asks; unlike MLflow's database, it keeps equal points twice.
+    """Speaks as MlflowClient does, as far as it is asked; unlike MLflow's database, it keeps equal points twice.
 
     `fail(call)` is asked at every call, by its number, for "" or how it fails: "refused" before anything is done,
     "lost" after all is done; "killed" and "killed after" likewise, and the process ends.
@@ -124,11 +128,6 @@ class FakeMLflow:
                 self.points[run_id].append((metric.key, metric.step, metric.value))
                 run.data.metrics[metric.key] = metric.value
 
-    def log_metric(self, run_id: str, name: str, value: float, *, timestamp: int, step: int) -> None:
-        with self._answering("log_metric"):
-            self.points[run_id].append((name, step, value))
-            self.runs[run_id].data.metrics[name] = value
-
     def log_artifact(self, run_id: str, file: str) -> None:
         with self._answering("log_artifact"):
             self.artifacts[run_id, Path(file).name] = Path(file).read_bytes()
@@ -159,15 +158,25 @@ class FakeMLflow:
             self.runs[run_id].info.lifecycle_stage = "deleted"
 
 
-def tracker_of(
-    folder: Path,
-    client: Any,
-    uri: str = "http://tracker:5000",
-    tracking: dict[str, Any] = {},
-    **parameters: Any,
-) -> Tracker:
-    config = TrackingConfig(**{"uri": uri, "experiment": "test"} | tracking)
-    return Tracker(folder, config, parameters, make_client=lambda uri: client)
+def connect(client: FakeMLflow, monkeypatch: pytest.MonkeyPatch) -> FakeMLflow:
+    """Let every tracker be this one."""
+    monkeypatch.setattr("training.tracking.mlflow.open_client", lambda uri: client)
+    return client
+
+
+def page_of(folder: Path, uri: str = URI, tracking: dict[str, Any] | None = None, **parameters: Any) -> RunPage:
+    config = TrackingConfig(**{"uri": uri, "experiment": "test"} | (tracking or {}))
+    return RunPage(folder, config, parameters)
+
+
+def sender_of(folder: Path) -> int | None:
+    """The process that sends the run of this folder; None if there is none, or it has ended."""
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (process / "cmdline").read_text().split("\0")
+            if "training.tracking.follow" in words and str(folder) in words:
+                return int(process.name)
+    return None
 
 
 def record_of(folder: Path, *records: Record) -> RunRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 
@@ -39,7 +40,7 @@ def due(config: LoopConfig, total_steps: int) -> list[int]:
 @pytest.mark.parametrize("total_steps", [20_000, 33_337])
 def test_evaluations_by_decades_are_evenly_spaced_in_log_compute(per_decade: float, total_steps: int) -> None:
     steps = due(LoopConfig(validate_per_decade=per_decade), total_steps)
-    gaps = [math.log10(later / earlier) for earlier, later in zip(steps, steps[1:])]
+    gaps = [math.log10(later / earlier) for earlier, later in pairwise(steps)]
     assert gaps == pytest.approx([1 / per_decade] * len(gaps), rel=0.1)  # whole steps: the first are the roughest
     assert steps[-1] == total_steps and len(steps) == math.floor(3 * per_decade) + 1
     assert 1e-3 * total_steps - 0.5 <= steps[0] < 1e-3 * total_steps * 10 ** (1 / per_decade) + 0.5

@@ -142,6 +142,13 @@ def test_a_run_that_is_asked_to_stop_goes_on_as_if_it_had_not_been(tmp_path: Pat
     assert rest.steps() == whole.steps() and rest.steps("validation") == whole.steps("validation")
 
 
+def test_a_history_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
+    (tmp_path / "history.jsonl").mkdir()  # no disk can append to that
+    run = CountedRun(tmp_path, checkpoint_every=4)
+    run.go()
+    assert run.checkpoints.steps == [4, 8, 10]
+
+
 def test_training_goes_on_when_a_checkpoint_fails(tmp_path: Path) -> None:
     run = CountedRun(tmp_path, checkpoint_every=2)
     run.checkpoints.failures = 2
@@ -164,10 +171,3 @@ def test_checkpoints_that_keep_failing_end_the_run(
     run.checkpoints.failures = failures
     with pytest.raises(CheckpointsFailing, match=message):
         run.go()
-
-
-def test_a_history_that_cannot_be_written_stops_nothing(tmp_path: Path) -> None:
-    run = CountedRun(tmp_path, checkpoint_every=4)
-    (tmp_path / "history.jsonl").mkdir()
-    run.go()
-    assert run.checkpoints.steps == [4, 8, 10]

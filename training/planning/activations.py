@@ -1,10 +1,11 @@
-"""What a forward pass leaves behind for the backward pass: bytes of tensors of one image, read off the architecture.
+"""What a forward pass keeps for the backward pass: the bytes of tensors of one image, as formulas of the architecture.
 
-Counted are the storages that autograd keeps of models/transformer.py as it stands, each once, without parameters and
-without what has no token dimension. tests/training/planning/test_activations.py compares the sum of a block with what autograd saves on
-the CPU, for each norm, precision and way of attention that has gradients there: within 1 %, compiled within 7 %.
+Counted are the storages that autograd keeps of models/transformer.py, each once, without parameters and without tensors
+that have no token dimension. tests/training/planning/test_activations.py compares them with what autograd saves on the
+CPU, for each norm, precision and kind of attention that has gradients there: within 1 %, compiled within 7 %.
 
-Symbols: L tokens, D model width, H heads, V vocabulary, e bytes of a number in the engine's precision.
+Symbols: L tokens, D model width, H heads, V vocabulary, e bytes of a number in the engine's precision. A "stream" is
+one (L, D) tensor.
 """
 
 from __future__ import annotations
@@ -18,119 +19,122 @@ FLOAT32 = 4
 
 
 def number_bytes(engine: EngineConfig) -> int:
-    """e: bytes of one number of weights and activations."""
+    """Return e, the bytes of one number of weights and activations."""
     return PRECISIONS[engine.precision].itemsize
 
 
-def saved_by_block(model: VARConfig, engine: EngineConfig) -> dict[str, int]:
-    """What one block keeps of one image, its input included, without checkpointing."""
-    stream = stream_bytes(model, engine)
-    hidden = model.scales.num_tokens * model.hidden_width * number_bytes(engine)
-    saved = {"input": stream, "inputs of qkv and fc1": 2 * stream, "before and after GELU": 2 * hidden}
-    if model.norm != LAYER_NORM:  # the products with the gates keep their other factor
-        saved |= {"branches, before their gates": 2 * stream}
-    if engine.compile:
-        return saved | saved_by_compiled_attention(model, engine)
-    saved |= {"stream between the branches": stream}
-    if model.norm != LAYER_NORM:  # and so do those with the scales
-        saved |= {"normalised, before scale and shift": 2 * stream}
-    return saved | saved_by_attention(model, engine)
-
-
-def saved_by_attention(model: VARConfig, engine: EngineConfig) -> dict[str, int]:
-    """From the output of qkv to the input of proj: vectors and lengths in float32, joined keys and values, results.
-
-    One call a scale takes keys and values that are joined anew for it: sum over scales of the tokens so far. The other
-    ways take keys as they are and values as a view, which keeps all of qkv, and give heads that lie side by side.
-    """
-    stream = stream_bytes(model, engine)
-    single = model.scales.num_tokens * model.width * FLOAT32
-    per_head = model.scales.num_tokens * model.num_heads * FLOAT32
-    saved = {"heads": stream, "log-sum-exp": per_head}
-    low = engine.precision != "fp32"
-    if model.qk_norm:
-        saved |= {"scaled queries": stream, "lengths of queries and keys": 4 * per_head}
-        saved |= {"queries and keys in float32": 2 * single} if low else {}
-    if engine.attention == PER_SCALE:
-        saved |= {"joined keys and values": joined_bytes(model, engine), "heads side by side": stream}
-    elif model.qk_norm:
-        saved |= {"unit keys": stream}
-    keeps_qkv = engine.attention != PER_SCALE or not model.qk_norm or not low  # something saved is a view of it
-    return saved | ({"qkv": 3 * stream} if keeps_qkv else {})
-
-
-def saved_by_compiled_attention(model: VARConfig, engine: EngineConfig) -> dict[str, int]:
-    """The same where torch.compile chooses what to keep and what to compute again: as torch 2.13 does on the CPU."""
-    stream = stream_bytes(model, engine)
-    per_head = model.scales.num_tokens * model.num_heads * FLOAT32
-    saved = {"qkv": 3 * stream, "heads": stream, "heads side by side": stream, "log-sum-exp": per_head}
-    saved |= {"scaled queries": stream} if model.qk_norm else {}
-    if engine.attention == PER_SCALE:
-        return saved | {"queries by scale": stream, "joined keys and values": joined_bytes(model, engine)}
-    return saved | ({"unit keys": stream} if model.qk_norm else {})
-
-
 def stream_bytes(model: VARConfig, engine: EngineConfig) -> int:
-    """One (L, D) tensor of one image."""
+    """Return the bytes of one (L, D) tensor."""
     return model.scales.num_tokens * model.width * number_bytes(engine)
 
 
+def saved_by_block(model: VARConfig, engine: EngineConfig) -> int:
+    """Return what one block keeps without checkpointing, its input included."""
+    stream = stream_bytes(model, engine)
+    hidden = model.scales.num_tokens * model.hidden_width * number_bytes(engine)
+    saved = 3 * stream + 2 * hidden  # the block's input, those of qkv and fc1; before and after GELU
+    if model.norm != LAYER_NORM:
+        saved += 2 * stream  # both branches, before their gates
+    if engine.compile:
+        return saved + _saved_by_compiled_attention(model, engine)
+    saved += stream  # between the branches
+    if model.norm != LAYER_NORM:
+        saved += 2 * stream  # both normalised inputs, before scale and shift
+    return saved + _saved_by_attention(model, engine)
+
+
+def _saved_by_attention(model: VARConfig, engine: EngineConfig) -> int:
+    """Return what is kept from the output of qkv to the input of proj.
+
+    Attention that makes one call a scale takes keys and values joined anew for each scale. The other kinds take views
+    of qkv, which keep all of it, and return heads that already lie side by side.
+    """
+    stream, is_low = stream_bytes(model, engine), engine.precision != "fp32"
+    per_head = model.scales.num_tokens * model.num_heads * FLOAT32
+    per_scale = engine.attention == PER_SCALE
+    saved = stream + per_head  # the heads and their log-sum-exp
+    if model.qk_norm:
+        saved += stream + 4 * per_head  # scaled queries; lengths of queries and keys
+        if is_low:
+            saved += 2 * model.scales.num_tokens * model.width * FLOAT32  # queries and keys in float32
+        if not per_scale:
+            saved += stream  # unit keys
+    if per_scale:
+        saved += stream + joined_bytes(model, engine)  # heads side by side
+    if not (per_scale and model.qk_norm and is_low):
+        saved += 3 * stream  # qkv: something kept is a view of it
+    return saved
+
+
+def _saved_by_compiled_attention(model: VARConfig, engine: EngineConfig) -> int:
+    """Return the same where torch.compile chooses what to keep: as torch 2.13 does on the CPU."""
+    stream = stream_bytes(model, engine)
+    saved = 5 * stream + model.scales.num_tokens * model.num_heads * FLOAT32  # qkv; heads, twice; log-sum-exp
+    if model.qk_norm:
+        saved += stream  # scaled queries
+    if engine.attention == PER_SCALE:
+        return saved + stream + joined_bytes(model, engine)  # queries by scale
+    return saved + (stream if model.qk_norm else 0)  # unit keys
+
+
 def joined_bytes(model: VARConfig, engine: EngineConfig) -> int:
-    """Keys and values as one call a scale takes them: of every scale those of all scales up to it."""
+    """Return the keys and values of one call a scale: for every scale those of all tokens up to it."""
     joined = sum(part.stop for part in model.scales.slices)
     return 2 * joined * model.width * number_bytes(engine)
 
 
 def kept_by_block(model: VARConfig, engine: EngineConfig) -> int:
-    """Bytes that one block holds from its forward to its backward pass under the engine's checkpointing."""
-    saved = saved_by_block(model, engine)
+    """Return what one block holds from its forward to its backward pass under the engine's checkpointing."""
+    stream = stream_bytes(model, engine)
     if engine.activation_checkpointing == NO_CHECKPOINTING:
-        return sum(saved.values())
+        return saved_by_block(model, engine)
     if engine.activation_checkpointing == FULL_CHECKPOINTING:
-        return saved["input"]
-    if engine.compile:  # no single product can be chosen inside compiled code: full checkpointing but for one tensor
-        return 2 * saved["input"]
-    return saved["input"] + products_of_block(model, engine)
+        return stream
+    if engine.compile:  # no single product can be chosen inside compiled code, so one tensor more than full
+        return 2 * stream
+    return stream + products_of_block(model, engine)
 
 
 def products_of_block(model: VARConfig, engine: EngineConfig) -> int:
-    """What selective checkpointing keeps beside the input: results of the four linear layers and of attention.
+    """Return what selective checkpointing keeps beside the input: results of four linear layers and of attention.
 
-    FlexAttention is compiled code of its own, inside which nothing can be chosen: its result is computed again.
+    FlexAttention is compiled code, inside which nothing can be chosen: its result is computed again.
     """
-    tokens = model.scales.num_tokens
     products = (3 * model.width + model.width + model.hidden_width + model.width) * number_bytes(engine)
     heads = 0 if engine.attention == FLEX else model.width * number_bytes(engine) + model.num_heads * FLOAT32
-    return tokens * (products + heads)
+    return model.scales.num_tokens * (products + heads)
 
 
 def recomputed_by_block(model: VARConfig, engine: EngineConfig) -> int:
-    """Bytes that come back for the one block whose backward pass is under way."""
-    return sum(saved_by_block(model, engine).values()) - kept_by_block(model, engine)
+    """Return the bytes that come back for the one block whose backward pass is under way."""
+    return saved_by_block(model, engine) - kept_by_block(model, engine)
 
 
 def backward_of_block(model: VARConfig, engine: EngineConfig) -> int:
-    """Gradients that exist at once at a block's worst moment, the feed-forward's: of its output and hidden layer."""
-    streams = 2 if model.norm == LAYER_NORM else 1  # a gate's product gives up its factor before that moment
+    """Return the gradients that exist at once in the middle of the feed-forward, a block's worst moment.
+
+    They are those of its hidden layer and of its output; with AdaLN the gate's product frees another stream before.
+    """
+    streams = 2 if model.norm == LAYER_NORM else 1
     return model.scales.num_tokens * (streams * model.width + model.hidden_width) * number_bytes(engine)
 
 
 def saved_by_ends(model: VARConfig, engine: EngineConfig) -> int:
-    """Last stream, its norm, the head's input, and the inputs of the embedding."""
+    """Return what is kept outside the blocks: the last stream, its norm, the head's input, the embedding's input."""
     streams = 2 if model.norm == LAYER_NORM else 3
     return model.scales.num_tokens * (streams * model.width + model.code_width) * number_bytes(engine)
 
 
 def logit_bytes(model: VARConfig, engine: EngineConfig) -> int:
-    """The logits of one image, which the loss keeps for its backward pass."""
+    """Return the bytes of the (L, V) logits of one image, which the loss keeps for its backward pass."""
     return model.scales.num_tokens * model.vocab_size * number_bytes(engine)
 
 
 def loss_bytes(model: VARConfig, engine: EngineConfig) -> int:
-    """The loss of a micro-batch at its worst moment, the first of the backward pass: logits and their gradient.
+    """Return what the loss of a micro-batch takes when its backward pass begins: the logits and their gradient.
 
-    Beside them the part that is worked on, in float32: its softmax, the copy that it comes from where the logits are
-    not float32 themselves, and the softmax of the part before.
+    The loss works on NUMBERS_AT_ONCE logits at a time. Beside the whole there are, of one such part in float32, its
+    softmax, in low precision its copy, and the softmax of the part before.
     """
     logits = engine.micro_batch * logit_bytes(model, engine)
     numbers = logits // number_bytes(engine)

@@ -1,13 +1,7 @@
-"""What DeepSpeed's ZeRO holds on one GPU: weights, gradients, optimiser, buckets, and when which of them exist.
+"""What each ZeRO stage of DeepSpeed keeps on one GPU, in closed form: weights, gradients, optimizer states, buckets.
 
-Read off DeepSpeed 0.19.8, since it is not what the figure of the ZeRO paper suggests:
-
-- stage 1 in bf16 has an optimiser of its own (runtime/bf16_optimizer.py). It keeps the gradients of all parameters in
-  float32 on every rank at all times, beside the bf16 ones of the step, and `reduce_bucket_size` means nothing to it;
-- every stage above 0 keeps a float32 copy of this rank's weights, in float32 training too;
-- a bucket is flattened before it is reduced, so that it exists twice (runtime/zero/stage_1_and_2.py);
-- stage 3 keeps most blocks gathered from their forward to their backward pass (training/planning/gathering.py): a model of up to
-  LIVE_ELEMENTS parameters is whole on every GPU at the loss.
+The ZeRO paper's figure (weights, gradients and optimizer states divided by the ranks in turn) is not what DeepSpeed
+allocates. Each function below says what its stage keeps, and when in a step.
 
 Symbols: n parameters, W ranks, p = n / W rounded up, e bytes of a number in the engine's precision.
 """
@@ -15,48 +9,47 @@ Symbols: n parameters, W ranks, p = n / W rounded up, e bytes of a number in the
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from math import ceil
-from typing import Protocol
 
-from models.var import VARConfig
-from training.engine.engine import EngineConfig
+import torch
+
+from models.var import VAR, VARConfig
+from training.engine.engine import LIVE_ELEMENTS, EngineConfig
 from training.planning.activations import FLOAT32, number_bytes
-from training.planning.gathering import Gathering, gathering
-from training.planning.parameter_shapes import block_elements, tensor_elements
 
-MOMENTS = 2  # of AdamW
-PLAIN_BUCKET = 500_000_000  # elements reduced at once where no ZeRO optimiser does it (runtime/engine.py)
-NORM = 8  # bytes of a number while the gradient's norm is taken
+RESTING, LOSS, BACKWARD = "between steps", "loss", "backward pass"
+REDUCTION, UPDATE = "reduction of gradients", "update"
+FLOAT64 = 8
+ADAMW_MOMENTS = 2
+PLAIN_BUCKET = 500_000_000  # elements that DeepSpeed's engine reduces at once where no ZeRO optimizer does it
 SUB_GROUP = 1_000_000_000  # elements that stage 3 updates at once
 
 
 @dataclass(frozen=True)
-class Held:
-    """Bytes on one GPU at one moment."""
+class Moment:
+    """Bytes on one GPU at one moment of a step, by component."""
 
+    name: str
     weights: int
     gradients: int
     optimizer: int
-    buckets: int = 0
+    buckets: int = 0  # through which gradients are reduced
+    activations: int = 0
+    logits: int = 0
 
+    @property
+    def components(self) -> dict[str, int]:
+        return {name: size for name, size in vars(self).items() if name != "name"}
 
-class ZeroMemory(Protocol):
-    """What one kind of optimiser holds. `done` counts the elements whose gradients the backward pass has computed."""
-
-    def resting(self) -> Held: ...  # between two steps, and in the forward pass
-
-    def loss(self) -> Held: ...  # at the end of the forward pass
-
-    def backward(self, block: int, done: int) -> Held: ...
-
-    def reduction(self) -> Held: ...  # when the last gradients are reduced
-
-    def update(self) -> Held: ...
+    @property
+    def total(self) -> int:
+        return sum(self.components.values())
 
 
 @dataclass(frozen=True)
-class Shares:
-    """The numbers that all kinds need."""
+class Sizes:
+    """The numbers that the formulas of all stages are made of."""
 
     model: VARConfig
     engine: EngineConfig
@@ -76,171 +69,126 @@ class Shares:
         return number_bytes(self.engine)
 
     @property
-    def bucket(self) -> int:
-        return self.engine.reduce_bucket_size
+    def is_low(self) -> bool:
+        return self.engine.precision != "fp32"
 
     @property
     def states(self) -> int:
-        """float32 numbers that AdamW keeps of one parameter, without the weight itself."""
-        return MOMENTS + self.averages
+        """Bytes of AdamW's moments of one parameter, and of its moving average."""
+        return FLOAT32 * (ADAMW_MOMENTS + self.averages)
 
     @property
-    def optimizer(self) -> int:
-        """Of this rank's share, with its float32 weights."""
-        return FLOAT32 * (1 + self.states) * self.p
+    def update_copy(self) -> int:
+        """Bytes of the largest copy of gradients in an update of stages 1 and 2.
+
+        DeepSpeed takes their norm tensor by tensor in float64, and flattens this rank's share if it is in float32.
+        """
+        norm = FLOAT64 * min(self.p, max(tensor_sizes(self.model)))
+        return norm if self.is_low else max(norm, FLOAT32 * self.p)
 
 
-def zero_memory(model: VARConfig, engine: EngineConfig, ranks: int, *, averages: bool) -> ZeroMemory:
-    """What the optimiser that DeepSpeed takes for this stage and precision holds."""
-    shares = Shares(model, engine, ranks, averages)
-    if engine.zero_stage == 0:
-        return Replicated(shares)
-    if engine.zero_stage == 3:
-        return Sharded(shares)
-    return AllGradients(shares) if engine.is_reduced_by_the_engine else Partitions(shares)
+@lru_cache(maxsize=32)
+def tensor_sizes(model: VARConfig) -> tuple[int, ...]:
+    """Return the number of elements of each parameter of the model, which is built without memory."""
+    with torch.device("meta"):
+        return tuple(parameter.numel() for parameter in VAR(model).parameters())
 
 
-@dataclass(frozen=True)
-class Replicated:
-    """Stage 0, float32: the model's own tensors; several ranks flatten gradients into one more copy to reduce them."""
-
-    shares: Shares
-
-    def resting(self) -> Held:
-        s = self.shares
-        return Held(s.e * s.n, 0, FLOAT32 * s.states * s.n)
-
-    def loss(self) -> Held:
-        return self.resting()
-
-    def backward(self, block: int, done: int) -> Held:
-        return self._with(gradients=self.shares.e * done)
-
-    def reduction(self) -> Held:
-        s = self.shares
-        return self._with(gradients=s.e * s.n, buckets=s.e * min(s.n, PLAIN_BUCKET) if s.ranks > 1 else 0)
-
-    def update(self) -> Held:
-        return self._with(gradients=self.shares.e * self.shares.n)
-
-    def _with(self, *, gradients: int, buckets: int = 0) -> Held:
-        held = self.resting()
-        return Held(held.weights, gradients, held.optimizer, buckets)
+@lru_cache(maxsize=32)
+def block_elements(model: VARConfig) -> int:
+    """Return the number of parameters of one transformer block."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in VAR(model).blocks[0].parameters())
 
 
-@dataclass(frozen=True)
-class AllGradients:
-    """Stage 1 in bf16: gradients of all parameters in float32 at all times, and in bf16 until the update is done."""
-
-    shares: Shares
-
-    def resting(self) -> Held:
-        s = self.shares
-        return Held(s.e * s.n, FLOAT32 * s.n, s.optimizer)
-
-    def loss(self) -> Held:
-        return self.resting()
-
-    def backward(self, block: int, done: int) -> Held:
-        s = self.shares
-        return Held(s.e * s.n, FLOAT32 * s.n + s.e * done, s.optimizer)
-
-    def reduction(self) -> Held:
-        """The decayed group alone is a bucket if it exceeds PLAIN_BUCKET; else both groups are flattened first."""
-        s = self.shares
-        if s.ranks == 1:
-            return self.update()
-        copies = s.e if s.n > PLAIN_BUCKET else FLOAT32 + s.e
-        return Held(s.e * s.n, (FLOAT32 + s.e) * s.n, s.optimizer, copies * s.n)
-
-    def update(self) -> Held:
-        return self.backward(0, self.shares.n)
+def persistent_sizes(model: VARConfig, engine: EngineConfig) -> list[int]:
+    """Return the sizes of the tensors that stage 3 leaves whole on every rank, being no larger than the threshold."""
+    return [size for size in tensor_sizes(model) if size <= engine.persistence_threshold]
 
 
-@dataclass(frozen=True)
-class Partitions:
-    """Stages 1 and 2 otherwise: flat weights, a bucket to reduce through, gradients of this rank's share."""
+def zero_memory(sizes: Sizes, name: str, done: int = 0) -> Moment:
+    """Return what ZeRO holds at the moment `name`, one of the five above, without activations and logits.
 
-    shares: Shares
-
-    def resting(self) -> Held:
-        s = self.shares
-        return Held(s.e * s.n, 0, s.optimizer)
-
-    def loss(self) -> Held:
-        return self.resting()
-
-    def backward(self, block: int, done: int) -> Held:
-        """Stage 1 reduces at the end and gathers float32 gradients until then; stage 2 whenever a bucket is full."""
-        s = self.shares
-        if s.engine.zero_stage == 1:
-            return self._with(FLOAT32 * done, FLOAT32 * s.bucket)
-        if done < s.bucket:
-            return self._with(0, s.e * s.bucket)
-        return self._with(FLOAT32 * s.p, 2 * s.e * s.bucket)
-
-    def reduction(self) -> Held:
-        s = self.shares
-        filled = min(s.n, s.bucket)
-        if s.engine.zero_stage == 2:
-            return self._with(FLOAT32 * s.p, s.e * (s.bucket + filled))
-        casts = 0 if s.engine.precision == "fp32" else s.e * filled
-        return self._with(FLOAT32 * (s.n - filled + s.p), FLOAT32 * (s.bucket + filled) + casts)
-
-    def update(self) -> Held:
-        """First the norm, tensor by tensor in float64; then, in float32, the share's gradients in one flat copy."""
-        s = self.shares
-        norm = NORM * min(s.p, max(tensor_elements(s.model)))
-        flat = FLOAT32 * s.p if s.engine.precision == "fp32" else 0
-        return self._with(FLOAT32 * s.p, max(norm, flat))
-
-    def _with(self, gradients: int, buckets: int) -> Held:
-        held = self.resting()
-        return Held(held.weights, gradients, held.optimizer, buckets)
+    done: in the backward pass, the number of parameters whose gradients are computed.
+    """
+    formulas = {0: _stage_0, 1: _stage_1, 2: _stage_2, 3: _stage_3}
+    formula = formulas[sizes.engine.zero_stage]
+    if sizes.engine.zero_stage == 1 and sizes.engine.precision == "bf16":
+        formula = _stage_1_in_bf16
+    return formula(sizes, name, sizes.n if name in (REDUCTION, UPDATE) else done)
 
 
-@dataclass(frozen=True)
-class Sharded:
-    """Stage 3: a share of everything, the bucket at all times, and the blocks that are gathered at the moment."""
+def _stage_0(s: Sizes, name: str, done: int) -> Moment:
+    """Keep everything whole: e n weights, e n gradients, the moments of all. Precision is float32, without a copy.
 
-    shares: Shares
-
-    def resting(self) -> Held:
-        s = self.shares
-        whole = persistent_elements(s.model, s.engine) if s.ranks > 1 else 0  # one rank's share is the whole
-        return Held(s.e * (s.p + whole), FLOAT32 * s.p, s.optimizer, s.e * s.bucket)
-
-    def loss(self) -> Held:
-        return self._with(gathered=self._gathering.at_loss)
-
-    def backward(self, block: int, done: int) -> Held:
-        """A leaf's gradients go to the bucket together, once its backward pass is over."""
-        s = self.shares
-        current = block_elements(s.model)
-        fetched = current if self._gathering.is_block_gathered_again[block] else 0  # the buffer it came in, beside it
-        flushed = min(s.bucket, done) if done + current > s.bucket else 0
-        return self._with(gathered=self._gathering.at_block[block] + fetched, leaf=current, flushed=flushed)
-
-    def reduction(self) -> Held:
-        return self._with(flushed=min(self.shares.bucket, self.shares.n))
-
-    def update(self) -> Held:
-        s, held = self.shares, self.resting()
-        flat = FLOAT32 * min(s.p, SUB_GROUP)
-        return Held(held.weights, held.gradients + flat, held.optimizer, held.buckets)
-
-    @property
-    def _gathering(self) -> Gathering:
-        return gathering(self.shares.model, self.shares.engine)
-
-    def _with(self, *, gathered: int = 0, leaf: int = 0, flushed: int = 0) -> Held:
-        s, held = self.shares, self.resting()
-        weights = held.weights + (s.e * gathered if s.ranks > 1 else 0)
-        casts = 0 if s.engine.precision == "fp32" else FLOAT32 * ceil(flushed / s.ranks)
-        buckets = held.buckets + s.e * flushed + casts
-        return Held(weights, held.gradients + s.e * leaf, held.optimizer, buckets)
+    Several ranks copy the gradients into one flat bucket to reduce them.
+    """
+    bucket = s.e * min(s.n, PLAIN_BUCKET) if name == REDUCTION and s.ranks > 1 else 0
+    return Moment(name, s.e * s.n, s.e * done, s.states * s.n, bucket)
 
 
-def persistent_elements(model: VARConfig, engine: EngineConfig) -> int:
-    """Parameters in tensors that ZeRO-3 leaves whole on every rank, being no larger than the threshold."""
-    return sum(size for size in tensor_elements(model) if size <= engine.persistence_threshold)
+def _stage_1_in_bf16(s: Sizes, name: str, done: int) -> Moment:
+    """Divide the optimizer alone: float32 weights and moments of p. DeepSpeed has a class of its own for this case.
+
+    Every rank keeps gradients of all n in float32 at all times, beside those in bf16 from the backward pass on.
+    Several ranks reduce flat copies: both kinds where one bucket takes all parameters, else those in bf16.
+    """
+    copies = s.e if s.n > PLAIN_BUCKET else FLOAT32 + s.e
+    bucket = copies * s.n if name == REDUCTION and s.ranks > 1 else 0
+    return Moment(name, s.e * s.n, FLOAT32 * s.n + s.e * done, (FLOAT32 + s.states) * s.p, bucket)
+
+
+def _stage_1(s: Sizes, name: str, done: int) -> Moment:
+    """Divide the optimizer: float32 weights, in float32 training too, and moments of p.
+
+    Gradients of all n are kept in float32 until the backward pass is over. Then they are reduced bucket by bucket, and
+    p remain. A bucket is flattened before it is reduced, so that it exists twice.
+    """
+    bucket = s.engine.reduce_bucket_size
+    filled = min(s.n, bucket)
+    casts = s.e * filled if s.is_low else 0
+    gradients, buckets = 0, 0
+    if name == BACKWARD:
+        gradients, buckets = FLOAT32 * done, FLOAT32 * bucket
+    elif name == REDUCTION:
+        gradients, buckets = FLOAT32 * (s.n - filled + s.p), FLOAT32 * (bucket + filled) + casts
+    elif name == UPDATE:
+        gradients, buckets = FLOAT32 * s.p, s.update_copy
+    return Moment(name, s.e * s.n, gradients, (FLOAT32 + s.states) * s.p, buckets)
+
+
+def _stage_2(s: Sizes, name: str, done: int) -> Moment:
+    """Divide optimizer and gradients: these are reduced whenever a bucket is full, and kept in float32 of p alone."""
+    bucket = s.engine.reduce_bucket_size
+    gradients, buckets = 0, 0
+    if name == BACKWARD and done < bucket:
+        buckets = s.e * bucket
+    elif name in (BACKWARD, REDUCTION):
+        gradients, buckets = FLOAT32 * s.p, s.e * (bucket + min(s.n, bucket))
+    elif name == UPDATE:
+        gradients, buckets = FLOAT32 * s.p, s.update_copy
+    return Moment(name, s.e * s.n, gradients, (FLOAT32 + s.states) * s.p, buckets)
+
+
+def _stage_3(s: Sizes, name: str, done: int) -> Moment:
+    """Divide everything: weights, float32 gradients and optimizer of p. One bucket is there at all times.
+
+    On several ranks weights are whole from their forward to their backward pass, at most LIVE_ELEMENTS and one block.
+    The gradients of a block go to the bucket together.
+    """
+    block, bucket = block_elements(s.model), s.engine.reduce_bucket_size
+    whole = sum(persistent_sizes(s.model, s.engine))
+    if name in (LOSS, BACKWARD):
+        whole = min(s.n - done, LIVE_ELEMENTS + block)
+    flushed = {
+        BACKWARD: min(bucket, done) if done + block > bucket else 0,
+        REDUCTION: min(bucket, s.n),
+    }.get(name, 0)
+    gradients = {BACKWARD: s.e * block, UPDATE: FLOAT32 * min(s.p, SUB_GROUP)}.get(name, 0)
+    return Moment(
+        name,
+        weights=s.e * (s.p + (whole if s.ranks > 1 else 0)),  # one rank's share is the whole
+        gradients=FLOAT32 * s.p + gradients,
+        optimizer=(FLOAT32 + s.states) * s.p,
+        buckets=s.e * (bucket + flushed) + (FLOAT32 * ceil(flushed / s.ranks) if s.is_low else 0),
+    )

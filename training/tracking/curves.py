@@ -1,7 +1,7 @@
-"""Which numbers of a record are drawn, and where: the points that trackers get.
+"""The points that trackers get: which numbers of a record are drawn, and where.
 
-Charts of a tracker have the step as their axis. So that loss can be seen against compute, on axes that are both
-logarithmic, the validation metrics are drawn a second time, as `curve/*`, with compute in the place of the step.
+The charts of a tracker have the step as their axis. Validation metrics are drawn a second time, as `curve/*`, with
+compute in the place of the step, so that loss can be seen against compute with both axes logarithmic.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ CURVES = ("loss_last", "loss_avg", "error_last", "error_avg", COMPUTE)  # the la
 
 
 def points_of(record: Record, config: TrackingConfig) -> list[Point]:
-    """The points of a record; none if it is one of the training records that are left out.
+    """Return the points of a record; none for a training record whose step `config.every` does not divide.
 
-    The step comes last: where one record is too large for one call to a tracker, it says that all of it has arrived.
+    The step comes last: it says that the whole record has arrived, also where that takes more than one call.
     """
     if record["kind"] == "train" and record["step"] % config.every:
         return []
@@ -37,10 +37,10 @@ def points_of(record: Record, config: TrackingConfig) -> list[Point]:
 
 
 def flatten_metrics(record: Record) -> dict[str, float]:
-    """A record as MLflow metrics "section/kind_name": MLflow draws a section of charts for each, the losses first.
+    """Name the numbers of a record as MLflow metrics, "section/kind_name"; MLflow draws the charts by section.
 
-    Lists become one series per scale, such as "scales/train_loss_03". "progress/train_step" is drawn too: by its
-    newest value a tracker says how far it has come.
+    A list becomes one series for each scale, such as "scales/train_loss_03". The step itself becomes
+    "progress/train_step", by whose newest value a tracker says how far it has come.
     """
     kind = record["kind"]
     flat: dict[str, float] = {}
@@ -54,12 +54,12 @@ def flatten_metrics(record: Record) -> dict[str, float]:
 
 
 def compute_step(pflop: float, unit: str) -> int:
-    """Compute as a whole number of units: steps are integers. Below half a unit it is 0, which has no logarithm."""
+    """Round compute to whole units, since steps are integers; below half a unit that is 0, which has no logarithm."""
     return round(pflop * CURVE_UNITS[unit])
 
 
 def _curve_points(record: Record, unit: str) -> list[tuple[str, float, int]]:
-    """Names, values and compute of a validation record's `curve/*`; none before the first whole unit of compute."""
+    """Return name, value and compute of the `curve/*` of a validation record; none below one unit of compute."""
     pflop = record.get(COMPUTE)
     if record["kind"] != "validation" or not isinstance(pflop, (int, float)):
         return []

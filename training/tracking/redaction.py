@@ -1,7 +1,7 @@
-"""Passwords and tokens: what looks like one is not printed, and no setting may hold one.
+"""Passwords and tokens, which must not be printed and which no setting may hold.
 
-Known by their form (URLs with a password, signed URLs, the tokens of well-known services), by the name before a = or
-a colon, and by being the value of an environment variable whose name says that it is secret.
+A secret is known by its form (a URL with a password, a signed URL, the tokens of well-known services), by the name
+before a "=" or a colon, or as the value of an environment variable whose name says that it is secret.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from typing import Any, TextIO
 
 HIDDEN = "***"
-MIN_CHARACTERS = 8  # of a variable's value that is looked for: shorter ones also occur by chance
+MIN_CHARACTERS = 8  # shorter values of variables also occur by chance
 REMEDY = (
     "take it out: MLflow reads MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD or ~/.mlflow/credentials, "
     "S3 reads ~/.aws/credentials, http(s) ~/.netrc, PostgreSQL ~/.pgpass"
 )
 
-# What it is -> how it looks; only the group `secret` is hidden where there is one. Repetitions have bounds: time
+# What it is -> how it looks. Only the group `secret` is hidden, where there is one. Bounded repetitions bound the time.
 FORMS = {
     "a password in a URL": r"\b[a-zA-Z][\w+.-]{0,20}://(?P<secret>[^\s'\"/?#@:]{0,200}:[^\s'\"]{0,1000})@",
     "a user or token in a URL": r"\bhttps?://(?P<secret>[^\s'\"/?#@]{1,1000})@",
@@ -59,17 +59,17 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in FORMS.items()}
 
 
 def secret_in(text: str) -> str:
-    """What kind of secret a text seems to hold, in words; empty: none."""
+    """Name the kind of secret that a text seems to hold; empty if it holds none."""
     return next((name for name, pattern in _PATTERNS.items() if pattern.search(text)), "")
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:
-    """The text with what looks like a secret, or is one of the environment, replaced by three stars."""
+    """Replace what looks like a secret, or is one of the environment, by three stars."""
     return _redacted(text, secret_values(environment))
 
 
 def secret_values(environment: Mapping[str, str]) -> list[str]:
-    """The values of the variables whose names say that they are secret, the longest first."""
+    """Return the values of the variables whose names say that they are secret, the longest first."""
     names = (name for name in environment if SECRET_NAME.search(name) and name not in NO_SECRET)
     values = {environment[name] for name in names}
     return sorted((value for value in values if len(value) >= MIN_CHARACTERS), key=len, reverse=True)
@@ -89,7 +89,7 @@ def _hide(match: re.Match[str]) -> str:
 
 
 class RedactingStream:
-    """A text stream that hides secrets in what is written to it; in all else it is the stream it is made of."""
+    """The text stream that hides secrets in what is written to it, and is its `stream` in all else."""
 
     def __init__(self, stream: TextIO, values: list[str]) -> None:
         self._stream = stream
@@ -109,7 +109,7 @@ class RedactingStream:
 
 @contextmanager
 def redacted_output(environment: Mapping[str, str] = os.environ) -> Iterator[None]:
-    """Hide secrets in all that this process writes to its standard streams: messages, warnings and tracebacks."""
+    """Hide secrets in all that this process writes to its standard streams, also in warnings and tracebacks."""
     values = secret_values(environment)
     out, error = RedactingStream(sys.stdout, values), RedactingStream(sys.stderr, values)
     with redirect_stdout(out), redirect_stderr(error):

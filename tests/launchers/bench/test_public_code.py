@@ -1,111 +1,74 @@
-"""The public code is found in a checkout, gets our weights, and does in its own process what it is told.
+"""The public code is found in a checkout, gets our weights and as many threads, and does what it is told.
 
 A stand-in with the public names answers here; the real one is measured by `benchmark.py train --against PATH`.
 """
 
 from __future__ import annotations
 
-import subprocess
+import ast
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from tiny import make_tokenizer
+from public_stand_in import write_checkout
 
-from launchers.bench.public_code import PublicCall, PublicCode, check_checkout
-from models.var import VAR, VARConfig
+from launchers.bench import public_worker
+from launchers.bench.config import BenchmarkConfig
+from launchers.bench.models import make_tokenizer, make_var, public_code
+from launchers.bench.public_code import PublicCode
 
-MODELS = """
-import torch
-print("printed by the public code")
-
-class Part(torch.nn.Module):
-    def __init__(self, entries):
-        super().__init__()
-        self.weight = torch.nn.Parameter(torch.ones(3))
-        self.entries = entries
-    def load_state_dict(self, state):
-        assert self.entries in state, sorted(state)
-    def autoregressive_infer_cfg(self, B, label_B, **settings):
-        assert label_B.tolist() == [0, 1] and settings == dict(cfg=1.5, top_k=9, top_p=0.5, g_seed=0)
-    def forward(self, labels, inputs):
-        return self.weight.sum() * torch.ones(len(labels), 5, 16)
-    def img_to_idxBl(self, images):
-        assert images.shape == (2, 3, 32, 32)
-        return [torch.zeros(2, 1).long(), torch.zeros(2, 4).long()]
-    def idxBl_to_img(self, maps, same_shape, last_one):
-        assert [m.shape[1] for m in maps] == [1, 4] and max(m.max() for m in maps) < 16
-    @property
-    def quantize(self):
-        return self
-    def idxBl_to_var_input(self, maps):
-        return maps
-
-def build_vae_var(device, patch_nums, V, Cvae, ch, num_classes, depth, shared_aln):
-    assert (patch_nums, V, Cvae, ch, num_classes, depth, shared_aln) == ((1, 2), 16, 4, 32, 3, 1, False)
-    return Part("quantize.embedding.weight"), Part("pos_start")
-"""
-OPTIMIZER = """
-class AmpOptimizer:
-    def __init__(self, mode, optimizer, names, paras, grad_clip):
-        assert (mode, names, grad_clip) == (0, ["weight"], 2.0)
-        self.optimizer = optimizer
-    def backward_clip_step(self, stepping, loss):
-        loss.backward()
-        self.optimizer.step()
-"""
+CONFIG = BenchmarkConfig(what="train", depth=1, patch_nums=(1, 2), tokenizer_width=32, batch=2)
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in's tensors lie on the CPU")
 
 
-@pytest.fixture
-def checkout(tmp_path: Path) -> Path:
-    files = {"models/__init__.py": MODELS, "models/var.py": "", "models/vqvae.py": "", "models/quant.py": ""}
-    for name, text in (files | {"utils/amp_sc.py": OPTIMIZER}).items():
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        (tmp_path / name).write_text(text)
-    return tmp_path
+def public(checkout: Path, precision: str = "fp32") -> PublicCode:
+    return PublicCode(str(checkout), make_var(CONFIG), make_tokenizer(CONFIG), precision=precision)
 
 
-def public(checkout: Path) -> PublicCode:
-    var = VAR(VARConfig(depth=1, patch_nums=(1, 2), vocab_size=16, code_width=4, num_classes=3))
-    return PublicCode(str(checkout), var, make_tokenizer(), precision="fp32")
+def test_it_does_what_it_is_told_with_as_many_threads_as_ours(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(threads + 1)  # no default
+    try:
+        with public(write_checkout(tmp_path, threads=threads + 1)) as running:
+            assert running.timed("encode", batch=2)() == 2 and running.timed("decode", batch=3)() == 3
+            for encodes in (True, False, True):
+                assert running.timed("train_step", batch=2, encodes=encodes)() == 2
+            sample = running.timed("sample", batch=2, cfg=1.5, top_k=900, top_p=0.96)
+            assert sample() == 2 and sample.memory == {}
+    finally:
+        torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the stand-in's tensors lie on the CPU")
-def test_it_does_what_it_is_told(checkout: Path) -> None:
-    with public(checkout) as running:
+def test_it_trains_in_the_precision_asked_for(tmp_path: Path) -> None:
+    checkout = write_checkout(tmp_path, threads=torch.get_num_threads(), precision="bf16")
+    with public(checkout, "bf16") as running:
         assert running.timed("train_step", batch=2, encodes=True)() == 2
-        assert running.timed("train_step", batch=2, encodes=False)() == 2
-        assert running.timed("sample", batch=2, cfg=1.5, top_k=9, top_p=0.5)() == 2
-        encode, decode = (running.timed(what, batch=2) for what in ("encode", "decode"))
-        assert encode() == decode() == 2
-        assert encode.memory() == {}
 
 
-def test_each_kind_of_work_knows_the_memory_of_its_latest_call() -> None:
-    sizes = iter([5, 9, 7])
-    small, large = (PublicCall(lambda: {"peak_bytes": next(sizes)}, batch, release=list) for batch in (1, 2))
-    assert (small(), large(), small()) == (1, 2, 1)
-    assert (small.memory(), large.memory()) == ({"peak_bytes": 7}, {"peak_bytes": 9})
-
-
-def test_what_cannot_start_leaves_nothing_open(checkout: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (checkout / "models/__init__.py").write_text("import a_package_that_nobody_has")
-    started: list[subprocess.Popen[str]] = []
-    start = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", lambda *given, **more: started.append(start(*given, **more)) or started[0])
-    running = public(checkout)
-    with pytest.raises(ValueError, match="a_package_that_nobody_has"):
-        running.__enter__()
-    process, folder = started[0], Path(running._settings["folder"])
-    assert process.stdin.closed and process.stdout.closed and process.returncode is not None and not folder.exists()
-
-
-def test_what_it_said_last_is_the_error(checkout: Path) -> None:
-    (checkout / "models/__init__.py").write_text("import a_package_that_nobody_has")
-    with pytest.raises(ValueError, match="a_package_that_nobody_has.*requirements.txt"), public(checkout):
+def test_the_last_line_that_it_printed_is_the_error_and_nothing_stays(tmp_path: Path) -> None:
+    (write_checkout(tmp_path, threads=1) / "models/__init__.py").write_text("import a_package_that_nobody_has")
+    running = public(tmp_path)
+    with pytest.raises(ValueError, match="a_package_that_nobody_has.*requirements.txt"), running:
         pass
+    assert running._process.returncode is not None and not Path(running._folder.name).exists()
 
 
 def test_a_folder_without_the_public_code_is_refused(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="models/var.py; give the folder of a clone"):
-        check_checkout(str(tmp_path))
+        public(tmp_path)
+
+
+def test_it_is_there_only_where_it_is_asked_for() -> None:
+    with public_code(CONFIG, make_var(CONFIG), make_tokenizer(CONFIG)) as found:
+        assert found is None
+
+
+def test_the_worker_imports_nothing_of_ours() -> None:
+    tree = ast.parse(Path(public_worker.__file__).read_text())
+    found = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    found |= {str(node.module) for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+    others = {name for name in found if name.split(".")[0] not in sys.stdlib_module_names | {"torch"}}
+    assert others == {"models", "utils.amp_sc"}  # the public code's own
+    at_the_top = {node.module for node in tree.body if isinstance(node, ast.ImportFrom)}
+    assert not others & at_the_top  # the checkout is not on the path yet

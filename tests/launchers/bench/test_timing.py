@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
-from launchers.bench import timing as benchmark_timing
-from launchers.bench.machine_limits import MIXED
-from launchers.bench.timing import WARM_UPS, Contestant, table, time_in_turns
+from launchers.bench import timing
+from launchers.bench.public_code import PublicCall
+from launchers.bench.timing import (
+    MIXED,
+    WARM_UPS,
+    Contestant,
+    common_precision,
+    convolution_precision,
+    matmul_flops_per_second,
+    time_in_turns,
+)
 
 
 def test_calls_are_timed_in_turns_of_another_order_after_two_to_warm_up() -> None:
@@ -24,7 +30,7 @@ def test_calls_are_timed_in_turns_of_another_order_after_two_to_warm_up() -> Non
     assert rows[0]["ratio"] == 1.0
 
 
-def test_each_is_compared_to_a_rival_turn_by_turn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_ratio_is_the_median_of_those_of_the_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     """b is 1, 2 and 4 times as fast as a in the three turns, so 2; by the medians of both it would be 4."""
     clock = [0.0]
 
@@ -37,84 +43,87 @@ def test_each_is_compared_to_a_rival_turn_by_turn(monkeypatch: pytest.MonkeyPatc
 
         return Contestant(name, call)
 
-    monkeypatch.setattr(benchmark_timing.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock[0])
     a, b = contestant("a", [1.0, 8.0, 4.0]), contestant("b", [1.0, 4.0, 1.0])
-    slow, fast = time_in_turns([a, b], repeats=3, rivals={"ratio_to_bare": "b"})
+    rivals = {"ratio_to_bare": "b", "ratio_to_encoding": "nobody"}
+    slow, fast = time_in_turns([a, b], repeats=3, rivals=rivals)
     assert (slow["ratio"], fast["ratio"]) == pytest.approx((1.0, 2.0))
     assert (slow["ratio_to_bare"], fast["ratio_to_bare"]) == pytest.approx((0.5, 1.0))
     assert fast["samples_per_second"] / slow["samples_per_second"] == pytest.approx(4.0)
+    assert (slow["slowest"], slow["fastest"]) == pytest.approx((1 / 8, 1.0)) and "ratio_to_encoding" not in slow
 
 
-def test_a_rival_that_is_not_there_is_compared_to_nobody() -> None:
-    row = time_in_turns([Contestant("a", lambda: 1)], repeats=1, rivals={"ratio_to_bare": "c"})[0]
-    assert "ratio_to_bare" not in row
+def test_flops_are_a_share_of_the_peak_of_their_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "matmul_flops_per_second", {"bf16": 400.0}.__getitem__)
+    contestants = [
+        Contestant("a", lambda: 1, 2.0, "bf16", extra=lambda: {"data_wait_ms": 0.5}),
+        Contestant("b", lambda: 1, 2.0, MIXED),
+    ]
+    row, mixed = time_in_turns(contestants, repeats=1)
+    assert row["mfu"] == pytest.approx(row["samples_per_second"] * 2 / 400)
+    assert row["matmul_tflops"] == pytest.approx(400e-12) and row["data_wait_ms"] == 0.5
+    assert "mfu" not in mixed and mixed["tflops"] == pytest.approx(mixed["samples_per_second"] * 2 / 1e12)
 
 
-def test_flops_and_bytes_are_shares_of_what_was_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_timing, "matmul_flops_per_second", lambda precision: {"bf16": 400.0}[precision])
-    monkeypatch.setattr(benchmark_timing, "copy_bytes_per_second", lambda device: {"cpu": 50.0}[device])
-    contestant = Contestant(
-        "a", lambda: 1, 2.0, 5.0, bytes_on="cpu", precision="bf16", extra=lambda: {"data_wait_ms": 0.5}
-    )
-    row = time_in_turns([contestant], repeats=1)[0]
-    rate = row["samples_per_second"]
-    assert row["mfu"] == pytest.approx(rate * 2 / 400) and row["bandwidth_share"] == pytest.approx(rate * 5 / 50)
-    assert row["data_wait_ms"] == 0.5
-    assert row["matmul_tflops"] == pytest.approx(400e-12) and row["copy_gb_per_second"] == pytest.approx(50e-9)
+class Public:
+    """A process of the public code that takes less memory in each turn."""
 
+    def __init__(self, done: list[str]) -> None:
+        self.done = done
 
-def test_work_of_several_precisions_has_no_mfu() -> None:
-    row = time_in_turns([Contestant("a", lambda: 1, 2.0, precision=MIXED)], repeats=1)[0]
-    assert "mfu" not in row and row["tflops"] == pytest.approx(row["samples_per_second"] * 2 / 1e12)
-
-
-def test_memory_is_that_of_the_worst_call_after_warming_up() -> None:
-    taken: list[int] = []
-    sizes = {1: 900, 2: 800, 3: 5, 4: 7, 5: 6}
-    elsewhere = SimpleNamespace(memory=lambda: {"working_bytes": sizes[len(taken)]})
-    contestant = Contestant("a", lambda: taken.append(1) or 1, elsewhere=elsewhere)
-    assert time_in_turns([contestant], repeats=3)[0]["working_bytes"] == 7
+    def ask(self, request: dict[str, Any]) -> dict[str, int]:
+        self.done.append(request["what"])
+        return {"working_bytes": 1000 - len(self.done)}
 
 
 def test_processes_that_share_a_gpu_give_back_what_they_do_not_keep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And what is timed is a call that finds its memory again."""
+    """A call that is not timed comes first in each turn, in which the memory is taken again."""
     done: list[str] = []
-    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 0), ("max_memory_allocated", 0)):
+    for name, value in (("reset_peak_memory_stats", None), ("memory_allocated", 40), ("max_memory_allocated", 100)):
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: done.append("ours released"))
-    elsewhere = SimpleNamespace(memory=dict, release=lambda: done.append("theirs released"))
-    theirs = Contestant("a", lambda: done.append("theirs") or 1, elsewhere=elsewhere)
-    time_in_turns([theirs, Contestant("b", lambda: done.append("ours") or 1)], repeats=1)
-    assert done[-6:] == ["theirs", "theirs", "theirs released", "ours", "ours", "ours released"]
+    theirs = Contestant("a", PublicCall(Public(done), {"what": "theirs", "batch": 1}))  # type: ignore[arg-type]
+    public, ours = time_in_turns([theirs, Contestant("b", lambda: done.append("ours") or 1)], repeats=2)
+    assert done[-6:] == ["ours", "ours", "ours released", "theirs", "theirs", "release"]
+    assert (ours["peak_bytes"], ours["working_bytes"]) == (100, 60) and "peak_bytes" not in public
+    assert public["working_bytes"] == 1000 - 14  # that of the first timed call, after two turns of both to warm up
 
 
-@pytest.mark.parametrize(
-    "change, is_counted", [({}, True), ({"has_threads": True}, False), ({"flops_per_image": 0}, False)]
-)
-def test_on_a_cpu_one_more_call_of_a_model_counts_what_it_takes(change: dict[str, Any], is_counted: bool) -> None:
-    calls: list[torch.Tensor] = []
-
-    def call() -> int:
-        calls.append(torch.ones(1000).exp())  # 4,000 bytes and, for a moment, as many again
-        return 1
-
-    contestant = replace(Contestant("a", call, flops_per_image=1.0), **change)
-    row = time_in_turns([contestant], repeats=1)[0]
-    assert row.get("working_bytes") == (8000 if is_counted else None) and len(calls) == 3 + is_counted
+@pytest.fixture
+def small_products(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.setattr(timing, "MATMUL_SECONDS", 0.02)
+    monkeypatch.setattr(timing, "MATMUL_SIDES", {"cpu": (64, 128), "cuda": (64, 128)})
+    matmul_flops_per_second.cache_clear()
+    yield
+    matmul_flops_per_second.cache_clear()
 
 
-def test_what_a_call_takes_of_a_gpu_is_apart_from_what_lay_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 40)
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 100)
-    row = time_in_turns([Contestant("a", lambda: 1)], repeats=1)[0]
-    assert (row["peak_bytes"], row["working_bytes"]) == (100, 60)
+@pytest.mark.usefixtures("small_products")
+def test_the_peak_is_that_of_products_that_were_made() -> None:
+    assert matmul_flops_per_second("fp32") > 1e6  # a multiplication takes less than a microsecond
 
 
-def test_the_table_has_the_columns_that_any_row_has() -> None:
-    rows = time_in_turns([Contestant("plain", lambda: 1)], repeats=1)
-    assert "MFU" not in table(rows)
-    shown = table([*rows, {"name": "memory alone", "peak_bytes": 3 * 2**30}]).splitlines()
-    assert shown[0].split()[-1] == "peak" and shown[-1].endswith("3.00 GiB") and len(shown) == 3
+@pytest.mark.usefixtures("small_products")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="for a CPU that stands for a GPU")
+def test_tf32_is_allowed_only_while_its_peak_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert matmul_flops_per_second("tf32") == matmul_flops_per_second("fp32")  # a CPU has none
+    assert convolution_precision("fp32") == "fp32"
+    matmul_flops_per_second.cache_clear()
+    settings: list[bool] = []
+    monkeypatch.setattr(timing, "device_type", lambda: "cuda")
+    monkeypatch.setattr(
+        timing, "_best_matmul_rate", lambda dtype: settings.append(torch.backends.cuda.matmul.allow_tf32) or 1.0
+    )
+    before = torch.backends.cuda.matmul.allow_tf32
+    assert matmul_flops_per_second("tf32") == 1.0
+    assert settings == [True] and torch.backends.cuda.matmul.allow_tf32 == before
+
+
+def test_a_gpu_computes_float32_convolutions_in_tf32_unless_torch_may_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timing, "device_type", lambda: "cuda")
+    assert [convolution_precision(name) for name in ("fp32", "bf16")] == ["tf32", "bf16"]
+    precisions = (("fp32", "fp32"), ("fp16", "fp32"), ("bf16", "bf16"))
+    assert [common_precision(*each) for each in precisions] == [MIXED, MIXED, "bf16"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    assert convolution_precision("fp32") == "fp32"

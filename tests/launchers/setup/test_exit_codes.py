@@ -26,7 +26,7 @@ from training.supervision.bad_samples import TooManyBadSamples
 from training.supervision.divergence import TrainingDiverged
 from training.supervision.stopping import Stopped
 from training.supervision.watch import EXIT_NO_PROGRESS
-from training.tracking.mlflow_tracker import TrackerUnavailable
+from training.tracking.mlflow import TrackerUnavailable
 
 # what gloo said when a peer was killed, and when it was silent
 CLOSED = "[/x/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:1967. This is typically a crash."

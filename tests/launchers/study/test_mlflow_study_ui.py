@@ -14,6 +14,7 @@ from tiny import command
 from launchers.study.page import launch_sync, opened
 from training.tracking.curves import compute_step
 from training.tracking.record import RunRecord
+from training.tracking.saved_view import address_of
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -40,10 +41,10 @@ def test_the_saved_view_shows_all_sizes_against_compute_on_logarithmic_axes(tmp_
     database = f"sqlite:///{tmp_path}/mlflow.db"
     config = write_study(tmp_path / "imagenet256", database)
     launch_sync(command(config))
-    with opened(config) as view:
-        address = view.save_view()
+    with opened(config) as study:
+        address = address_of(study)
     with serving(database, tmp_path) as server, browsing() as page:
-        page.goto(f"{server}/{address}")
+        page.goto(f"{server.url}/{address}")
         for depth in DEPTHS:
             page.get_by_role("link", name=f"d{depth}-seed0", exact=True).wait_for()
         for metric in CURVES:

@@ -1,4 +1,4 @@
-"""Memory per GPU: predicted peaks are those of real steps, and ZeRO and checkpointing save as meant."""
+"""Memory per GPU: predicted peaks are those of real steps, and ZeRO and checkpointing save what they should."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def case(
     return made | ({"ema_decay": ema_decay} if ema_decay else {})
 
 
-CASES = {
+ONE_RANK = {
     "d2, stage 0": case(2, 4, 0, "fp32"),
     "d2, stage 2, bf16, selective": case(2, 4, 2, "bf16", "selective"),
     "d4, 2 images of 680 tokens": case(4, 2, 1, "fp32", patch_nums=(1, 2, 3, 4, 5, 6, 8, 10, 13, 16)),
@@ -39,8 +39,7 @@ CASES = {
     "d6, stage 0, most of it weights": case(6, 2, 0, "fp32", **NARROW),
     "d8, stage 3, selective": case(8, 4, 3, "fp32", "selective", norm="shared_adaln"),
 }
-
-
+QUICK = ("d2, stage 0", "d2, stage 2, bf16, selective")  # the others take three minutes
 TWO_RANKS = {
     "d6, stage 0": case(6, 2, 0, "fp32", **NARROW),
     "d6, stage 1": case(6, 2, 1, "fp32", **NARROW),
@@ -51,68 +50,51 @@ TWO_RANKS = {
 }
 
 
-QUICK = ("d2, stage 0", "d2, stage 2, bf16, selective")  # the others take three minutes
-
-
 def compare(fork_server: ForkServer, cases: dict[str, Any], *, ranks: int) -> dict[str, dict[str, dict[str, int]]]:
     world = fork_server.run("memory_worker:compare_all", {"cases": list(cases.values())}, world_size=ranks, timeout=480)
     assert world.exit_codes == ranks * [0], world.explain()
     return dict(zip(cases, world.results[0], strict=True))
 
 
-@pytest.fixture(scope="module")
-def steps(fork_server: ForkServer) -> dict[str, dict[str, dict[str, int]]]:
-    return compare(fork_server, CASES, ranks=1)
-
-
 def test_predicted_peaks_are_within_a_tenth_of_measured_ones(fork_server: ForkServer) -> None:
-    for name, step in compare(fork_server, {name: CASES[name] for name in QUICK}, ranks=1).items():
-        assert step["peaks"]["predicted"] == pytest.approx(step["peaks"]["measured"], rel=0.1), name
+    for name, step in compare(fork_server, {name: ONE_RANK[name] for name in QUICK}, ranks=1).items():
+        assert step["predicted"]["peak"] == pytest.approx(step["measured"]["peak"], rel=0.1), name
 
 
 @pytest.mark.slow
-def test_so_are_those_of_two_ranks_which_gather_weights(fork_server: ForkServer) -> None:
+def test_every_part_of_a_step_on_one_rank_is_within_a_tenth(fork_server: ForkServer) -> None:
+    for name, step in compare(fork_server, ONE_RANK, ranks=1).items():
+        for part, size in step["predicted"].items():
+            assert size == pytest.approx(step["measured"][part], rel=0.1), f"{name}: {part}"
+
+
+@pytest.mark.slow
+def test_peaks_of_two_ranks_which_gather_weights_are_within_a_tenth(fork_server: ForkServer) -> None:
     for name, step in compare(fork_server, TWO_RANKS, ranks=2).items():
-        assert step["peaks"]["predicted"] == pytest.approx(step["peaks"]["measured"], rel=0.1), name
+        assert step["predicted"]["peak"] == pytest.approx(step["measured"]["peak"], rel=0.1), name
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
-def test_the_predicted_peak_is_within_a_tenth_of_the_measured_one(steps: dict[str, Any], name: str) -> None:
-    peaks = steps[name]["peaks"]
-    assert peaks["predicted"] == pytest.approx(peaks["measured"], rel=0.1)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", ["resting", "forward", "backward", "update"])
-@pytest.mark.parametrize("name", CASES)
-def test_so_is_every_part_of_a_step(steps: dict[str, Any], name: str, part: str) -> None:
-    assert steps[name]["predicted"][part] == pytest.approx(steps[name]["measured"][part], rel=0.1)
+@pytest.mark.gpu
+def test_peaks_on_a_gpu_are_within_a_tenth(fork_server: ForkServer) -> None:
+    cases = {
+        f"d16, stage {stage}, {mode}": {
+            "model": {"depth": 16},
+            "engine": {"zero_stage": stage, "micro_batch": 32, "activation_checkpointing": mode} | BUCKETS,
+        }
+        for stage in (1, 3)
+        for mode in ("none", "selective", "full")
+    }
+    for name, step in compare(fork_server, cases, ranks=1).items():
+        assert step["predicted"]["peak"] == pytest.approx(step["measured"]["peak"], rel=0.1), name
 
 
 def estimate(ranks: int = RANKS, **engine: Any) -> MemoryEstimate:
     return estimate_memory(MODEL, EngineConfig(**engine), ranks)
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_every_stage_divides_the_optimizer_by_the_ranks(stage: int) -> None:
-    alone, spread = estimate(1, zero_stage=stage).resting, estimate(zero_stage=stage).resting
-    assert alone.optimizer == RANKS * spread.optimizer
-
-
 def test_stages_take_less_from_one_to_the_next_on_many_ranks() -> None:
     resting = [estimate(64, zero_stage=stage, micro_batch=1).resting.total for stage in (1, 2, 3)]
     assert resting == sorted(resting, reverse=True)
-
-
-def test_stage_1_in_bf16_keeps_all_gradients_in_float32_on_every_rank() -> None:
-    resting, number = estimate(64, zero_stage=1, precision="bf16").resting, MODEL.num_parameters
-    assert (resting.weights, resting.gradients) == (2 * number, 4 * number)
-
-
-def test_float32_without_zero_has_no_copy_of_the_weights() -> None:
-    resting, number = estimate(1, zero_stage=0, precision="fp32").resting, MODEL.num_parameters
-    assert (resting.weights, resting.gradients, resting.optimizer) == (4 * number, 0, 8 * number)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -135,10 +117,10 @@ def test_the_peak_is_the_largest_moment_and_the_total_the_sum_of_its_parts() -> 
     found = estimate(zero_stage=3)
     assert found.peak.total == max(moment.total for moment in found.moments)
     assert found.peak.total == sum(found.peak.components.values())
-    assert set(found.peak.components) >= {"weights", "gradients", "optimizer", "activations", "logits", "buckets"}
+    assert set(found.peak.components) == {"weights", "gradients", "optimizer", "activations", "logits", "buckets"}
 
 
-@pytest.mark.parametrize("gib", [24, 40, 80])
+@pytest.mark.parametrize("gib", [24, 80])
 def test_the_largest_micro_batch_fits_and_one_more_does_not(gib: int) -> None:
     engine, memory = EngineConfig(zero_stage=1), gib * 2**30
     images = largest_micro_batch(MODEL, engine, 8, memory)

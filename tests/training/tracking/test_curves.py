@@ -19,33 +19,21 @@ def curve(record: Record, unit: str = "TFLOP") -> list[Point]:
     return [point for point in points_of(record, TrackingConfig(curve_unit=unit)) if point[0].startswith("curve/")]
 
 
-def test_what_is_not_finite_is_left_out_of_its_series() -> None:
-    drawn = flatten_metrics({"kind": "train", "step": 1, "gradient_norm": None, "error": [0.5, None]})
-    assert drawn == {"progress/train_step": 1.0, "scales/train_error_01": 0.5}
-
-
-def test_metrics_stand_in_sections_and_are_numbered_by_scale() -> None:
-    entry = {"kind": "train", "step": 3, "time": 9.0, "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0, 3.0]}
-    assert flatten_metrics(entry) == {
-        "progress/train_step": 3.0,
-        "progress/train_samples_seen": 24.0,
-        "loss/train_loss_avg": 2.0,
-        "scales/train_loss_01": 1.0,
-        "scales/train_loss_02": 2.0,
-        "scales/train_loss_03": 3.0,
-    }
-
-
-def test_the_step_is_a_metric_by_which_trackers_say_how_far_they_are_and_the_time_is_none() -> None:
-    drawn = flatten_metrics({"kind": "validation", "step": 3, "time": 9.0, "epoch": 0.5, "loss_avg": 2.0})
-    assert drawn == {"progress/validation_step": 3.0, "loss/validation_loss_avg": 2.0}
-
-
-def test_a_kind_of_record_that_came_later_is_drawn_too() -> None:
-    assert flatten_metrics({"kind": "goodput", "step": 3, "time": 9.0, "goodput": 0.9}) == {
-        "progress/goodput_step": 3.0,
-        "speed/goodput_goodput": 0.9,
-    }
+@pytest.mark.parametrize(
+    ("record", "drawn"),
+    [
+        ({"kind": "train", "gradient_norm": None, "error": [0.5, None]}, {"scales/train_error_01": 0.5}),
+        ({"kind": "train", "samples_seen": 24, "loss_avg": 2.0, "loss": [1.0, 2.0]}, {
+            "progress/train_samples_seen": 24.0, "loss/train_loss_avg": 2.0,
+            "scales/train_loss_01": 1.0, "scales/train_loss_02": 2.0,
+        }),
+        ({"kind": "validation", "epoch": 0.5, "loss_avg": 2.0}, {"loss/validation_loss_avg": 2.0}),
+        ({"kind": "goodput", "goodput": 0.9}, {"speed/goodput_goodput": 0.9}),  # a kind that came later
+    ],
+)  # fmt: skip
+def test_metrics_and_the_step_stand_in_sections_and_the_time_in_none(record: Record, drawn: dict[str, float]) -> None:
+    found = flatten_metrics(record | {"step": 3, "time": 9.0})
+    assert found == drawn | {f"progress/{record['kind']}_step": 3.0}
 
 
 def test_validation_is_drawn_against_compute_and_compute_beside_it() -> None:
@@ -67,15 +55,12 @@ def test_compute_that_rounding_errors_put_below_a_whole_unit_is_that_unit() -> N
     assert [compute_step(step * 64 * 1e-3 / 64, "TFLOP") for step in range(1, 1000)] == list(range(1, 1000))
 
 
-def test_what_no_logarithm_shows_is_not_drawn() -> None:
-    assert curve(validation(1, 4e-4, **FOUR)) == []
-    assert len(curve(validation(1, 4e-4, **FOUR), "GFLOP")) == len(CURVES)
-
-
-def test_only_validation_records_with_losses_and_compute_have_a_curve() -> None:
+def test_only_validation_with_losses_and_enough_compute_has_a_curve() -> None:
     assert curve({"kind": "train", "step": 5, "time": 9.0, "pflop": 3.0} | FOUR) == []
     assert curve({"kind": "validation", "step": 5, "time": 9.0} | FOUR) == []
     assert curve(validation(5, 3.0, psnr=22.0)) == []
+    assert curve(validation(1, 4e-4, **FOUR)) == []  # 0 TFLOP has no logarithm
+    assert len(curve(validation(1, 4e-4, **FOUR), "GFLOP")) == len(CURVES)
 
 
 def test_of_training_records_only_multiples_are_drawn_and_of_all_others_all() -> None:

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from mlflow_pages import CARD, PATIENCE, browsing, serving
-from repository import ROOT
+from mlflow_pages import CARD, browsing, serving
 
-from training.tracking.mlflow_view import MLflowView
+from training.tracking.follow import LivePage
 from training.tracking.record import Record, RunRecord, TrackingConfig, wall_time
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
 
-DEMO = ROOT / "runs"
 STEPS, VALIDATIONS = 50, (10, 30, 50)
 POINTS_OF_CHART = {
     "loss/train_loss_avg": STEPS,
@@ -46,33 +42,10 @@ def write_run(folder: Path, database: str) -> str:
     record = RunRecord(folder)
     record.write([record_at("train", step) for step in range(1, STEPS + 1)])
     record.write([record_at("validation", step) for step in VALIDATIONS])
-    view = MLflowView(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
-    view.notify()
-    view.close(patience_seconds=PATIENCE)
+    page = LivePage(folder, TrackingConfig(uri=database, experiment="demo"), {"model.depth": 4})
+    page.notify()
+    page.close("FINISHED")
     return json.loads((folder / "mlflow.json").read_text())["experiment_id"]
-
-
-@pytest.fixture
-def database(tmp_path: Path, request: pytest.FixtureRequest) -> str:
-    """A new database, or a copy of the one that a test names as its parameter."""
-    if original := getattr(request, "param", None):
-        if not original.is_file():
-            pytest.skip(f"needs {original}: run make demo")
-        shutil.copy(original, tmp_path / "mlflow.db")
-    return f"sqlite:///{tmp_path}/mlflow.db"
-
-
-@pytest.fixture
-def server(tmp_path: Path, database: str) -> Iterator[str]:
-    """The address of an MLflow server that shows `database`."""
-    with serving(database, tmp_path) as address:
-        yield address
-
-
-@pytest.fixture
-def page() -> Iterator[Page]:
-    with browsing() as page:
-        yield page
 
 
 def points_drawn(page: Page, title: str) -> int:
@@ -84,22 +57,10 @@ def points_drawn(page: Page, title: str) -> int:
 
 
 @pytest.mark.slow
-def test_mlflow_draws_the_curves_of_a_run(page: Page, database: str, server: str, tmp_path: Path) -> None:
+def test_mlflow_draws_the_curves_of_a_run(tmp_path: Path) -> None:
+    database = f"sqlite:///{tmp_path}/mlflow.db"
     experiment = write_run(tmp_path / "demo" / "d4", database)
-    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
-    page.get_by_role("link", name="demo/d4").wait_for()
-    assert {title: points_drawn(page, title) for title in POINTS_OF_CHART} == POINTS_OF_CHART
-    page.screenshot(path=tmp_path / "charts.png")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("database", [DEMO / "mlflow.db"], indirect=True)
-def test_mlflow_draws_the_curves_of_the_demo(page: Page, server: str, tmp_path: Path) -> None:
-    experiment = json.loads((DEMO / "digits" / "d4" / "mlflow.json").read_text())["experiment_id"]
-    page.goto(f"{server}/#/experiments/{experiment}/runs?compareRunsMode=CHART")  # the address that the demo prints
-    page.get_by_role("link", name="digits/d4").wait_for()
-    records = [json.loads(line) for line in (DEMO / "digits" / "d4" / "metrics.jsonl").read_text().splitlines()]
-    num_validations = sum(record["kind"] == "validation" for record in records)
-    assert points_drawn(page, "loss/validation_loss_avg") == num_validations
-    assert points_drawn(page, "loss/train_loss_avg") > len(records) // 4  # plotly leaves out points on a line
-    page.screenshot(path=tmp_path / "demo.png")
+    with serving(database, tmp_path) as server, browsing() as page:
+        page.goto(f"{server.url}/#/experiments/{experiment}/runs?compareRunsMode=CHART")
+        page.get_by_role("link", name="demo/d4").wait_for()
+        assert {title: points_drawn(page, title) for title in POINTS_OF_CHART} == POINTS_OF_CHART

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from launchers.bench.allocations import AllocationRecorder
+from allocations import AllocationRecorder
 
 MIB = 2**20
 
