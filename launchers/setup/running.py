@@ -31,7 +31,9 @@ from training.tracking.record import RunRecord
 
 
 def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkpoints:
-    """The run folder's checkpoints. `identity`: what else, besides seed, batch and init_from, must not change in a run.
+    """Open the checkpoints of a run folder, after checking that this run may go on from them.
+
+    identity: what else, besides seed, global batch, window and init_from, must not change in a run.
 
     Raises:
         ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
