@@ -81,12 +81,17 @@ def test_workers_killed_at_any_time_leave_no_trace(tmp_path: Path, undisturbed: 
     assert len(NAMES) < len(made(out)) < 8 * len(NAMES)  # something was lost, and something was kept
 
 
+def fill_until_killed(folder: Path, call: int) -> None:
+    die_at(call)
+    fill(folder)
+
+
 def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(claimed_shards, "NAMES", NAMES[:1])
     fill(tmp_path / "whole")
     for call in itertools.count():
         out = tmp_path / f"out{call}"
-        survived = ended_well(fork(lambda: (die_at(call), fill(out))))
+        survived = ended_well(fork(partial(fill_until_killed, out, call)))
         fill(out)
         assert content(out) == content(tmp_path / "whole")
         if survived:
@@ -97,7 +102,7 @@ def test_a_kill_between_any_two_steps_leaves_no_trace(tmp_path: Path, monkeypatc
 def test_two_workers_share_the_shards(tmp_path: Path, undisturbed: dict[str, bytes]) -> None:
     out = tmp_path / "out"
     children = [fork(partial(fill, out, seconds=0.02)) for _ in range(3)]
-    assert all([ended_well(child) for child in children])
+    assert all(ended_well(child) for child in children)
     assert content(out) == undisturbed
     assert sorted(made(out)) == list(NAMES)
 
@@ -117,7 +122,7 @@ def test_without_locks_work_may_be_done_twice_and_is_the_same(
     tmp_path: Path, undisturbed: dict[str, bytes], without_locks: None
 ) -> None:
     children = [fork(partial(fill, tmp_path / "out", seconds=0.02)) for _ in range(3)]
-    assert all([ended_well(child) for child in children])
+    assert all(ended_well(child) for child in children)
     assert content(tmp_path / "out") == undisturbed
 
 
@@ -148,7 +153,7 @@ def test_a_file_that_is_missing_for_another_reason_is_named(tmp_path: Path) -> N
     work = make_claims(tmp_path / "out")
     work.open()
     with pytest.raises(FileNotFoundError, match="elsewhere"):
-        work.finish(partial(make_shard, tmp_path / "out"), lambda: open(tmp_path / "elsewhere"))
+        work.finish(partial(make_shard, tmp_path / "out"), (tmp_path / "elsewhere").read_bytes)
 
 
 def test_work_may_be_gone_a_moment_after_it_was_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

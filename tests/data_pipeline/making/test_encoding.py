@@ -230,7 +230,7 @@ def test_killed_workers_and_several_at_once_make_the_same_codes(
         time.sleep(milliseconds / 1000)
         kill(child)
     children = [fork(work) for _ in range(2)]
-    assert all([ended_well(child) for child in children])
+    assert all(ended_well(child) for child in children)
     assert content(tmp_path / "codes") == content(tmp_path / "undisturbed")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from foreign_shards import theirs, write_theirs  # noqa: F401  a fixture
+from foreign_shards import write_theirs
 from shard_mutations import make_images
 from tars import member, tar_of
 
