@@ -6,7 +6,6 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from foreign_shards import theirs  # noqa: F401  a fixture
 from fork_world import ForkServer
 from project import ENCODE, PACK, TOKENIZER, ForkedProject, train_arguments
 from tiny import Study, make_study

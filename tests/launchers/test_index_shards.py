@@ -5,10 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from foreign_shards import write_two
 from tiny import command
 
 from launchers import index_shards
 from launchers.index_shards import IndexConfig
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    return write_two(tmp_path / "theirs")
 
 
 def test_indexing_is_said_and_not_repeated(
