@@ -33,10 +33,10 @@ from training.tracking.record import RunRecord
 
 
 def open_checkpoints(config: RunConfig, model: VARConfig | VQVAEConfig, world: World, **identity: str) -> Checkpoints:
-    """Open the checkpoints of a run folder.
+    """Open the checkpoints of a run folder, after checking that this run may go on from them.
 
-    model: the config of what is trained. identity: what else, besides seed, batch and init_from, must not change in a
-    run.
+    model: the config of what is trained. identity: what else, besides seed, global batch, window and init_from, must
+    not change in a run.
 
     Raises:
         ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.

@@ -47,12 +47,6 @@ def test_learning_rate_does_not_jump_at_its_joints(joint: float) -> None:
     assert abs(before - after) < 1e-6  # the steepest slope is 50, over 2e-9 of the run
 
 
-def test_learning_rate_rises_then_never_rises_again() -> None:
-    factors = [learning_rate_factor(i / 1000, CONFIG) for i in range(1001)]
-    assert factors[:21] == sorted(factors[:21]) and factors[20:] == sorted(factors[20:], reverse=True)
-    assert max(factors) == 1
-
-
 @pytest.mark.parametrize("changes", [{"warmup_share": 0.0}, {"warmup_share": 1.0}, {"constant_share": 1.0}])
 def test_a_phase_may_be_absent_or_all_there_is(changes: dict[str, float]) -> None:
     factors = [learning_rate_factor(i / 10, OptimizerConfig(**changes)) for i in range(11)]
