@@ -39,7 +39,6 @@ class ShardServer:
     faults: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
     always: dict[str, str] = field(default_factory=dict)  # path -> the fault of every request
     headers: dict[str, str] = field(default_factory=dict)  # of every refusal
-    replacements: dict[str, bytes] = field(default_factory=dict)  # contents from the second request on
     reset_after: float = 0.02  # seconds; what the client has not read by then it does not get
     share: float = 0.0  # of requests that fail at random
     generator: random.Random = field(default_factory=lambda: random.Random(0))
@@ -82,8 +81,6 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         try:
             self.deliver(shards.files.get(path, b""), fault)
-            if path in shards.replacements:
-                shards.files[path] = shards.replacements.pop(path)
         except OSError:  # the client had enough
             self.close_connection = True
 
