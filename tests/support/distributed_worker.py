@@ -1,6 +1,7 @@
 """One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops.
 
-Everything runs in one world, because starting one costs seconds. As a program, for test_gpu: distributed_worker.py OUT, one rank.
+Everything runs in one world, because starting one costs seconds. A GPU's test runs it as a program of one rank:
+distributed_worker.py OUT.
 """
 
 from __future__ import annotations

@@ -94,6 +94,13 @@ def test_the_newest_comes_first_and_rubbish_does_not_count(tmp_path: Path) -> No
     assert [path.name for path in candidates(tmp_path)] == ["step-00000100", "step-00000010", "step-00000009"]
 
 
+def test_what_is_set_aside_is_no_candidate_and_not_lost(tmp_path: Path) -> None:
+    for number in range(2):
+        aside = set_aside(write(tmp_path, 3))
+        assert aside.name == f".damaged-step-00000003-{number}" and (aside / "a.bin").is_file()
+    assert candidates(tmp_path) == []
+
+
 def test_old_ones_are_forgotten_but_the_kept_the_round_and_the_newest(tmp_path: Path) -> None:
     for step in range(1, 8):
         write(tmp_path, step)

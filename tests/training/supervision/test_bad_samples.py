@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pytest
 from fork_world import ForkServer
 
 from training.engine.distributed import World
-from training.supervision.bad_samples import BadSamples, NoBadSamples, TooManyBadSamples
+from training.supervision.bad_samples import BadSamples
 
 
 def fact(sample: int, shard: str = "shard-000000.tar") -> dict[str, Any]:
@@ -31,14 +30,6 @@ def test_each_bad_sample_is_listed_and_said_once_over_restarts(tmp_path: Path) -
     again = BadSamples(tmp_path / "run", 9, World(), lambda: [fact(5), fact(5, "shard-000001.tar")])
     assert again.count == 2
     assert again.share(said.append) == {"bad_samples": 3} and listed(tmp_path / "run") == [3, 5, 5]
-
-
-def test_more_than_the_limit_end_the_run_after_they_were_listed(tmp_path: Path) -> None:
-    bad = BadSamples(tmp_path, 2, World(), lambda: [fact(1), fact(2), fact(3)])
-    bad.share(lambda line: None)
-    with pytest.raises(TooManyBadSamples, match="3 bad samples, data.bad_samples allows 2.*bad_samples.jsonl"):
-        bad.refuse_too_many()
-    assert listed(tmp_path) == [1, 2, 3]
 
 
 def test_all_ranks_know_of_what_any_has_met_and_end_together(fork_server: ForkServer, tmp_path: Path) -> None:
@@ -63,9 +54,3 @@ def test_a_line_that_a_kill_has_cut_is_passed_over(tmp_path: Path) -> None:
     assert bad.count == 1
     bad.share(lambda line: None)
     assert BadSamples(tmp_path, 2, World(), list).count == 2  # what came after the cut line is not lost with it
-
-
-def test_without_quarantine_there_is_nothing_to_share() -> None:
-    strict = NoBadSamples()
-    strict.refuse_too_many()
-    assert strict.share(print) == {}

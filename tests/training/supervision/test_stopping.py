@@ -16,7 +16,7 @@ import torch.distributed as dist
 from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
 from training.supervision import stopping as module
-from training.supervision.stopping import Stopped, Stopping
+from training.supervision.stopping import Stopping
 
 
 @pytest.fixture
@@ -25,12 +25,6 @@ def stopping(tmp_path: Path) -> Iterator[Stopping]:
     installed.install()
     yield installed
     installed.remove()
-
-
-def test_nobody_asks_where_no_signal_is_listened_for(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    assert Stopping(tmp_path, World()).agreed() == ""
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
@@ -62,7 +56,7 @@ def ended(child: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_second_signal_ends_the_process_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
@@ -123,18 +117,6 @@ def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> No
     assert not (tmp_path / "stop").exists()
     assert Stopping(tmp_path, World()).agreed() == ""
     stopping.finished()
-
-
-def test_a_stop_file_that_stays_is_pointed_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "stop").mkdir()
-    Stopping(tmp_path, World()).finished()
-    said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path / 'stop'}: ") and "remove it before the next start" in said
-
-
-def test_what_stopped_a_run_is_one_line_with_the_checkpoint() -> None:
-    stopped = Stopped("SIGTERM on rank 3", Path("runs/a/checkpoints/step-00000012"))
-    assert "SIGTERM on rank 3" in str(stopped) and "step-00000012" in str(stopped) and "\n" not in str(stopped)
 
 
 def answers_of_two_ranks(folder: Path, rank: int, port: int, how: str) -> None:
