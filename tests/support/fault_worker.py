@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -139,15 +138,9 @@ def share_bad_samples(run: str, limit: int, met: list[list[dict[str, Any]]]) -> 
     return {"count": count, "said": said, "refused": refused}
 
 
-def start_a_process(seconds: int) -> int:
-    """For tests of the harness: start a process that outlives this rank, and return its number."""
-    return subprocess.Popen(["sleep", str(seconds)], start_new_session=True).pid
-
-
 def say_hello(numbers: list[int]) -> dict[str, Any]:
     """For tests of the harness: pass two seams for each number, and return what came out."""
     return {
         "rank": os.environ["RANK"],
-        "argument": numbers,
         "passed": [[reach("hello.first", number), reach("hello.second", number)] for number in numbers],
     }
