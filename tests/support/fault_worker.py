@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ from training.engine.distributed import World, join_world, leave_world
 from training.losses import TokenScores, token_scores
 from training.seams import reach
 from training.supervision.bad_samples import BadSamples, TooManyBadSamples
+from training.supervision.stopping import LOOK_SECONDS, Stopping
 from training.var_loop import VARStage
 
 
@@ -136,6 +138,19 @@ def share_bad_samples(run: str, limit: int, met: list[list[dict[str, Any]]]) -> 
         refused = str(error)
     leave_world()
     return {"count": count, "said": said, "refused": refused}
+
+
+def agree_to_stop(run: str) -> list[str]:
+    """Ask in each of five steps whether to stop; rank 0 makes the stop file in the third."""
+    world = join_world(timeout_seconds=60)
+    stopping, answers = Stopping(Path(run), world), []
+    for step in range(5):
+        if step == 2 and world.is_rank_zero:
+            (Path(run) / "stop").touch()
+            time.sleep(LOOK_SECONDS)
+        answers.append(stopping.agreed())
+    leave_world()
+    return answers
 
 
 def say_hello(numbers: list[int]) -> dict[str, Any]:

@@ -178,8 +178,6 @@ KINDS: dict[str, Callable[[Fault, Any], Any]] = {
     "nan": lambda fault, value: value * math.nan,
     "tear": _tear,
     "exit0": lambda fault, value: os._exit(0),
-    "abort": lambda fault, value: os.abort(),
-    "segv": lambda fault, value: ctypes.string_at(0),
     "sleep": lambda fault, value: time.sleep(fault.seconds),
     "lock": _hold_interpreter_lock,
     "record": lambda fault, value: None,

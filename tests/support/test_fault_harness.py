@@ -37,7 +37,7 @@ def test_a_fault_acts_at_its_rank_its_sites_and_its_times(
 
 @pytest.mark.parametrize(
     ("kind", "code"),
-    [("kill", -signal.SIGKILL), ("segv", -signal.SIGSEGV), ("exit0", 0), ("enospc", 1), ("lock", -signal.SIGKILL)],
+    [("kill", -signal.SIGKILL), ("exit0", 0), ("enospc", 1), ("lock", -signal.SIGKILL)],
 )
 def test_the_way_a_rank_ends_is_reported(fork_server: ForkServer, kind: str, code: int) -> None:
     """Who hangs is given a grace and then killed."""

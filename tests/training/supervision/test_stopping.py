@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from fork_world import ForkServer
 
 from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
@@ -119,39 +117,7 @@ def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> No
     stopping.finished()
 
 
-def answers_of_two_ranks(folder: Path, rank: int, port: int, how: str) -> None:
-    """In step 2 rank 1 is signaled, or the stop file is made. Answers go to a file for each rank."""
-    world = World(rank=rank, world_size=2)
-    meeting = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    stopping = Stopping(folder, world)
-    stopping.install()
-    answers = []
-    for step in range(5):
-        if step == 2 and rank == 1 and how == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        if step == 2 and rank == 0 and how == "file":
-            (folder / "stop").touch()
-            time.sleep(module.LOOK_SECONDS)
-        answers.append(stopping.agreed())
-    (folder / f"answers{rank}").write_text("\n".join(answers))
-    os._exit(0)
-
-
-@pytest.mark.parametrize("how", ["signal", "file"])
-def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path, how: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                answers_of_two_ranks(tmp_path, rank, port, how)
-            finally:
-                os._exit(1)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    first, second = ((tmp_path / f"answers{rank}").read_text().split("\n") for rank in range(2))
-    reason = "SIGUSR1 on rank 1" if how == "signal" else f"{tmp_path / 'stop'} was made"
-    assert first == second == [""] * 3 + [reason] * 2
+def test_two_ranks_agree_at_the_same_step_one_after_a_file_was_made(fork_server: ForkServer, tmp_path: Path) -> None:
+    """As after a signal to one of them: test_faults_training."""
+    world = fork_server.run("fault_worker:agree_to_stop", {"run": str(tmp_path)})
+    assert world.results == [[""] * 3 + [f"{tmp_path / 'stop'} was made"] * 2] * 2, world.explain()

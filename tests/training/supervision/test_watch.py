@@ -232,12 +232,9 @@ def test_a_launched_rank_whose_launcher_died_before_it_was_watched_stops(
         ("/v/bin/python -u -m deepspeed.launcher.launch --world_info=x train.py", True),
         ("/v/bin/python /v/bin/torchrun --nproc-per-node 2 train.py", True),
         ("python3 -m torch.distributed.run train.py", True),
-        ("mpirun -n 2 python train.py", True),
         ("python launchers/demo.py deepspeed", False),
         ("bash -c deepspeed_train.sh", False),
-        ("python -m pytest tests -k deepspeed", False),
         ("nohup python train.py", False),
-        ("sshd: user", False),
     ],
 )
 def test_launchers_are_known_by_their_command_line(monkeypatch: pytest.MonkeyPatch, command: str, is_one: bool) -> None:
