@@ -8,6 +8,7 @@ import numpy as np
 
 from training.laws.power_law import Points
 from training.laws.study_data import SizeCurve, TrainedSize
+from training.laws.study_fit import FitConfig
 
 SURFACE = (5.0, 0.6, 0.30, 0.9, 0.34)  # E, A, a, B, b with N and D in billions
 COMPUTE_EXPONENT = -SURFACE[2] * SURFACE[4] / (SURFACE[2] + SURFACE[4])
@@ -34,6 +35,13 @@ def surface(parameters: float | np.ndarray, tokens: np.ndarray | float) -> np.nd
     """The planted loss."""
     constant, factor, a, token_factor, b = SURFACE
     return constant + factor * parameters**-a + token_factor * np.asarray(tokens) ** -b
+
+
+def quick(**settings: object) -> FitConfig:
+    """Return settings with fewer bootstrap draws than a study may have, for tests that look at no interval's width."""
+    config = FitConfig(**settings)
+    object.__setattr__(config, "draws", 10)
+    return config
 
 
 def points_of(y: np.ndarray, x: np.ndarray = BILLIONS) -> Points:

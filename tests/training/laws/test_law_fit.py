@@ -6,40 +6,32 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from planted import BILLIONS, NAMES, points_of
+from planted import BILLIONS, NAMES, points_of, quick
 
 from training.laws.law_fit import Irreducible, fit_law, hold_out, split
-from training.laws.study_fit import PARAMETERS, FitConfig, LawFit
+from training.laws.study_fit import PARAMETERS, LawFit
 
-CONFIG = FitConfig(draws=100)
+CONFIG = quick()
 TRUTH = 5 + (2.5 * BILLIONS) ** -0.2
 
 
-def fit(y: np.ndarray, irreducible: float | None, x: np.ndarray = BILLIONS, config: FitConfig = CONFIG) -> LawFit:
-    return fit_law(
-        points_of(y, x),
-        "loss_avg",
-        PARAMETERS,
-        Irreducible(irreducible, "a test"),
-        config=config,
-        left_out=(),
-        rng=np.random.default_rng(0),
-    )
+def fit(y: np.ndarray, irreducible: float | None) -> LawFit:
+    constant, rng = Irreducible(irreducible, "a test"), np.random.default_rng(0)
+    return fit_law(points_of(y), "loss_avg", PARAMETERS, constant, config=CONFIG, left_out=(), rng=rng)
 
 
-@pytest.mark.parametrize("irreducible", [None, 5.0])
-@pytest.mark.parametrize("noise", [0.0, 5e-4])
+@pytest.mark.parametrize(("noise", "irreducible"), [(0.0, None), (5e-4, None), (5e-4, 5.0)])
 def test_the_right_law_predicts_the_two_largest_sizes(noise: float, irreducible: float | None) -> None:
     found = fit(TRUTH * np.exp(noise * np.random.default_rng(4).standard_normal(12)), irreducible)
     assert [point.name for point in found.held_out] == ["d26", "d30"]
     for point in found.held_out:
         assert point.passed
-        assert point.nats == pytest.approx(point.predicted - point.measured)
-        assert point.share == pytest.approx(abs(point.nats) / (point.measured - found.law.irreducible))
-        assert point.interval.low <= point.predicted <= point.interval.high
+        assert point.share == pytest.approx(
+            abs(point.predicted - point.measured) / (point.measured - found.law.irreducible)
+        )
 
 
-@pytest.mark.parametrize("irreducible", [0.0, 4.0, 4.5, 5.2, 5.4])
+@pytest.mark.parametrize("irreducible", [0.0, 4.5, 5.2])
 def test_a_wrong_irreducible_part_fails_the_gate_while_r_stays_above_099(irreducible: float) -> None:
     found = fit(TRUTH, irreducible)
     assert abs(found.pearson) > 0.99
@@ -104,5 +96,5 @@ def test_a_fit_says_what_it_was_made_of() -> None:
     assert abs(np.mean(found.residuals)) < 1e-3
     assert found.exponent_interval.low < found.law.exponent < found.exponent_interval.high
     assert found.irreducible_interval.low < found.law.irreducible < found.irreducible_interval.high
-    assert np.shape(found.draws) == (100, 3)
+    assert np.shape(found.draws) == (CONFIG.draws, 3)
     assert fit(TRUTH, 5.0).irreducible_interval is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from fractions import Fraction
 
@@ -73,14 +72,6 @@ def test_only_with_all_four_labels_swapped_one_compute_suits_all() -> None:
     assert len(gaps) == 3 and all(gap > 2 for gap in gaps.values())
 
 
-def test_notes_on_the_paper_say_that_labels_are_swapped_and_c_is_not_training_flops() -> None:
-    contradiction, outgrown, swapped, accounting = notes(PAPER_LAWS, PAPER_MODELS)
-    assert "contradict" in contradiction and "d30" in contradiction
-    assert "error_avg" in outgrown and "C^1.10" in outgrown
-    assert "eqs. 13 and 14" in swapped and "eqs. 15 and 16" in swapped and "inferred" in swapped
-    assert "not training FLOPs" in accounting and "forward pass" in accounting
-
-
 def test_paper_compute_is_a_fifth_of_training_flops() -> None:
     largest = implied_compute(relabelled(PAPER_LAWS)["loss", "error"], PAPER_MODELS)[-1]
     assert largest.spent[EXACT] / largest.middle == pytest.approx(5, abs=1)
@@ -114,22 +105,11 @@ def test_compute_that_counts_something_else_is_told_from_wrong_labels() -> None:
     far = {name: replace(law, scale=law.scale * 1e4) for name, law in laws.by_compute.items()}
     (note,) = notes(replace(laws, by_compute=far), PAPER_MODELS)
     assert "No accounting known here" in note
-    broken = {**laws.by_compute, "loss_avg": replace(laws.by_compute["loss_avg"], scale=1e3)}
-    assert "cannot be judged" in notes(replace(laws, by_compute=broken), PAPER_MODELS)[-1]
-
-
-def test_a_model_that_outgrows_its_compute_is_noted_though_the_labels_agree() -> None:
-    laws = planted(growths=dict.fromkeys(METRICS, 1.2))
-    found = notes(laws, PAPER_MODELS)
-    assert len(found) == 4 and all("outgrow" in note for note in found)
-
-
-def test_a_law_in_compute_that_never_gets_there_is_named() -> None:
-    laws = planted()
+    outgrown = notes(planted(growths=dict.fromkeys(METRICS, 1.2)), PAPER_MODELS)
+    assert len(outgrown) == 4 and all("outgrow" in note for note in outgrown)
     high = {**laws.by_compute, "loss_last": replace(laws.by_compute["loss_last"], irreducible=7.0)}
     (note,) = notes(replace(laws, by_compute=high), PAPER_MODELS)
-    assert "loss_last at d30" in note and "irreducible" in note
-    assert math.isinf(implied_compute(replace(laws, by_compute=high), PAPER_MODELS)[-1].by_metric["loss_last"])
+    assert "loss_last at d30" in note, "a law in compute that never gets there is named"
 
 
 def test_bands_hold_every_law_that_would_be_printed_alike() -> None:

@@ -24,20 +24,6 @@ def with_values(size: TrainedSize, metric: str, at: int, value: float) -> Traine
     return replace(size, metrics={**size.metrics, metric: values})
 
 
-def test_a_curve_has_the_runs_units() -> None:
-    (size,) = curves(run(3)).sizes
-    assert size.name == "d12"
-    assert size.parameters == pytest.approx(BILLIONS[3])
-    assert size.tokens == pytest.approx(run(3).images * 680 / 1e9)
-    assert size.pflop == pytest.approx(6 * BILLIONS[3] * 1e9 * run(3).images * 680 / 1e15)
-
-
-def test_accounting_and_counted_parameters_change_the_units() -> None:
-    (size,), (other,) = curves(run(3)).sizes, curves(run(3), accounting="six_nt", counted_parameters="eq8").sizes
-    assert other.pflop == pytest.approx(size.pflop * 7 / 6)
-    assert other.parameters == pytest.approx(size.parameters * 0.9)
-
-
 def test_sizes_come_smallest_first_and_seeds_are_averaged_where_all_were_evaluated() -> None:
     first, second = run(1, seed=0, noise=1e-2), run(1, seed=5, noise=1e-2)
     half = {name: values[::2] for name, values in second.metrics.items()}
@@ -56,28 +42,6 @@ def test_an_unfinished_seed_is_not_averaged_and_an_unfinished_size_has_no_end() 
     assert not alone.sizes[0].is_finished
     assert len(alone.sizes[0].pflop) == 25
     assert "d8 is not finished" in alone.notes[0]
-
-
-@pytest.mark.parametrize("value", [np.nan, np.inf, 0.0])
-def test_an_evaluation_that_is_no_loss_is_left_out_and_named(value: float) -> None:
-    found = curves(with_values(run(2), "error_last", 4, value))
-    assert len(found.sizes[0].pflop) == 24
-    assert "d10-seed0: 1 of 25 evaluations" in found.left_out[0]
-
-
-def test_a_run_whose_last_evaluation_is_no_number_has_no_end() -> None:
-    found = curves(with_values(run(2), "loss_avg", -1, np.nan))
-    assert not found.sizes[0].is_finished
-    assert any("no number" in sentence for sentence in found.left_out)
-
-
-def test_evaluations_that_go_back_are_left_out() -> None:
-    images = run(2).images.copy()
-    images[5] = images[4]
-    images[9] = images[2]
-    found = curves(replace(run(2), images=images)).sizes[0]
-    assert len(found.pflop) == 23
-    assert (np.diff(found.pflop) > 0).all()
 
 
 def test_warm_up_is_left_out_once_for_all_sizes() -> None:
@@ -104,7 +68,24 @@ def test_models_that_know_nothing_are_left_out() -> None:
     assert "untrained" in found.left_out[0]
 
 
-def test_a_curve_that_ends_above_its_lowest_is_noted_and_kept() -> None:
-    found = curves(with_values(run(2), "loss_avg", -1, 9.0))
-    assert found.sizes[0].end("loss_avg") == 9
-    assert "loss_avg ends" in found.notes[0]
+def test_a_curve_has_the_units_that_are_asked_for() -> None:
+    (size,), (other,) = curves(run(3)).sizes, curves(run(3), accounting="six_nt", counted_parameters="eq8").sizes
+    assert (size.name, size.parameters) == ("d12", pytest.approx(BILLIONS[3]))
+    assert size.tokens == pytest.approx(run(3).images * 680 / 1e9)
+    assert size.pflop == pytest.approx(6 * BILLIONS[3] * 1e9 * run(3).images * 680 / 1e15)
+    assert other.pflop == pytest.approx(size.pflop * 7 / 6) and other.parameters == pytest.approx(size.parameters * 0.9)
+
+
+@pytest.mark.parametrize(("at", "value"), [(4, np.nan), (4, np.inf), (4, 0.0), (-1, np.nan)])
+def test_an_evaluation_that_is_no_loss_is_left_out_and_named(at: int, value: float) -> None:
+    found = curves(with_values(run(2), "error_last", at, value))
+    assert len(found.sizes[0].pflop) == 24 and "d10-seed0: 1 of 25 evaluations" in found.left_out[0]
+    assert found.sizes[0].is_finished == (at != -1), "without its last evaluation a run has no end"
+
+
+def test_evaluations_that_go_back_are_left_out_and_an_end_above_the_lowest_is_kept() -> None:
+    images = run(2).images.copy()
+    images[5], images[9] = images[4], images[2]
+    found = curves(replace(with_values(run(2), "loss_avg", -1, 9.0), images=images))
+    assert len(found.sizes[0].pflop) == 23 and (np.diff(found.sizes[0].pflop) > 0).all()
+    assert found.sizes[0].end("loss_avg") == 9 and "loss_avg ends" in found.notes[0]
