@@ -6,10 +6,9 @@ import signal
 from pathlib import Path
 
 import pytest
+import seams
 from faults import Fired, fired, install
 from fork_world import FaultNeverFired, ForkServer
-
-from training import seams
 
 HELLO = "fault_worker:say_hello"
 
