@@ -1,7 +1,6 @@
 """A real Slurm of emulated nodes on this host: munge, controller and node daemons in a folder of their own.
 
-Needs root and Debian's packages `slurm-wlm` and `munge`; no systemd, no settings outside the folder. By hand:
-`python tests/support/slurm_cluster.py` says what to export, and stops the cluster on Ctrl-C.
+Needs root and Debian's packages `slurm-wlm` and `munge`; no systemd, no settings outside the folder.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -173,16 +171,3 @@ def wait_until(holds: Callable[[], bool], what: str, *, seconds: float) -> None:
         if time.monotonic() > end:
             raise TimeoutError(f"waited {seconds:.0f} s until {what}")
         time.sleep(0.2)
-
-
-def main() -> None:
-    if reason := why_not():
-        sys.exit(f"error: {reason}")
-    with tempfile.TemporaryDirectory(prefix="slurm-") as folder, SlurmCluster(Path(folder)) as cluster:
-        print(f"export SLURM_CONF={cluster.environment['SLURM_CONF']}", flush=True)
-        with contextlib.suppress(KeyboardInterrupt):
-            signal.pause()
-
-
-if __name__ == "__main__":
-    main()
