@@ -93,7 +93,6 @@ def test_a_fit_is_made_again_when_points_settings_or_entropy_are_others(
     ("damage", "words"),
     [
         (lambda text: "{", "is not valid JSON"),
-        (lambda text: "[]", ""),
         (lambda text: '{"fit": 3}', ""),
         (lambda text: text.replace('"schema": ', '"schema": 7'), f"schema is 7{StudyFit.schema}, accepted: "),
         (lambda text: text.replace('"laws": ', '"lore": '), "StudyFit has laws, "),
@@ -113,15 +112,6 @@ def test_a_damaged_fit_or_one_of_another_version_is_named_and_made_again(
     assert fitted_study(config).fit == first.fit and len(fits) == 2
     [said] = capsys.readouterr().out.splitlines()
     assert said.startswith(f"{tmp_path / FIT}: is no fit of this version ({words}") and said.endswith("; fitted anew")
-
-
-def test_a_fit_of_unknown_settings_is_made_again(tmp_path: Path, fits: list[FitConfig]) -> None:
-    config = written_study(tmp_path)
-    write_fit(config, fitted_study(config))
-    content = json.loads((tmp_path / FIT).read_text())
-    for settings in (None, [], {"known": {}, "fit": 3}):
-        (tmp_path / FIT).write_text(json.dumps(content | {"settings": settings}))
-        assert fitted_study(config).is_new
 
 
 def test_every_point_is_in_the_csv_with_all_its_digits() -> None:
