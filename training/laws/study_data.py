@@ -89,15 +89,10 @@ class StudyCurves:
 
 
 def study_curves(runs: Sequence[TrainedSize], config: FitConfig) -> StudyCurves:
-    """Make one curve a size. Raises ValueError if a run has no operations of the accounting that is asked for."""
+    """Make one curve a size."""
     left_out: dict[str, list[str]] = {}  # names by reason
     by_size: dict[str, list[TrainedSize]] = {}
     for run in sorted(runs, key=lambda run: (run.num_parameters, run.seed)):
-        if config.accounting not in run.flops_per_image:
-            raise ValueError(
-                f"{run.name} has no operations per image by {config.accounting!r}; set fit.accounting to one of "
-                f"{', '.join(run.flops_per_image)}"
-            )
         usable = _usable(run, left_out)
         if len(usable.images):
             by_size.setdefault(run.size, []).append(usable)
