@@ -1,4 +1,4 @@
-"""The paper's Fig. 7: images of several model sizes (rows) at several stages of their training (columns).
+"""Draw the paper's Fig. 7: images of several model sizes (rows) at several stages of their training (columns).
 
 `python launchers/compare_sizes.py --runs runs/d16 runs/d20 runs/d24 runs/d30 --stages 0.2 0.6 1.0 --out fig7.png`
 
@@ -38,7 +38,7 @@ PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of F
 
 @dataclass(frozen=True, kw_only=True)
 class CompareSizesConfig:
-    """launchers/compare_sizes.py: images of several sizes at several stages of their training."""
+    """The settings of a comparison of model sizes."""
 
     runs: tuple[str, ...]  # run folders, one row each; an imported, exported or public model has the last stage alone
     stages: tuple[float, ...] = (0.2, 0.6, 1.0)  # shares of a run's training tokens, one column each
@@ -70,13 +70,14 @@ class CompareSizesConfig:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A model at a stage of its training."""
+    """A model at a stage of its training, and the line below its cell."""
 
     path: Path
     note: str
 
 
 def launch(command: Command[CompareSizesConfig]) -> None:
+    """Find the checkpoint for every cell, draw the cells, write the figure."""
     config = command.config
     refuse_several_ranks("compare_sizes.py")
     snapshots = [[find_snapshot(Path(run), stage, config.tolerance) for stage in config.stages] for run in config.runs]
@@ -104,10 +105,11 @@ def launch(command: Command[CompareSizesConfig]) -> None:
 
 
 def find_snapshot(run: Path, stage: float, tolerance: float) -> Snapshot:
-    """The committed checkpoint nearest to a stage; a model without checkpoints is at the end of its training.
+    """Find the committed checkpoint nearest to a stage; a model without checkpoints is at the end of its training.
 
     Raises:
-        FileNotFoundError: there is no model. ValueError: no checkpoint is near enough, or `run` is itself one.
+        FileNotFoundError: there is no model.
+        ValueError: no checkpoint is near enough, or `run` is itself one.
     """
     shares = trained_shares(run)
     nearest = min(shares, key=lambda path: abs(shares[path] - stage))
@@ -125,7 +127,7 @@ def find_snapshot(run: Path, stage: float, tolerance: float) -> Snapshot:
 
 
 def trained_shares(run: Path) -> dict[Path, float]:
-    """The models of a run, each with the share of the run's training tokens that it has seen."""
+    """Map the models of a run to the share of the run's training tokens that each has seen."""
     if (run / "manifest.json").is_file():
         raise ValueError(f"{run}: is one checkpoint; give its run folder, and the stage in stages")
     checkpoints = committed_checkpoints(run / "checkpoints")
@@ -138,7 +140,7 @@ def trained_shares(run: Path) -> dict[Path, float]:
 
 
 def total_samples(run: Path) -> int:
-    """How many samples the whole run sees, from its config and the first line of its record."""
+    """Compute how many samples the whole run sees, from its config and the first line of its record."""
     config = load_config(TrainConfig, str(run / "config.yaml"))
     first = next((record for record, _ in RunRecord(run).read_after() if record["kind"] == "train"), None)
     if first is None:
@@ -148,12 +150,12 @@ def total_samples(run: Path) -> int:
 
 
 def default_classes(model: VARConfig) -> tuple[int, ...]:
-    """The paper's classes where the model may be of ImageNet."""
+    """Choose the paper's classes where the model may be of ImageNet, else the first nine."""
     return PAPER_CLASSES if model.num_classes == 1000 else tuple(range(min(9, max(model.num_classes, 1))))
 
 
 def force_scales(models: Models, config: CompareSizesConfig) -> KnownTokens | None:
-    """The tokens of the first scales, of the first validation image of each class; None if none are forced."""
+    """Encode the first validation image of each class, to force its first scales; None if none are forced."""
     scales = models.var.config.scales
     if config.forced_scales > scales.num_scales:
         raise ValueError(f"forced_scales is {config.forced_scales}; the models have {scales.num_scales} scales")
@@ -178,7 +180,7 @@ def force_scales(models: Models, config: CompareSizesConfig) -> KnownTokens | No
 
 
 def training_config(models: Models, config: CompareSizesConfig) -> TrainConfig:
-    """How the first run was trained; of an imported model nothing is known but its own config."""
+    """Read how the first run was trained; of an imported model nothing is known but its own config."""
     recorded = Path(config.runs[0]) / "config.yaml"
     if recorded.is_file():
         return load_config(TrainConfig, str(recorded))
@@ -190,6 +192,7 @@ def training_config(models: Models, config: CompareSizesConfig) -> TrainConfig:
 
 
 def refuse_other_tokenizer(models: Models, first: Models, snapshot: Snapshot) -> None:
+    """Raise ValueError if a model was trained with another tokenizer than the first: its codes mean something else."""
     if models.tokenizer_sha256 != first.tokenizer_sha256:
         raise ValueError(
             f"{snapshot.path}: was trained with tokenizer {models.tokenizer_sha256[:12]}, the first run with "
@@ -198,7 +201,7 @@ def refuse_other_tokenizer(models: Models, first: Models, snapshot: Snapshot) ->
 
 
 def draw_images(models: Models, known: KnownTokens | None, config: CompareSizesConfig) -> np.ndarray:
-    """A square of one image per class, (H, W, 3) uint8."""
+    """Draw a square of one image per class, (H, W, 3) uint8."""
     device = World.from_environment().device
     var, tokenizer = models.var.to(device), models.tokenizer.to(device)
     tokenizer.prepare_decoder()

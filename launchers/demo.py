@@ -1,6 +1,6 @@
-"""The whole pipeline on handwritten digits, as a user would type it: pack, train, encode, train, sample, and a report.
+"""Run the whole pipeline on handwritten digits: pack, train, encode, train, sample, and report.
 
-`make demo`, or `python launchers/demo.py`. Every stage is one of the project's own commands; a stage that is done is
+`make demo`, or `python launchers/demo.py`. Every stage is a command as a user would type it. A stage that is done is
 not done again, so a demo that was stopped goes on where it was.
 """
 
@@ -38,7 +38,7 @@ LAUNCHERS = Path(__file__).resolve().parent
 
 @dataclass(frozen=True)
 class DemoConfig:
-    """Settings of the demo."""
+    """The settings of the demo."""
 
     out: str = "runs/digits"
     data: str = "data/digits"
@@ -54,6 +54,7 @@ class DemoConfig:
 
 
 def launch(command: Command[DemoConfig]) -> None:
+    """Run the stages one after another, judge the images, write the report."""
     config = command.config
     stages = plan_stages(config)
     if command.dry_run:
@@ -79,7 +80,7 @@ def launch(command: Command[DemoConfig]) -> None:
 
 
 def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
-    """The commands, in order; what a user would type."""
+    """List the commands in order, by the name of their stage."""
     data, tokenizer = Path(config.data), load_config(TokenizerConfig, config.tokenizer)
     run = load_config(TrainConfig, config.transformer).run
     python = [sys.executable, "-u"]
@@ -105,17 +106,18 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
 
 
 def processes_that_fit(config: DemoConfig) -> int:
-    """One a GPU, NCCL refuses two; on the CPU as many as are asked for."""
+    """Allow one process a GPU, since NCCL refuses two; on the CPU as many as are asked for."""
     on_gpus = World.from_environment().device.type == "cuda"
     return min(config.processes, torch.cuda.device_count()) if on_gpus else config.processes
 
 
 def generated_folder(config: DemoConfig) -> Path:
+    """Return where the demo's sampling goes."""
     return Path(config.out) / "generated"
 
 
 def read_generated(config: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
-    """The generated images (N, H, W, 3) uint8 and their labels (N,), class by class; the file has them shuffled."""
+    """Read the generated images (N, H, W, 3) uint8 and their labels (N,), sorted by class; the file is shuffled."""
     with np.load(generated_folder(config) / "samples.npz") as found:
         images, labels = found["arr_0"], found["labels"]
     order = np.argsort(labels, kind="stable")
@@ -123,7 +125,7 @@ def read_generated(config: DemoConfig) -> tuple[np.ndarray, np.ndarray]:
 
 
 def run_command(name: str, line: list[str]) -> float:
-    """Run one stage, its output going to ours; the seconds it took.
+    """Run one stage, its output going to ours, and return the seconds it took.
 
     Raises:
         ValueError: it ended with another exit code than 0.
@@ -150,7 +152,7 @@ def forget_stale(config: DemoConfig) -> None:
 
 
 def judge(config: DemoConfig) -> dict[str, object]:
-    """Accuracy of a classifier of real training digits on held-out, reconstructed and generated ones; their variety.
+    """Measure how well a classifier of real digits recognises reconstructed and generated ones, and how much they vary.
 
     All digits are seen through the tokenizer's centre view. The classifier is scikit-learn's SVC with its defaults.
     """
@@ -191,18 +193,18 @@ def judge(config: DemoConfig) -> dict[str, object]:
 
 
 def _pixels(images: np.ndarray) -> np.ndarray:
-    """Images (N, H, W, 3) uint8 as grey values (N, H W) in [0, 1]."""
+    """Turn images (N, H, W, 3) uint8 into grey values (N, H W) in [0, 1]."""
     return images.mean(3).reshape(len(images), -1) / 255
 
 
 def within_class_variance(images: np.ndarray, labels: np.ndarray) -> float:
-    """Variance around the class's mean image, summed over pixels, averaged over classes."""
+    """Compute the variance around the class's mean image, summed over pixels, averaged over classes."""
     pixels = _pixels(images)
     return float(np.mean([pixels[labels == label].var(0).sum() for label in np.unique(labels)]))
 
 
 def complete_right_halves(models: Models, images: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
-    """Draw the right half of images (N, 3, H, W) anew as their class; and whether the codes of the left half stayed."""
+    """Draw the right half of images (N, 3, H, W) anew as their class, and tell whether the left half's codes stayed."""
     side = models.var.scales.side
     keep_mask = box_in_tokens((0.0, 0.0, 1.0, 0.5), side)
     codes = edit(models.var, models.tokenizer, images, keep_mask, labels, seeds=range(len(images)))
@@ -213,10 +215,11 @@ def complete_right_halves(models: Models, images: Tensor, labels: Tensor) -> tup
 def save_pictures(
     config: DemoConfig, generated: np.ndarray, held_out: Tensor, reconstructed: Tensor, completed: Tensor
 ) -> None:
-    """samples.png: ten classes in rows. reconstructions.png: real digits above, what the codes keep of them below.
+    """Write the demo's pictures.
 
-    completions.png: real digits, their left halves, and what was drawn in the place of the right ones. digit.png: one
-    of them, to try launchers/edit.py on.
+    samples.png has the ten classes in rows. reconstructions.png has real digits above what the codes keep of them.
+    completions.png has real digits, their left halves, and what was drawn in place of the right ones. digit.png is one
+    digit, to try launchers/edit.py on.
     """
     out = Path(config.out)
     shown = np.arange(len(generated)) % config.per_class < 20
@@ -230,6 +233,7 @@ def save_pictures(
 
 
 def tell(config: DemoConfig, report: dict[str, object], path: Path) -> None:
+    """Print the report, and where to look at pictures and curves."""
     settings = load_config(TrainConfig, config.transformer)
     say(f"\n{json.dumps(report, indent=1)}\n")
     names = ("samples", "reconstructions", "completions")

@@ -1,9 +1,9 @@
-"""In-painting, out-painting and class-conditional editing of a picture, without further training (Sec. 6, Fig. 8).
+"""Edit a picture without further training: in-painting, out-painting, class-conditional editing (Sec. 6, Fig. 8).
 
 `python launchers/edit.py --run runs/d16 --image photo.jpg --task inpaint --box 60 80 180 200`
 
-The box, or the white part of a mask picture, is what is drawn anew (inpaint, edit) or what stays (outpaint). Both are
-in pixels of the image file, of which the model sees the middle square.
+A box, or the white part of a mask picture, is drawn anew (inpaint, edit) or stays (outpaint). Both are in pixels of
+the image file, of which the model sees the middle square.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ EDIT_TASKS = ("inpaint", "outpaint", "edit")
 
 @dataclass(frozen=True, kw_only=True)
 class EditConfig:
-    """launchers/edit.py: parts of a picture drawn anew. Sampling defaults: those of the public notebook."""
+    """The settings of an edit; how tokens are drawn is by default as in the public notebook."""
 
     run: str  # a run folder, a checkpoint, an imported or exported model, or a public .pth file
     tokenizer: str = ""  # empty: the one the run was trained with
@@ -82,7 +82,7 @@ class EditConfig:
 
 @dataclass(frozen=True)
 class Square:
-    """The middle square of a picture, in its pixels: what a model sees of it."""
+    """The middle square of a picture, which is what a model sees of it; in pixels of the picture."""
 
     top: int
     left: int
@@ -90,11 +90,12 @@ class Square:
 
     @classmethod
     def of(cls, image: Image.Image) -> Square:
+        """Find the middle square of a picture."""
         side = min(image.size)
         return cls((image.height - side) // 2, (image.width - side) // 2, side)
 
     def shares(self, box: tuple[float, ...]) -> tuple[float, float, float, float]:
-        """A box (y0, x0, y1, x1) in pixels of the picture as shares of the square's sides, cut to the square."""
+        """Turn a box (y0, x0, y1, x1) in pixels of the picture into shares of the square's sides, cut to the square."""
         y0, x0, y1, x1 = box
 
         def share(edge: float) -> float:
@@ -103,10 +104,12 @@ class Square:
         return share(y0 - self.top), share(x0 - self.left), share(y1 - self.top), share(x1 - self.left)
 
     def describe(self) -> str:
+        """Say where the square is."""
         return f"rows {self.top} to {self.top + self.side}, columns {self.left} to {self.left + self.side}"
 
 
 def launch(command: Command[EditConfig]) -> None:
+    """Draw the results of an edit, and a panel of them beside the original."""
     config = command.config
     refuse_several_ranks("edit.py")
     picture = read_picture(config.image)
@@ -129,7 +132,7 @@ def launch(command: Command[EditConfig]) -> None:
 
 
 def read_picture(path: str) -> Image.Image:
-    """A picture file as RGB, upright. Raises FileNotFoundError, or ValueError if it is none."""
+    """Read a picture file as RGB, upright; FileNotFoundError if it is not there, ValueError if it is no picture."""
     if not Path(path).is_file():
         problem = "is a folder" if Path(path).is_dir() else "no such picture"
         raise FileNotFoundError(f"{path}: {problem}; give a JPEG, PNG or WEBP file")
@@ -144,7 +147,7 @@ def read_picture(path: str) -> Image.Image:
 
 
 def wanted_label(config: EditConfig, model: VARConfig) -> int:
-    """The class to draw: the one given, else none. Raises ValueError for one that the model does not have."""
+    """Choose the class to draw: the one given, else none; ValueError for one that the model does not know."""
     if config.label is None:
         if config.task == "edit":
             if not model.is_conditional:
@@ -158,9 +161,10 @@ def wanted_label(config: EditConfig, model: VARConfig) -> int:
 
 
 def read_keep_mask(config: EditConfig, picture: Image.Image, side: int) -> Tensor:
-    """Which tokens of the last scale stay: (side, side) bool.
+    """Decide which tokens of the last scale stay, (side, side) bool.
 
-    Raises ValueError for a box or a mask that leaves nothing to draw, or that has nothing to go on in out-painting.
+    Raises:
+        ValueError: the box or mask leaves nothing to draw, or nothing to continue in out-painting.
     """
     square = Square.of(picture)
     chosen = mask_tokens(config.mask, picture, square, side) if config.mask else box_tokens(config.box, square, side)
@@ -172,6 +176,7 @@ def read_keep_mask(config: EditConfig, picture: Image.Image, side: int) -> Tenso
 
 
 def box_tokens(box: tuple[float, ...], square: Square, side: int) -> Tensor:
+    """Mark the tokens inside a box, (side, side) bool; ValueError if there is none."""
     try:
         return box_in_tokens(square.shares(box), side)
     except ValueError:
@@ -183,6 +188,7 @@ def box_tokens(box: tuple[float, ...], square: Square, side: int) -> Tensor:
 
 
 def mask_tokens(path: str, picture: Image.Image, square: Square, side: int) -> Tensor:
+    """Mark the tokens that a mask picture has white, (side, side) bool; ValueError if it is of another size."""
     mask = read_picture(path)
     if mask.size != picture.size:
         sizes = f"{mask.width} x {mask.height} pixels, the image {picture.width} x {picture.height}"
@@ -194,7 +200,7 @@ def mask_tokens(path: str, picture: Image.Image, square: Square, side: int) -> T
 
 
 def default_out(config: EditConfig) -> Path:
-    """RUN/edits/NAME, or edits/MODEL/NAME for a file MODEL.pth, where NAME tells picture, task, place and class."""
+    """Name RUN/edits/NAME, or edits/MODEL/NAME for a file MODEL.pth; NAME has picture, task, place and class."""
     run = Path(config.run)
     place = Path(config.mask).stem if config.mask else "-".join(f"{edge:g}" for edge in config.box)
     label = "" if config.label is None else f"-as-{config.label}"
@@ -205,7 +211,7 @@ def default_out(config: EditConfig) -> Path:
 def draw_results(
     config: EditConfig, models: Models, original: Tensor, keep_mask: Tensor, label: int
 ) -> tuple[Tensor, Tensor]:
-    """What the codes keep of the picture, (1, 3, H, W), and `variants` results, (N, 3, H, W), each of its own seed."""
+    """Draw `variants` results, (N, 3, H, W), each with its own seed; also what the codes keep of the picture."""
     device = World.from_environment().device
     var, tokenizer = models.var.to(device, PRECISIONS[config.precision]), models.tokenizer.to(device)
     tokenizer.prepare_decoder()
@@ -229,7 +235,10 @@ def draw_results(
 def save_results(
     config: EditConfig, original: Tensor, reconstruction: Tensor, results: Tensor, keep_mask: Tensor, out: Path
 ) -> None:
-    """One PNG per result; panel.png: original, what stays, what the codes keep of it, the first results; edit.json."""
+    """Write one PNG per result, edit.json with the settings, and panel.png.
+
+    The panel shows the original, what stays, what the codes keep of it, and the first results.
+    """
     out.mkdir(parents=True, exist_ok=True)
     for earlier in out.glob("seed-*.png"):
         earlier.unlink()

@@ -41,7 +41,7 @@ EXPORT_FORMATS = ("safetensors", "reference")
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    """launchers/export_weights.py: a run's weights, with its tokenizer, to a folder to hand on."""
+    """The settings of an export of a run's weights, with its tokenizer, to a folder to hand on."""
 
     run: str
     out: str

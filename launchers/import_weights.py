@@ -19,7 +19,7 @@ from training.checkpoints.model_on_disk import describe, write_model
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig:
-    """launchers/import_weights.py: public .pth files to a folder that every launcher takes. One of the two will do."""
+    """The settings of an import of public .pth files into a folder that every launcher takes; one file will do."""
 
     tokenizer: str = ""
     var: str = ""

@@ -1,4 +1,4 @@
-"""The paper's Fig. 9: which tokens of a tokenizer's encoder depend on which, with a number for how much both ways.
+"""Draw the paper's Fig. 9: which tokens of a tokenizer's encoder depend on which, and how much both ways.
 
 `python launchers/plot_dependencies.py --tokenizer runs/tokenizer --images data/imagenet256/images/val --out fig9.png`
 
@@ -32,7 +32,7 @@ MAX_DEPENDENCY_IMAGES = 16
 
 @dataclass(frozen=True, kw_only=True)
 class DependencyConfig:
-    """launchers/plot_dependencies.py: which tokens of a tokenizer's encoder depend on which."""
+    """The settings of a picture of token dependencies."""
 
     tokenizer: str
     images: str  # a folder of image shards
@@ -50,6 +50,7 @@ class DependencyConfig:
 
 
 def launch(command: Command[DependencyConfig]) -> None:
+    """Measure the encoder's attention on some images; write the figure and its numbers."""
     config = command.config
     refuse_several_ranks("plot_dependencies.py")
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
@@ -74,14 +75,14 @@ def launch(command: Command[DependencyConfig]) -> None:
 
 
 def choose(number: int, config: DependencyConfig) -> np.ndarray:
-    """Which images are looked at: a choice without repetition, a function of the seed."""
+    """Choose the images to look at, without repetition; a function of the seed."""
     if number < config.num_images:
         raise ValueError(f"num_images is {config.num_images}; {config.images} has {number}")
     return np.random.default_rng(config.seed).choice(number, config.num_images, replace=False)
 
 
 def measure(attention: Tensor) -> dict[str, Any]:
-    """Attention (B, n, n) -> the numbers of every image, in order, and their mean."""
+    """Compute the numbers of every image from its attention (B, n, n), and their mean."""
     both_ways = bidirectionality(attention)
     return {
         "bidirectionality": both_ways.tolist(),
@@ -91,6 +92,7 @@ def measure(attention: Tensor) -> dict[str, Any]:
 
 
 def draw(path: Path, images: Tensor, attention: Tensor, report: dict[str, Any]) -> None:
+    """Draw images (B, 3, H, W) beside their attention (B, n, n)."""
     maps = [
         AttentionMap(photograph, weights, f"bidirectionality {both_ways:.2f}")
         for photograph, weights, both_ways in zip(to_uint8(images), attention.numpy(), report["bidirectionality"])

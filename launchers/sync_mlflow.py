@@ -23,7 +23,7 @@ OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
 
 @dataclass(frozen=True, kw_only=True)
 class SyncConfig:
-    """launchers/sync_mlflow.py: to MLflow what it lacks of a run. `run` may be given without its name."""
+    """The settings of a sync: which run, and which tracker instead of the run's own."""
 
     run: str = field(metadata={"is_bare": True})
     uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml

@@ -30,7 +30,7 @@ from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, Tok
 
 @dataclass(frozen=True, kw_only=True)
 class TokenizerConfig(RunConfig):
-    """launchers/train_tokenizer.py: stage 1."""
+    """The settings of a run of stage 1."""
 
     model: VQVAEConfig = field(default_factory=VQVAEConfig)
     loss: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
@@ -73,7 +73,7 @@ def train(config: TokenizerConfig, world: World, supervision: Supervision) -> Tr
     validation = open_part(config.data.validation, random_views=False)
     data = RunData.of(config, world, training, validation)
     opponent = str(config.discriminator) if config.loss.adversarial_weight else "none"
-    checkpoints = open_checkpoints(config, world, data=data.fingerprint, discriminator=opponent)
+    checkpoints = open_checkpoints(config, config.model, world, data=data.fingerprint, discriminator=opponent)
     model = build_tokenizer(config.model, seed=config.seed)
     initialize(model, config, checkpoints)
     join_world(world, timeout_seconds=config.watch.start_seconds)

@@ -50,7 +50,7 @@ def refuse_occupied(folder: Path) -> None:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A folder to be filled that appears as `folder` only when complete and on disk, or not at all.
+    """Make a folder to be filled that appears as `folder` only when complete and on disk, or not at all.
 
     Raises ValueError if there is something at `folder` already.
     """
@@ -71,23 +71,23 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
 
 
 def file_sha256(path: Path) -> str:
-    """sha256 of a file, as 64 hex digits."""
+    """Compute the sha256 of a file, as 64 hex digits."""
     with open(path, "rb") as file:
         return open_file_sha256(file)
 
 
 def open_file_sha256(file: BufferedReader) -> str:
-    """sha256 of an open file from where it stands to its end."""
+    """Compute the sha256 of an open file from where it stands to its end."""
     return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def bytes_sha256(content: bytes) -> str:
-    """sha256 of bytes, as 64 hex digits."""
+    """Compute the sha256 of bytes, as 64 hex digits."""
     return hashlib.sha256(content).hexdigest()
 
 
 def fsync(path: Path) -> None:
-    """Force a file, or the names in a folder, to disk. Without it a power failure may lose new names of a folder."""
+    """Force a file, or the names in a folder, to disk; a power failure may lose names that were not forced."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -96,7 +96,7 @@ def fsync(path: Path) -> None:
 
 
 def seal_of(content: Any) -> str:
-    """The sha256 of plain JSON, whatever the order of its keys."""
+    """Compute the sha256 of plain JSON, whatever the order of its keys."""
     return bytes_sha256(json.dumps(content, sort_keys=True).encode())
 
 
@@ -107,7 +107,7 @@ def write_sealed(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_sealed(path: Path) -> dict[str, Any]:
-    """What `write_sealed` wrote. Raises FileNotFoundError, and ValueError with a reason for anything else."""
+    """Read what `write_sealed` wrote. Raises FileNotFoundError, and ValueError with a reason for anything else."""
     content = parse_json(path.read_bytes())
     if not isinstance(content, dict) or content.pop(SEAL, None) != seal_of(content):
         raise ValueError("its sha256 is not the one it states")

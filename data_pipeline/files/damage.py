@@ -1,4 +1,4 @@
-"""The one error for data that is not what its writer wrote, and what is known of a bad sample."""
+"""Errors for data that is not what its writer wrote, and the facts about a bad sample."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class DamagedShard(DamagedData):
 
 @dataclass(frozen=True)
 class BadSample:
-    """A sample that could not be used: where it is, why, and the number of the one that was shown in its place."""
+    """A sample that could not be used: where it is, why not, and which sample was shown in its place."""
 
     shard: str
     sample: int  # number in the data set

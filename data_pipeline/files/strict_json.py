@@ -18,7 +18,7 @@ MAX_DEPTH = 64
 
 
 def read_regular_file(path: Path, *, max_bytes: int, follow_links: bool = True) -> bytes:
-    """The content of a file. A pipe is not waited for, and an endless file is not read.
+    """Read the content of a file. A pipe is not waited for, and an endless file is not read.
 
     Raises:
         OSError: it is not there or cannot be read.
@@ -41,12 +41,12 @@ def _kind(mode: int) -> str:
 
 
 def read_json(path: Path, *, max_bytes: int = MAX_BYTES) -> Any:
-    """The plain values in a JSON file. Raises OSError and ValueError as the functions that it is made of."""
+    """Read the plain values in a JSON file. Raises OSError and ValueError as the functions that it is made of."""
     return parse_json(read_regular_file(path, max_bytes=max_bytes))
 
 
 def parse_json(content: bytes) -> Any:
-    """The plain values of a JSON text in UTF-8.
+    """Parse a JSON text in UTF-8 to plain values.
 
     Raises:
         ValueError: not JSON, a key given twice, a number that is none or has no end, too many values, or nested too

@@ -19,7 +19,7 @@ _HOST_AND_PORT = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(:[0-9]*)?")
 
 
 def is_url(text: str) -> bool:
-    """Whether this is meant as a URL, accepted or not. What begins with / or . is a local path."""
+    """Tell whether a text is meant as a URL, accepted or not. What begins with / or . is a local path."""
     if text.startswith(("/", ".")):
         return False
     return _SCHEME.match(text) is not None or "://" in text or "::" in text
@@ -32,7 +32,7 @@ def check_location(text: str) -> None:
 
 
 def without_query(url: str) -> str:
-    """What of a location may be shown in messages and logs: no query, no user, nothing unprintable."""
+    """Reduce a location to what messages and logs may show: no query, no user, nothing unprintable."""
     if not is_url(url):
         return url
     scheme, _, rest = "".join(character if character.isprintable() else "?" for character in url).partition(":")
@@ -47,7 +47,7 @@ def without_query(url: str) -> str:
 
 
 def _fault(url: str) -> str:
-    """What is wrong with a URL; empty: nothing."""
+    """Say what is wrong with a URL; nothing: it is accepted."""
     if len(url) > MAX_URL:
         return f"{len(url)} characters, a URL has at most {MAX_URL}; shorten it"
     if "::" in _ADDRESS.sub("", url.partition("?")[0]):

@@ -1,6 +1,6 @@
-"""The paper's figures, drawn: the only place that knows matplotlib. What is drawn is computed elsewhere.
+"""Tables of pictures and attention maps, drawn with matplotlib; what is drawn is computed elsewhere.
 
-Figures are objects here; pyplot and its global state are not used.
+Figures are objects; pyplot and its global state are not used.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class AttentionMap:
-    """A photograph (H, W, 3) uint8, the attention (n, n) of each of its tokens to each other, and the line below."""
+    """A photograph (H, W, 3) uint8, its attention (n, n), row i that of token i, and the line below."""
 
     photograph: np.ndarray
     weights: np.ndarray
@@ -69,16 +69,16 @@ def draw_attention(path: Path, maps: Sequence[AttentionMap], *, title: str) -> N
     figure.suptitle(title, fontsize=13)
     axes = figure.subplots(num_rows, 2 * per_row, squeeze=False)
     pairs = axes.reshape(-1, 2)
-    norm = _common_scale(maps)
+    low, high = _common_scale(maps)
     for (left, right), attention in zip(pairs, maps):
         _show(left, attention.photograph)
         left.set_xlabel(attention.note, fontsize=10, labelpad=8)
-        shown = _show_map(right, attention.weights, norm)
+        shown = _show_map(right, attention.weights, LogNorm(low, high))
     for unused in pairs[len(maps) :].ravel():
         unused.set_axis_off()
     bar = figure.colorbar(shown, ax=axes, aspect=25 * num_rows, pad=0.02, extend="both")
     bar.set_label("attention score, 1 = uniform", fontsize=10)
-    bar.set_ticks([tick for tick in ROUND_NUMBERS if norm.vmin <= tick <= norm.vmax], minor=False)
+    bar.set_ticks([tick for tick in ROUND_NUMBERS if low <= tick <= high], minor=False)
     bar.ax.yaxis.set_major_formatter("{x:g}")
     bar.ax.yaxis.set_minor_locator(NullLocator())
     bar.ax.tick_params(labelsize=9)
@@ -86,16 +86,17 @@ def draw_attention(path: Path, maps: Sequence[AttentionMap], *, title: str) -> N
     _save(figure, path, dpi=max(len(attention.weights) for attention in maps) / MAP_INCHES)
 
 
-def _common_scale(maps: Sequence[AttentionMap]) -> LogNorm:
-    """Logarithmic, because attention is peaked, and blind to its extremes, which are few: always around 1."""
+def _common_scale(maps: Sequence[AttentionMap]) -> tuple[float, float]:
+    """Choose the ends of a scale that leaves out the few extremes and includes uniform attention, 1."""
     scores = np.concatenate([attention.weights.ravel() * len(attention.weights) for attention in maps])
     faint, strong = np.quantile(scores, (0.01, 0.999))
-    return LogNorm(min(max(faint, LEAST_SCORE), 0.5), max(strong, 2.0))
+    return min(max(faint, LEAST_SCORE), 0.5), max(strong, 2.0)
 
 
 def _show_map(axes: Axes, weights: np.ndarray, norm: LogNorm) -> AxesImage:
+    """Show attention (n, n) in multiples of uniform attention, logarithmically, since it is peaked."""
     num_tokens = len(weights)
-    shown = axes.imshow(np.maximum(weights * num_tokens, norm.vmin), cmap=COLOUR_MAP, norm=norm)
+    shown = axes.imshow(np.maximum(weights * num_tokens, LEAST_SCORE), cmap=COLOUR_MAP, norm=norm)
     ticks = sorted({num_tokens * quarter // 4 for quarter in range(4)} | {num_tokens - 1})
     axes.set_xticks(ticks)
     axes.set_yticks(ticks)
@@ -106,7 +107,7 @@ def _show_map(axes: Axes, weights: np.ndarray, norm: LogNorm) -> AxesImage:
 
 
 def _new_figure(width: float, height: float) -> Figure:
-    """An empty figure of so many inches that makes room for its own labels."""
+    """Make an empty figure, in inches, that makes room for its own labels."""
     return Figure((width, height), layout=ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.02, hspace=0.02))
 
 

@@ -24,25 +24,28 @@ LABEL_DROP = 0.1  # the paper's recipe
 
 
 def refuse_below_zero(**settings: int) -> None:
+    """Raise ValueError for a setting below 0."""
     for name, value in settings.items():
         if value < 0:
             raise ValueError(f"{name} is {value}; it must be 0 or more")
 
 
 def refuse_unknown(accepted: Collection[str], **settings: str) -> None:
+    """Raise ValueError for a setting that is none of the accepted words."""
     for name, value in settings.items():
         if value not in accepted:
             raise ValueError(f"{name} is {value}; accepted: {', '.join(accepted)}")
 
 
 def refuse_no_png(out: str) -> None:
+    """Raise ValueError if `out` is not the name of a PNG file."""
     if not out.endswith(".png"):
         raise ValueError(f"out is {out!r}; it must be the name of a .png file")
 
 
 @dataclass(frozen=True)
 class ViewConfig:
-    """How a picture becomes a training view: short side to image_size * resize_ratio, then a crop."""
+    """How a picture becomes a training view: its short side is scaled to image_size * resize_ratio, then cropped."""
 
     resize_ratio: float = 1.125
     flip: bool = False
@@ -69,13 +72,13 @@ class DataConfig:
 
     @property
     def max_bad(self) -> int:
-        """How many bad samples a run bears."""
+        """The number of bad samples that a run bears."""
         return bad_sample_limit(self.bad_samples)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    """What the runs of both stages have. `run` is the folder that a run is."""
+    """The settings of a run of either stage; `run` is the folder that a run is."""
 
     run: str
     seed: int = 0
@@ -94,7 +97,7 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig(RunConfig):
-    """launchers/train.py: stage 2."""
+    """The settings of a run of stage 2, which launchers/train.py trains."""
 
     tokenizer: str
     model: VARConfig

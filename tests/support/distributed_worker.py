@@ -1,6 +1,7 @@
 """One rank of the worlds that test_distributed.py starts: trains tiny models through the real loops.
 
-Everything runs in one world, because starting one costs seconds. As a program: distributed_worker.py OUT, one rank.
+Everything runs in one world, because starting one costs seconds. A GPU's test runs it as a program of one rank:
+distributed_worker.py OUT.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from deepspeed.utils import z3_leaf_module
+from torch import Tensor, nn
 
+from data_pipeline.loading.batches import Batch
 from data_pipeline.shards.index import Storage
 from launchers.setup.assembly import RunData
 from launchers.setup.command_line import end_process
@@ -166,36 +169,82 @@ def float32(zero_stage: int) -> EngineConfig:
 def run_all(world: World, out: Path) -> dict[str, Any]:
     results: dict[str, Any] = {}
     codes, pictures = {"model": TRANSFORMER, "images": False}, {"model": TOKENIZER, "images": True}
-    for zero_stage in (0, 1, 2, 3):
+    stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
+    results["tokenizer"] = train(tokenizer_stage(world, stage_1), world, out / "tokenizer", **pictures)
+    for zero_stage in (0, 1, 2, 3):  # what is compared bit for bit is of one stage: the first of stage 3 patches torch
         name, make_stage = f"stage{zero_stage}", partial(var_stage, world, float32(zero_stage))
         results[name] = train(make_stage(), world, out / name, **codes)
         train(make_stage(), world, out / f"{name}_half", stop_after=3, **codes)
+        if world.world_size == 1:
+            continue
         halves = {f"{name}_parts": out / f"{name}_half"}
-        if world.world_size > 1:
-            halves[f"{name}_other_world"] = out.parent / "world1" / f"{name}_half"
+        halves[f"{name}_other_world"] = out.parent / "world1" / f"{name}_half"
         if zero_stage:
             halves[f"{name}_other_stage"] = out / f"stage{zero_stage - 1}_half"
         for part, half in halves.items():
             results[part] = resume_elsewhere(half, make_stage(), world, out / part, **codes)
-    half = out / "stage3_half"
-    results["stage0_other_stage"] = resume_elsewhere(
-        half, var_stage(world, float32(0)), world, out / "stage0_other_stage", **codes
-    )
-    stage_1 = EngineConfig(zero_stage=1, precision="fp32", micro_batch=4, reduce_bucket_size=1_000_000)
-    make_stage = partial(tokenizer_stage, world, stage_1)
-    results["tokenizer"] = train(make_stage(), world, out / "tokenizer", **pictures)
-    results["tokenizer_parts"] = train_in_parts(make_stage, world, out / "tokenizer_parts", **pictures)
-    make_stage = partial(tokenizer_stage, world, stage_1, adversarial=True)
-    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
-    results["adversarial_parts"] = train_in_parts(make_stage, world, out / "adversarial_parts", **pictures)
     for zero_stage in (1, 3):
         bf16 = EngineConfig(zero_stage=zero_stage, precision="bf16", micro_batch=4, reduce_bucket_size=1_000_000)
         name, make_stage = f"bf16_stage{zero_stage}", partial(var_stage, world, bf16)
         results[f"{name}_initial_error"] = initial_error(make_stage(), world)
         results[name] = train(make_stage(), world, out / name, **codes)
-        results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
+        if world.world_size > 1:
+            results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
+    for zero_stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")):
+        engine = EngineConfig(zero_stage=zero_stage, precision=precision, micro_batch=4, reduce_bucket_size=1_000_000)
+        results[f"bad_step_{zero_stage}_{precision}"] = moved_by_steps(var_stage(world, engine), world)
+    results["leaves"] = leaves_of(var_stage(world, float32(3)).engines["model"].model)
+    results["validation"] = validate_pictures(world)
+    if world.world_size == 1:
+        return results
+    part, stage_0 = "stage0_other_stage", var_stage(world, float32(0))
+    results[part] = resume_elsewhere(out / "stage3_half", stage_0, world, out / part, **codes)
+    make_stage = partial(tokenizer_stage, world, stage_1, adversarial=True)
+    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
+    results["adversarial_parts"] = train_in_parts(make_stage, world, out / "adversarial_parts", **pictures)
     results["error"] = shared_error(world)
     return results
+
+
+def moved_by_steps(stage: VARStage, world: World) -> list[float]:
+    """How far the weights move in a step whose loss is NaN on the last rank alone, and in a sound step after it."""
+    engine = stage.engines["model"]
+    batches = data_of(world, images=False).batches(0)
+
+    def weights() -> Tensor:
+        return torch.cat([tensor.flatten().clone() for _, tensor in engine.state.tensors()])
+
+    moved, before = [], weights()
+    for is_bad in (True, False):
+        for _ in range(engine.accumulation):
+            batch = next(batches)
+            inputs = stage.tokenizer.teacher_forcing_inputs(batch.data.long()).to(engine.config.dtype)
+            loss = engine(inputs, batch.labels).float().logsumexp(-1).mean()
+            engine.backward(loss * float("nan") if is_bad and world.rank == world.world_size - 1 else loss)
+            engine.step(learning_rate=1e-3, weight_decay=0.05)
+        after = weights()
+        moved.append(float((after - before).abs().max()))
+        before = after
+    return moved
+
+
+def leaves_of(model: nn.Module) -> list[str]:
+    """The modules that ZeRO-3 gathers as a whole."""
+    return [name for name, module in model.named_modules() if z3_leaf_module(module)]
+
+
+def validate_pictures(world: World) -> dict[str, Any]:
+    """Validate a tokenizer on two different pictures, shared out among the ranks; and, alone, on the first of them."""
+    noise = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pictures = (torch.full_like(noise, 0.9), noise)
+    batches = [Batch(picture, torch.zeros(1), torch.zeros(1), torch.ones(1)) for picture in pictures]
+    stage = tokenizer_stage(world, EngineConfig(zero_stage=0, precision="fp32", micro_batch=4))
+    stage.validation = lambda: batches[world.rank :: world.world_size]
+    found = {"both": stage.validate()}
+    if world.world_size == 1:
+        stage.validation = lambda: batches[:1]
+        found["first"] = stage.validate()
+    return found
 
 
 def initial_error(stage: VARStage, world: World) -> float:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from seams import reach
 from tiny import VAR_CONFIG, PlainEngine
 from torch import Tensor, nn
 
@@ -23,8 +24,8 @@ from launchers import train as train_launcher
 from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.losses import TokenScores, token_scores
-from training.seams import reach
 from training.supervision.bad_samples import BadSamples, TooManyBadSamples
+from training.supervision.stopping import LOOK_SECONDS, Stopping
 from training.var_loop import VARStage
 
 
@@ -139,15 +140,22 @@ def share_bad_samples(run: str, limit: int, met: list[list[dict[str, Any]]]) -> 
     return {"count": count, "said": said, "refused": refused}
 
 
-def start_a_process(seconds: int) -> int:
-    """For tests of the harness: start a process that outlives this rank, and return its number."""
-    return subprocess.Popen(["sleep", str(seconds)], start_new_session=True).pid
+def agree_to_stop(run: str) -> list[str]:
+    """Ask in each of five steps whether to stop; rank 0 makes the stop file in the third."""
+    world = join_world(timeout_seconds=60)
+    stopping, answers = Stopping(Path(run), world), []
+    for step in range(5):
+        if step == 2 and world.is_rank_zero:
+            (Path(run) / "stop").touch()
+            time.sleep(LOOK_SECONDS)
+        answers.append(stopping.agreed())
+    leave_world()
+    return answers
 
 
 def say_hello(numbers: list[int]) -> dict[str, Any]:
     """For tests of the harness: pass two seams for each number, and return what came out."""
     return {
         "rank": os.environ["RANK"],
-        "argument": numbers,
         "passed": [[reach("hello.first", number), reach("hello.second", number)] for number in numbers],
     }

@@ -211,8 +211,7 @@ def main() -> NoReturn:
     die_with(int(sys.argv[1]))
     set_process_control(PR_SET_CHILD_SUBREAPER, 1)
     sys.path[:0] = [str(SUPPORT.parents[1]), str(SUPPORT)]
-    if modules := sys.argv[2:]:
-        preload(modules)
+    preload(sys.argv[2:])
     answer({"ready": os.getpid()})
     for line in sys.stdin:
         answer(run_world(json.loads(line)))

@@ -20,7 +20,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from faults import Fault, Fired, fired
+from faults import Fired, fired
 
 SERVER = Path(__file__).with_name("fork_server.py")
 PRELOADED = (
@@ -118,15 +118,14 @@ class ForkServer:
     """Starts worlds, one at a time, the first once everything is imported. Nothing of it outlives this process.
 
     folder: where each world leaves the output of its ranks.
-    preload: modules that all ranks find imported; the more, the later the first world and the sooner each of them.
     """
 
-    def __init__(self, folder: Path, *, preload: Sequence[str] = PRELOADED) -> None:
+    def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
         self._running: RunningWorld | None = None
         self._server = subprocess.Popen(
-            [sys.executable, str(SERVER), str(os.getpid()), *preload],
+            [sys.executable, str(SERVER), str(os.getpid()), *PRELOADED],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=os.environ | ONE_THREAD | {"DS_ACCELERATOR": "cpu"},
@@ -173,12 +172,11 @@ class ForkServer:
         if not self._is_ready:
             self._is_ready = bool(self._hear())  # the first time on a machine DeepSpeed compiles its communication
         self._end_what_a_failed_test_left_running()
-        faults = [str(Fault.parse(fault)) for fault in faults]
         folder = self._folder / f"world{next(self._numbers)}"
         folder.mkdir(parents=True)
         for rank, name in itertools.product(range(world_size), ("stdout", "stderr")):
             (folder / f"rank{rank}.{name}").touch()  # a rank may be killed before it has written anything
-        order = {"target": target, "arguments": dict(arguments), "world_size": world_size, "faults": faults}
+        order = {"target": target, "arguments": dict(arguments), "world_size": world_size, "faults": list(faults)}
         order |= {"timeout": timeout, "grace": grace, "leftover_grace": leftover_grace}
         order |= {"folder": str(folder), "fault_log": str(folder / FAULT_LOG), "environment": dict(environment or {})}
         print(json.dumps(order), file=self._server.stdin, flush=True)

@@ -7,7 +7,6 @@ import json
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -125,14 +124,6 @@ def entry(begin: int, end: int, shape: tuple[int, ...] = (6,)) -> dict[str, Any]
     return {"dtype": "F32", "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def legacy_tar() -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w") as file:
-        for name in ("storages", "tensors", "pickle"):
-            file.addfile(tarfile.TarInfo(name), io.BytesIO())
-    return buffer.getvalue()
-
-
 def old_format(folder: Path) -> Path:
     torch.save(WEIGHTS, folder / "a.pth", _use_new_zipfile_serialization=False)
     return folder / "a.pth"
@@ -140,13 +131,10 @@ def old_format(folder: Path) -> Path:
 
 REFUSED: dict[str, tuple[Make, str]] = {
     "empty .pth": (bytes_file("a.pth", lambda: b""), "no zip archive"),
-    "a web page for a .pth": (bytes_file("a.pth", lambda: b"<html>404</html>"), "no zip archive"),
     ".pth of before torch 1.6": (old_format, "no zip archive, which torch has written since version 1.6"),
-    ".pth of before torch 0.4": (bytes_file("a.pth", legacy_tar), "no zip archive"),
     "cut .pth": (edited(lambda data: data[: len(data) // 2]), "cut short"),
     ".pth behind something else": (edited(lambda data: b"PK\3\4" + data), "something stands before it"),
     "zip of something else": (bytes_file("a.pth", archive({"a/b.txt": b"text"})), "one data.pkl"),
-    "zip of nothing": (bytes_file("a.pth", archive({})), "no zip archive"),
     ".pth with a nonsense pickle": (bytes_file("a.pth", archive(program(b"\xff\xff"))), "no torch file"),
     ".pth with an endless pickle": (
         bytes_file("a.pth", archive({"archive/data.pkl": b"\x80\x02}"})),
@@ -159,13 +147,10 @@ REFUSED: dict[str, tuple[Make, str]] = {
     ".pth with an absolute record": (bytes_file("a.pth", archive(program(b"}") | {"/etc/x": b"1"})), "/etc/x"),
     ".pth without a storage": (claiming(6, (6,), (1,), record="7"), "data/7"),
     ".pth with a negative size": (claiming(6, (-6,), (1,)), "no torch file"),
-    ".pth with a negative stride": (claiming(6, (6,), (-1,), offset=5), "no torch file"),
     ".pth with a stride too many": (claiming(6, (2,), (1, 1)), "no torch file"),
-    ".pth that reads behind its file": (claiming(600, (6,), (1,), offset=594), "no torch file"),
     ".pth that reads behind its storage": (claiming(6, (6,), (1,), offset=3), "no torch file"),
     ".pth that reads elements twice": (claiming(6, (2, 2, 2), (0, 1, 1)), "size of [2, 2, 2] without the bytes"),
     "empty safetensors": (bytes_file("a.safetensors", lambda: b""), "cut short"),
-    "safetensors that is none": (bytes_file("a.safetensors", lambda: b"not safetensors at all"), "header claims"),
     "cut safetensors": (bytes_file("a.safetensors", lambda: save(WEIGHTS)[:-9]), "cannot be read"),
     "safetensors with overlaps": (
         bytes_file("a.safetensors", safetensors({"a": entry(0, 24), "b": entry(0, 24)})),
@@ -238,7 +223,7 @@ BOMBS: dict[str, tuple[Make, str]] = {
         "a pickled torch.Tensor",
     ),
     "a memo of 2^32": (bytes_file("a.pth", archive(program(b"}r\xff\xff\xff\xff0"))), "holds more than a state dict"),
-    "a million lists": (bytes_file("a.pth", archive(program(b"]" * 1_000_000))), "holds a list"),
+    "very many lists": (bytes_file("a.pth", archive(program(b"]" * 300_000))), "holds a list"),
     "more lists than that": (bytes_file("a.pth", archive(program(b"]" * 1_100_000))), "at most 1048576 bytes"),
     "a text of 4 GB": (bytes_file("a.pth", archive(program(b"X\xff\xff\xff\xffabc"))), "expected 4294967295 bytes"),
     "a safetensors header of 4 EB": (bytes_file("a.safetensors", safetensors({}, length=2**62)), "its header claims"),

@@ -39,7 +39,6 @@ class ShardServer:
     faults: defaultdict[str, deque[str]] = field(default_factory=lambda: defaultdict(deque))
     always: dict[str, str] = field(default_factory=dict)  # path -> the fault of every request
     headers: dict[str, str] = field(default_factory=dict)  # of every refusal
-    replacements: dict[str, bytes] = field(default_factory=dict)  # contents from the second request on
     reset_after: float = 0.02  # seconds; what the client has not read by then it does not get
     share: float = 0.0  # of requests that fail at random
     generator: random.Random = field(default_factory=lambda: random.Random(0))
@@ -78,11 +77,10 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.startswith("to:"):
             return self.refuse(302, Location=fault[3:])
         if fault == "silent":
-            return self.hold()
+            self.hold()
+            return None
         try:
             self.deliver(shards.files.get(path, b""), fault)
-            if path in shards.replacements:
-                shards.files[path] = shards.replacements.pop(path)
         except OSError:  # the client had enough
             self.close_connection = True
 
@@ -91,7 +89,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "no-range" or first is None:
             status, body, headers = 200, content, {}
         elif first >= len(content):
-            return self.refuse(416, **{"Content-Range": f"bytes */{len(content)}"})
+            self.refuse(416, **{"Content-Range": f"bytes */{len(content)}"})
+            return
         else:
             status, body = 206, content[first : last + 1]
             headers = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{len(content)}"}

@@ -16,9 +16,10 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
+from unittest import mock
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scancel", "scontrol", "squeue")
 START_SECONDS = 30.0
@@ -142,6 +143,16 @@ class SlurmCluster:
                 daemon.kill()
                 daemon.wait()
         self.daemons.clear()
+
+
+@contextlib.contextmanager
+def running_cluster(folder: Path) -> Iterator[SlurmCluster]:
+    """A cluster whose jobs run this Python, by the path that it has here: under another, DeepSpeed compiles anew."""
+    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
+    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or f"{Path.home()}/.cache/torch_extensions/{version}"
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    with mock.patch.dict(os.environ, TORCH_EXTENSIONS_DIR=extensions, PATH=path), SlurmCluster(folder) as cluster:
+        yield cluster
 
 
 def free_ports(number: int) -> list[int]:

@@ -119,14 +119,6 @@ def test_damaged_codes_are_replaced_too(tmp_path: Path) -> None:
     assert torch.equal(codes, strict.read(np.array([0, 2, 2]), epochs)[0])
 
 
-def test_codes_that_no_tokenizer_gives_are_named(tmp_path: Path) -> None:
-    pack_codes(tmp_path)
-    dataset = open_codes(tmp_path)
-    dataset.vocab_size = 2
-    with pytest.raises(DamagedData, match="shard-00000.*has code .*, vocab_size is 2"):
-        dataset.read(np.arange(3), np.zeros(3, np.int64))
-
-
 def test_a_label_beyond_the_classes_is_named(tmp_path: Path) -> None:
     index = write_shards(make_images(3), tmp_path, kind="images", meta={"classes": ["cat", "dog"]}, samples_per_shard=9)
     replace(index, meta={"classes": ["cat"]}).write(tmp_path)

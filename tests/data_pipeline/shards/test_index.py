@@ -152,15 +152,6 @@ def test_small_files_are_read_up_to_a_size(tmp_path: Path) -> None:
         storage.read_small("gone", max_bytes=99)
 
 
-def test_shards_of_another_size_are_named(tmp_path: Path) -> None:
-    index = pack(tmp_path)
-    Storage(tmp_path).check_sizes(index.shards)
-    with (tmp_path / "shard-000001.tar").open("ab") as file:
-        file.write(b"x")
-    with pytest.raises(DamagedData, match="shard-000001.tar: .* the index says"):
-        Storage(tmp_path).check_sizes(index.shards)
-
-
 def test_only_regular_files_have_a_size(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
     for path in (tmp_path / "pipe", tmp_path, Path("/dev/zero")):

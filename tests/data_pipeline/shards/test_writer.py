@@ -6,23 +6,11 @@ from pathlib import Path
 
 import pytest
 import webdataset
+from plain_shards import META, SAMPLES, pack
 
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.writer import Sample, write_shard, write_shards
-
-META = {"classes": ["cat", "dog"]}
-
-
-def make_samples(num_samples: int = 7) -> list[Sample]:
-    sizes = [0, 1, 511, 512, 513, 1022, 3000]
-    contents = [bytes([65 + i]) * sizes[i % len(sizes)] for i in range(num_samples)]
-    return [Sample(f"{i:09d}", {"cls": b"1", "png": content}) for i, content in enumerate(contents)]
-
-
-def pack(folder: Path, samples: list[Sample] | None = None, samples_per_shard: int = 3) -> Index:
-    samples = make_samples() if samples is None else samples
-    return write_shards(samples, folder, kind="images", meta=META, samples_per_shard=samples_per_shard)
 
 
 def test_samples_come_back_in_any_order(tmp_path: Path) -> None:
@@ -30,21 +18,21 @@ def test_samples_come_back_in_any_order(tmp_path: Path) -> None:
     reader = ShardReader(tmp_path, Index.read(tmp_path))
     assert [shard.samples for shard in index.shards] == [3, 3, 1] and len(reader) == 7
     for sample_id in (6, 0, 3, 2, 5, 4, 1, 0):
-        assert reader.read(sample_id) == make_samples()[sample_id]
+        assert reader.read(sample_id) == SAMPLES[sample_id]
 
 
 def test_webdataset_reads_the_same_samples(tmp_path: Path) -> None:
     index = pack(tmp_path)
     urls = [str(tmp_path / shard.name) for shard in index.shards]
     stored = list(webdataset.WebDataset(urls, shardshuffle=False))
-    assert [Sample(s["__key__"], {"cls": s["cls"], "png": s["png"]}) for s in stored] == make_samples()
+    assert [Sample(s["__key__"], {"cls": s["cls"], "png": s["png"]}) for s in stored] == SAMPLES
 
 
 def test_equal_samples_give_equal_bytes_and_fingerprints(tmp_path: Path) -> None:
     first, second = pack(tmp_path / "a"), pack(tmp_path / "b")
     assert first == second and first.fingerprint == second.fingerprint
     assert (tmp_path / "a/shard-000001.tar").read_bytes() == (tmp_path / "b/shard-000001.tar").read_bytes()
-    other = pack(tmp_path / "c", make_samples(6))
+    other = pack(tmp_path / "c", SAMPLES[:6])
     assert other.fingerprint != first.fingerprint
 
 
@@ -59,7 +47,7 @@ def test_a_code_record_of_1022_bytes_takes_1536(tmp_path: Path) -> None:
 
 def test_an_interrupted_writer_leaves_no_index_and_no_half_shard(tmp_path: Path) -> None:
     def broken_stream():
-        yield from make_samples(4)
+        yield from SAMPLES[:4]
         raise RuntimeError("power failure")
 
     with pytest.raises(RuntimeError):

@@ -14,8 +14,6 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-SCRIPTS = sorted((ROOT / "launchers" / "slurm").iterdir())
-
 # two tasks on two nodes; as the real one, it ends with the highest code of all
 SRUN = """#!/bin/bash
 echo "$*" >> "$NOTES/srun"
@@ -65,7 +63,7 @@ if settings.get("reason") and rank == "0":
     History(Path("runs/a b")).note(STOP, checkpoint="step-1", reason=settings["reason"])
 if settings.get("killed") == rank:
     os.kill(os.getpid(), signal.SIGKILL)
-time.sleep(0.2 * int(rank))
+time.sleep(0.1 * int(rank))
 sys.exit(int(settings.get("code", 0)))
 """
 
@@ -125,12 +123,9 @@ def cluster(tmp_path: Path) -> Cluster:
     return Cluster(tmp_path)
 
 
-@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
-def test_scripts_are_bash(script: Path) -> None:
-    assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
-
-
-def test_the_job_asks_to_be_warned_and_to_be_requeued_into_the_same_log() -> None:
+def test_the_scripts_are_bash_and_the_job_asks_to_be_warned_and_to_be_requeued_into_the_same_log() -> None:
+    for script in (ROOT / "launchers" / "slurm").iterdir():
+        assert subprocess.run(["bash", "-n", str(script)]).returncode == 0
     text = (ROOT / "launchers" / "slurm" / "train.sbatch").read_text()
     options = " ".join(line for line in text.splitlines() if line.startswith("#SBATCH"))
     for option in ("--signal=USR1@120", "--requeue", "--open-mode=append", "--output=%x-%"):
@@ -145,7 +140,17 @@ def test_a_run_that_was_stopped_is_requeued_once(cluster: Cluster) -> None:
     assert not list(cluster.run.glob(".slurm-*")), "nothing is left in the run folder"
 
 
-@pytest.mark.parametrize("code", [0, 64, 65, 70, 74, 76, 143])
+def test_only_steps_between_two_stops_let_the_requeueing_go_on(cluster: Cluster) -> None:
+    for saves, requeued in (("", 1), ("true", 2), ("", 3)):  # stopping once without a step may be bad luck
+        cluster.submit("train.sbatch", "a.yaml", "code=75", f"saves={saves}")
+        assert cluster.requeued == ["42"] * requeued
+    again = cluster.submit("train.sbatch", "a.yaml", "code=75")
+    assert again.returncode == 75 and cluster.requeued == ["42"] * 3
+    assert "stopped twice without a step between" in again.stderr
+    assert not list(cluster.run.glob(".slurm-*"))
+
+
+@pytest.mark.parametrize("code", [0, 64, 70, 76, 143])
 def test_other_codes_end_the_job_with_that_code(cluster: Cluster, code: int) -> None:
     assert cluster.submit("train.sbatch", "a.yaml", f"code={code}").returncode == code
     assert not cluster.requeued
@@ -166,21 +171,6 @@ def test_the_first_code_counts_not_the_highest(cluster: Cluster) -> None:
     assert not cluster.noted("scancel"), "only a rank that was killed needs the others to be killed"
 
 
-def test_stopping_twice_without_a_step_ends_the_requeueing(cluster: Cluster) -> None:
-    assert cluster.submit("train.sbatch", "a.yaml", "code=75").returncode == 75
-    assert cluster.requeued == ["42"], "once may be bad luck"
-    again = cluster.submit("train.sbatch", "a.yaml", "code=75")
-    assert again.returncode == 75 and cluster.requeued == ["42"]
-    assert "stopped twice without a step between" in again.stderr
-    assert not list(cluster.run.glob(".slurm-*"))
-
-
-def test_a_step_between_two_stops_lets_the_requeueing_go_on(cluster: Cluster) -> None:
-    for saves in ("", "true", "", "true"):
-        cluster.submit("train.sbatch", "a.yaml", "code=75", f"saves={saves}")
-    assert cluster.requeued == ["42"] * 4
-
-
 def test_a_run_that_its_user_stopped_by_a_file_stays_stopped(cluster: Cluster) -> None:
     stopped = ("train.sbatch", "a.yaml", "code=75", "saves=true")
     assert cluster.submit(*stopped, "reason=runs/x/stop was made").returncode == 75
@@ -195,25 +185,29 @@ def test_a_cluster_that_does_not_requeue_is_said(cluster: Cluster) -> None:
     assert "error: job 42 cannot be requeued; the same sbatch command goes on from there" in done.stderr
 
 
-def test_arguments_reach_every_rank_and_the_address_is_one_that_slurm_uses(cluster: Cluster) -> None:
-    cluster.submit("train.sbatch", "a.yaml", "x=1 2", "y={a: 3}")
-    for rank in (0, 1):
-        assert cluster.noted(f"rank{rank}")[:4] == ["--config", "a.yaml", "x=1 2", "y={a: 3}"]
-        assert cluster.noted(f"rank{rank}")[-1] == "10.0.0.7"
-
-
-def test_an_address_of_the_users_stays(cluster: Cluster) -> None:
-    cluster.submit("train.sbatch", "a.yaml", MASTER_ADDR="10.9.9.9")
-    assert cluster.noted("rank0")[-1] == "10.9.9.9"
-    assert not cluster.noted("scontrol")
-
-
-def test_the_temporary_folder_of_a_rank_is_its_own_and_goes_with_it(cluster: Cluster) -> None:
-    cluster.submit("train.sbatch", "a.yaml", "code=64")
+def test_arguments_reach_every_rank_with_an_address_and_a_temporary_folder_of_its_own(cluster: Cluster) -> None:
+    cluster.submit("train.sbatch", "a.yaml", "x=1 2", "y={a: 3}", "code=64")
     folders = [cluster.noted(f"rank{rank}")[-3] for rank in (0, 1)]
     assert folders[0] != folders[1] and all(folder.startswith(f"{cluster.folder}/tmp/") for folder in folders)
-    assert [cluster.noted(f"rank{rank}")[-2] for rank in (0, 1)] == ["0o40700", "0o40700"]
-    assert not list((cluster.folder / "tmp").iterdir())
+    assert not list((cluster.folder / "tmp").iterdir()), "they go with their ranks"
+    for rank in (0, 1):
+        assert cluster.noted(f"rank{rank}")[-2] == "0o40700"
+        assert cluster.noted(f"rank{rank}")[:4] == ["--config", "a.yaml", "x=1 2", "y={a: 3}"]
+        assert cluster.noted(f"rank{rank}")[-1] == "10.0.0.7", "the one that Slurm uses"
+
+
+def test_what_the_user_names_stays(cluster: Cluster) -> None:
+    """The address, another launcher, and an element of an array, which is requeued without the rest."""
+    element = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
+    stopped = ("launchers/train_tokenizer.py", "a.yaml", "code=75", "saves=true")
+    cluster.submit("train.sbatch", *stopped, MASTER_ADDR="10.9.9.9", **element)
+    assert cluster.noted("rank0")[-1] == "10.9.9.9" and cluster.requeued == ["40_1"]
+    assert "python3 launchers/train_tokenizer.py --config a.yaml" in cluster.noted("srun")[0]
+    (cluster.folder / "stubs/srun").write_text(
+        '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS" > "$NOTES/cores"\n'
+    )
+    cluster.submit("train.sbatch", "a.yaml", SLURM_CPUS_PER_TASK="6")
+    assert cluster.noted("cores") == ["6 6"], "cores asked of sbatch reach the step"
 
 
 def test_a_missing_repository_is_one_line(cluster: Cluster) -> None:
@@ -247,21 +241,3 @@ def test_the_environment_of_make_install_is_used_if_it_is_there(cluster: Cluster
     python.chmod(0o755)
     assert cluster.submit("train.sbatch", "a.yaml").returncode == 0
     assert len([line for line in cluster.noted("python") if line.endswith("launchers/train.py --config a.yaml")]) == 2
-
-
-def test_another_launcher_may_come_first(cluster: Cluster) -> None:
-    cluster.submit("train.sbatch", "launchers/train_tokenizer.py", "a.yaml")
-    assert cluster.noted("srun")[0].endswith("python3 launchers/train_tokenizer.py --config a.yaml")
-
-
-def test_cores_asked_of_sbatch_reach_the_step(cluster: Cluster) -> None:
-    note = '#!/bin/bash\necho "$SRUN_CPUS_PER_TASK $OMP_NUM_THREADS" > "$NOTES/cores"\n'
-    (cluster.folder / "stubs/srun").write_text(note)
-    cluster.submit("train.sbatch", "a.yaml", SLURM_CPUS_PER_TASK="6")
-    assert cluster.noted("cores") == ["6 6"]
-
-
-def test_an_element_of_an_array_is_requeued_without_the_rest(cluster: Cluster) -> None:
-    element = {"SLURM_ARRAY_JOB_ID": "40", "SLURM_ARRAY_TASK_ID": "1"}
-    cluster.submit("train.sbatch", "a.yaml", "code=75", "saves=true", **element)
-    assert cluster.requeued == ["40_1"]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from slurm_cluster import SlurmCluster, wait_until, why_not
+from slurm_cluster import SlurmCluster, running_cluster, wait_until, why_not
 from tiny import Study, command
 
 from data_pipeline.files.strict_json import read_json
@@ -24,12 +22,8 @@ pytestmark = [pytest.mark.slurm, pytest.mark.skipif(bool(why_not()), reason=why_
 
 @pytest.fixture
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SlurmCluster]:
-    """A cluster that this process submits to, whose jobs run this Python."""
-    version = f"py{sys.version_info.major}{sys.version_info.minor}_cpu"
-    extensions = os.environ.get("TORCH_EXTENSIONS_DIR") or f"{Path.home()}/.cache/torch_extensions/{version}"
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", extensions)
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    with SlurmCluster(tmp_path / "slurm") as cluster:
+    """A cluster that this process submits to."""
+    with running_cluster(tmp_path / "slurm") as cluster:
         monkeypatch.setenv("SLURM_CONF", cluster.environment["SLURM_CONF"])
         yield cluster
 

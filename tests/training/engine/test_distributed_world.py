@@ -1,164 +1,201 @@
-"""Who a process is, from the environment that each launcher leaves. Worlds of several ranks: test_distributed."""
+"""Who a process is, from the environment that each launcher leaves. Worlds of several ranks: test_distributed.
+
+A real srun: tests/launchers/slurm/test_slurm_cycle.
+"""
 
 from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from training.engine.distributed import World, agree_on_error, barrier, join_world, sum_over_ranks
-from training.engine.slurm import meeting_port
+from training.engine.slurm import FIRST_PORT, NUM_PORTS, first_node, meeting_port, read_place
 
-NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+# task 5 of 8, as `srun --nodes=3 --ntasks=8` places them
 SRUN = {
-    "SLURM_PROCID": "5",
-    "SLURM_STEP_NUM_TASKS": "8",
-    "SLURM_LOCALID": "1",
-    "SLURM_NODEID": "1",
-    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
-    "SLURM_STEP_NUM_NODES": "2",
-    "SLURM_STEP_NODELIST": "gpu[1-2]",
-    "SLURM_JOB_ID": "7",
+    "SLURM_JOB_ID": "1234",
     "SLURM_STEP_ID": "0",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "3",
+    "SLURM_STEP_NODELIST": "gpu[08-09,20]",
+    "SLURM_STEP_TASKS_PER_NODE": "3(x2),2",
+    "SLURM_NODEID": "1",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "2",
+    "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.99",
 }
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
+DEEPSPEED = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}
+SALLOC = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}  # no step, so no other process
+OTHERS = ("MASTER_ADDR", "MASTER_PORT", "SLURM_CPUS_PER_TASK", "DS_ACCELERATOR")
+ALONE, FIFTH = (0, 1, 0, 1), (5, 8, 1, 4)
 
 
-@dataclass
-class Joined:
-    groups: list[dict[str, object]]
-    threads: list[int]
-
-
-def place(environment: dict[str, str]) -> tuple[int, int, int, int]:
+@pytest.mark.parametrize(
+    ("environment", "place"),
+    [
+        pytest.param({}, ALONE, id="no launcher"),
+        pytest.param(TORCHRUN, FIFTH, id="torchrun"),
+        pytest.param(DEEPSPEED, FIFTH, id="deepspeed"),
+        pytest.param(SRUN, (5, 8, 2, 3), id="srun"),
+        pytest.param(SRUN | {"SLURM_NODEID": "2"}, (5, 8, 2, 2), id="srun, a node with fewer tasks"),
+        pytest.param(SRUN | TORCHRUN, FIFTH, id="torchrun under srun"),
+        pytest.param(SALLOC | {"SLURM_PROCID": "0"}, ALONE, id="salloc or a batch script"),
+        pytest.param(SALLOC | {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, ALONE, id="srun of one task"),
+    ],
+)
+def test_a_process_knows_its_place_under_every_launcher(
+    environment: dict[str, str], place: tuple[int, int, int, int]
+) -> None:
     world = World.from_environment(environment)
-    return world.rank, world.world_size, world.local_rank, world.local_world_size
+    assert (world.rank, world.world_size, world.local_rank, world.local_world_size) == place
+    assert world.is_rank_zero == (place[0] == 0)
 
 
-def test_without_a_launcher_the_world_is_this_process() -> None:
-    assert place({}) == (0, 1, 0, 1)
-    assert World.from_environment({}).is_rank_zero
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        # exported in the shell that submitted the job: tasks of srun would each think they are alone
+        (SRUN | {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}, "but srun started 8 tasks; unset RANK"),
+        ({"RANK": "1"}, "RANK=1, WORLD_SIZE=, LOCAL_RANK=: launchers set all three"),
+        (SRUN | {"SLURM_PROCID": ""}, "SLURM_PROCID is not set"),
+        (SRUN | {"SLURM_LOCALID": "x"}, "SLURM_LOCALID is 'x'"),
+        (SRUN | {"SLURM_STEP_TASKS_PER_NODE": "2(2)"}, r"SLURM_STEP_TASKS_PER_NODE is '2\(2\)'; srun writes it like"),
+        (SRUN | {"SLURM_NODEID": "3"}, "SLURM_NODEID is 3, but SLURM_STEP_TASKS_PER_NODE names 3 nodes"),
+    ],
+)
+def test_half_of_what_a_launcher_sets_is_refused_by_name(environment: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        World.from_environment(environment)
 
 
-def test_torchrun_says_everything() -> None:
-    environment = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
-    assert place(environment) == (5, 8, 1, 4)
-    assert not World.from_environment(environment).is_rank_zero
+@pytest.mark.parametrize(
+    ("text", "sizes"), [("2", [2]), ("2(x2)", [2, 2]), ("2(x3),1", [2, 2, 2, 1]), ("1,8(x2)", [1, 8, 8])]
+)
+def test_tasks_per_node_are_read_as_slurm_writes_them(text: str, sizes: list[int]) -> None:
+    nodes = [SRUN | {"SLURM_STEP_TASKS_PER_NODE": text, "SLURM_NODEID": str(node)} for node in range(len(sizes))]
+    assert [read_place(node).local_world_size for node in nodes] == sizes
 
 
-def test_deepspeed_calls_the_local_size_otherwise() -> None:
-    assert place({"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_SIZE": "4"}) == (5, 8, 1, 4)
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("node1", "node1"),
+        ("gpu[08-11,20],login", "gpu08"),
+        ("gpu[20,08-11]", "gpu20"),
+        ("a-1,b[2-3]", "a-1"),
+        ("rack[3-4]n[07,09]-ib", "rack3n07-ib"),
+    ],
+)
+def test_the_first_node_is_read_as_slurm_writes_lists(nodes: str, first: str) -> None:
+    assert first_node(nodes) == first
 
 
-def test_srun_is_read_where_no_launcher_spoke() -> None:
-    assert place(SRUN) == (5, 8, 1, 4)
+def test_ports_differ_between_jobs_steps_and_attempts_but_not_between_ranks() -> None:
+    neighbours = [
+        SRUN | {"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": step, "SLURM_RESTART_COUNT": attempt}
+        for job in range(1230, 1330)
+        for step in "012"
+        for attempt in ("", "1", "2")
+    ]
+    ports = {meeting_port(environment) for environment in neighbours}
+    assert len(ports) == len(neighbours)
+    assert min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + NUM_PORTS <= 32768
+    assert meeting_port(SRUN) == meeting_port(SRUN | {"SLURM_PROCID": "7", "SLURM_NODEID": "2", "SLURM_LOCALID": "1"})
 
 
-def test_a_launcher_under_srun_wins_over_srun() -> None:
-    # one srun task per node starts torchrun, whose children inherit SLURM's variables
-    slurm = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2", "SLURM_LOCALID": "0"}
-    assert place(slurm | {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}) == (5, 8, 1, 4)
+class Joining:
+    """Calls join_world without the joining; keeps what it would have asked torch for."""
 
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.groups: list[dict[str, Any]] = []
+        self.threads: list[int] = []
+        for name in (
+            *TORCHRUN,
+            *DEEPSPEED,
+            *SRUN,
+            "MASTER_ADDR",
+            "MASTER_PORT",
+            "SLURM_CPUS_PER_TASK",
+            "DS_ACCELERATOR",
+        ):
+            patch.setenv(name, "")  # so that what join_world exports is taken back
+            patch.delenv(name)
+        patch.setattr("training.engine.distributed.torch.set_num_threads", self.threads.append)
+        patch.setattr(dist, "init_process_group", lambda backend, **options: self.groups.append(options))
+        patch.setattr(socket, "getaddrinfo", lambda host, port: [host])
 
-def test_an_interactive_allocation_is_a_world_of_one() -> None:
-    assert place({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}) == (0, 1, 0, 1)  # salloc: no step, so no other process
-    assert place({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_LOCALID": "0"}) == (0, 1, 0, 1)
-
-
-def test_tasks_of_srun_do_not_each_think_they_are_alone() -> None:
-    left_behind = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}  # exported in the shell that submitted the job
-    with pytest.raises(ValueError, match="RANK=0 and WORLD_SIZE=1 are set, but srun started 8 tasks; unset RANK"):
-        place(SRUN | left_behind)
-
-
-def test_half_of_what_a_launcher_sets_is_refused() -> None:
-    with pytest.raises(ValueError, match="RANK=1, WORLD_SIZE=, LOCAL_RANK=: launchers set all three"):
-        place({"RANK": "1"})
+    def join(self, environment: dict[str, str]) -> World:
+        for name, value in environment.items():
+            self.patch.setenv(name, value)
+        return join_world(timeout_seconds=5)
 
 
 @pytest.fixture
-def joined(monkeypatch: pytest.MonkeyPatch) -> Joined:
-    """join_world without the joining: what it would have asked torch for."""
-    for name in (*NAMES, *SRUN, "SLURM_CPUS_PER_TASK", "DS_ACCELERATOR"):
-        monkeypatch.setenv(name, "")  # so that monkeypatch restores what join_world exports
-        monkeypatch.delenv(name)
-    joined = Joined([], [])
-    monkeypatch.setattr("training.engine.distributed.torch.set_num_threads", joined.threads.append)
-    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: joined.groups.append(options))
-    return joined
+def joining(monkeypatch: pytest.MonkeyPatch) -> Joining:
+    return Joining(monkeypatch)
 
 
-def test_processes_that_cannot_find_each_other_are_told_what_is_missing(
-    joined: Joined, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1"}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT not set, but this is rank 1 of 2"):
-        join_world()
-    monkeypatch.setenv("MASTER_ADDR", "gpu1")
-    with pytest.raises(ValueError, match="^MASTER_PORT not set"):
-        join_world()
-    assert not joined.groups
+def resolve_nothing(host: str, port: object) -> None:
+    raise socket.gaierror(-2, "Name or service not known")
 
 
-def test_a_lone_process_gets_a_group_of_one(joined: Joined) -> None:
-    assert join_world(timeout_seconds=5).world_size == 1
-    assert joined.groups == [{"rank": 0, "world_size": 1, "timeout": timedelta(seconds=5)}]
+def test_a_lone_process_gets_a_group_of_one(joining: Joining) -> None:
+    assert joining.join({}).world_size == 1
+    assert joining.groups == [{"rank": 0, "world_size": 1, "timeout": timedelta(seconds=5)}]
     assert (os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["LOCAL_RANK"]) == ("0", "1", "0")
 
 
-def test_tasks_of_srun_meet_without_help(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in SRUN.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
-    assert join_world().rank == joined.groups[0]["rank"] == 5
-    assert os.environ["MASTER_ADDR"] == "gpu1"
-    assert os.environ["MASTER_PORT"] == str(meeting_port(SRUN))
+def test_processes_that_cannot_find_each_other_are_told_what_is_missing(joining: Joining) -> None:
+    with pytest.raises(ValueError, match="MASTER_ADDR and MASTER_PORT not set, but this is rank 5 of 8"):
+        joining.join(TORCHRUN)
+    with pytest.raises(ValueError, match="^MASTER_PORT not set"):
+        joining.join({"MASTER_ADDR": "gpu1"})
+    assert not joining.groups
 
 
-def test_a_task_that_is_shown_one_gpu_uses_that_one(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever its place on the node; DeepSpeed takes LOCAL_RANK for the number of the GPU."""
-    for name, value in SRUN.items():
-        monkeypatch.setenv(name, value)
+@pytest.mark.parametrize(
+    ("given", "address", "port"),
+    [
+        ({}, "gpu08", str(meeting_port(SRUN))),  # the first node, not where srun was typed
+        ({"SLURM_STEP_NUM_NODES": "1", "SLURM_STEP_TASKS_PER_NODE": "8", "SLURM_NODEID": "0"}, "127.0.0.1", None),
+        ({"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}, "10.0.0.1", "29500"),
+    ],
+)
+def test_tasks_of_srun_meet_without_help_unless_the_user_says_where(
+    joining: Joining, given: dict[str, str], address: str, port: str | None
+) -> None:
+    assert joining.join(SRUN | given | {"SLURM_CPUS_PER_TASK": "6"}).rank == joining.groups[0]["rank"] == 5
+    assert joining.threads == [6]  # cores that srun gave to a task are not shared again
+    assert os.environ["MASTER_ADDR"] == address and os.environ["MASTER_PORT"] == (port or os.environ["MASTER_PORT"])
+
+
+def test_a_node_without_an_address_is_said_with_what_to_do(joining: Joining) -> None:
+    joining.patch.setattr(socket, "getaddrinfo", resolve_nothing)
+    with pytest.raises(ValueError, match=r"gpu08, the first node of gpu\[08-09,20\], has no address .*MASTER_ADDR"):
+        joining.join(SRUN)
+
+
+def test_a_task_that_is_shown_one_gpu_uses_that_one(joining: Joining) -> None:
+    """DeepSpeed takes LOCAL_RANK for the number of the GPU, whatever the place of the task on its node."""
     for name, value in {"is_available": True, "device_count": 1, "set_device": None}.items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    monkeypatch.setattr(socket, "getaddrinfo", lambda host, port: [host])
-    world = join_world()
-    assert (world.local_rank, world.device, os.environ["LOCAL_RANK"]) == (1, torch.device("cuda", 0), "0")
-
-
-def test_deepspeed_and_we_agree_to_use_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        joining.patch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    world = joining.join(SRUN)
+    assert (world.local_rank, world.device, os.environ["LOCAL_RANK"]) == (2, torch.device("cuda", 0), "0")
     assert World.from_environment({"DS_ACCELERATOR": "cpu"}).device == torch.device("cpu")
-    assert World.from_environment({}).device == torch.device("cuda", 0)
 
 
-def test_an_address_and_a_port_that_the_user_has_set_stay(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (SRUN | {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}).items():
-        monkeypatch.setenv(name, value)
-    join_world()
-    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("10.0.0.1", "29500")
-
-
-def test_cores_that_srun_gave_to_a_task_are_not_shared_again(joined: Joined, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (SRUN | {"MASTER_ADDR": "gpu1", "SLURM_CPUS_PER_TASK": "6"}).items():
-        monkeypatch.setenv(name, value)
-    join_world()
-    assert joined.threads == [6]
-
-
-def test_collectives_of_a_world_of_one_need_no_group() -> None:
+def test_a_world_of_one_needs_no_group_and_raises_an_error_as_it_is() -> None:
     values = torch.tensor([1.0, 2.0])
     assert torch.equal(sum_over_ranks(values, World()), values)
     barrier(World())
     agree_on_error(None, World())
-
-
-def test_an_error_in_a_world_of_one_is_raised_as_it_is() -> None:
     with pytest.raises(FileNotFoundError, match="gone"):
         agree_on_error(FileNotFoundError("gone"), World())

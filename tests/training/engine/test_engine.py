@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from models.var import VARConfig
+from training.engine.cpu_communication import load_cpu_communication
 from training.engine.engine import (
     LEAF_CLASSES,
     EngineConfig,
-    _load_cpu_communication,
     accumulation_steps,
     compile_deepspeed_config,
 )
@@ -28,38 +28,9 @@ def compiled(**engine: Any) -> dict[str, Any]:
     return compile_deepspeed_config(EngineConfig(micro_batch=2, **engine), global_batch=24, world_size=3)
 
 
-def leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, dict):
-        for item in value.values():
-            yield from leaves(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from leaves(item)
-    else:
-        yield value
-
-
-@pytest.mark.parametrize("stage, precision", KINDS)
-def test_nothing_is_left_to_deepspeed_to_guess(stage: int, precision: str) -> None:
-    config = compiled(zero_stage=stage, precision=precision)
-    assert "auto" not in leaves(config)
-    assert config["zero_optimization"]["stage"] == stage
-    assert (config["bf16"]["enabled"], config["fp16"]["enabled"]) == (precision == "bf16", precision == "fp16")
-
-
 def test_gradients_are_clipped_at_2_as_in_the_public_recipe() -> None:
     assert compiled()["gradient_clipping"] == 2.0
     assert compiled(gradient_clipping=0.5)["gradient_clipping"] == 0.5
-
-
-def test_gradients_that_deepspeed_leaves_alone_are_clipped_once_by_the_engine() -> None:
-    assert compiled(zero_stage=0, precision="fp32")["gradient_clipping"] == 0
-
-
-def test_the_three_batch_sizes_agree() -> None:
-    config = compiled()
-    assert config["train_batch_size"] == 24 and config["train_micro_batch_size_per_gpu"] == 2
-    assert config["gradient_accumulation_steps"] == 24 // (2 * 3)
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -69,13 +40,6 @@ def test_gradients_of_low_precision_are_accumulated_in_float32(precision: str) -
 
 def test_fp16_starts_with_the_public_loss_scale() -> None:
     assert compiled(precision="fp16")["fp16"]["initial_scale_power"] == 11  # GradScaler(init_scale=2**11)
-
-
-def test_communication_overlaps_under_stage_3_only() -> None:
-    assert [compiled(zero_stage=stage, precision="fp32")["zero_optimization"]["overlap_comm"] for stage in STAGES] == [
-        *[False, False, False],
-        True,
-    ]
 
 
 def test_prefetch_holds_the_largest_block_twice() -> None:
@@ -96,6 +60,7 @@ def test_deepspeed_accepts_the_config_and_reads_it_as_meant(stage: int, precisio
     config = compile_deepspeed_config(
         EngineConfig(zero_stage=stage, precision=precision, micro_batch=2), global_batch=8, world_size=1
     )
+    assert '"auto"' not in json.dumps(config)  # nothing is left to DeepSpeed to guess
     read = DeepSpeedConfig(config)
     assert (read.train_batch_size, read.gradient_accumulation_steps) == (8, 4)
     assert read.gradient_clipping == (2.0 if stage else 0.0)  # without ZeRO the engine clips
@@ -114,12 +79,9 @@ def test_accumulation_reaches_the_global_batch_exactly(
     assert steps * micro_batch * world_size == global_batch
 
 
-def test_a_world_that_does_not_fit_is_answered_with_those_that_do() -> None:
+def test_a_world_or_micro_batch_that_does_not_fit_is_answered_with_those_that_do() -> None:
     with pytest.raises(ValueError, match="global_batch 12 .* world size 5; world sizes that fit: 1, 2, 3, 4, 6, 12"):
         accumulation_steps(12, 1, 5)
-
-
-def test_a_micro_batch_that_does_not_fit_is_answered_with_those_that_do() -> None:
     fit = "12 images a rank, .*micro_batch 5; micro-batches that fit: 1, 2, 3, 4, 6, 12"
     with pytest.raises(ValueError, match=fit):
         accumulation_steps(24, 5, 2)
@@ -159,5 +121,5 @@ def test_a_build_that_was_killed_does_not_hold_up_later_runs(tmp_path: Path, mon
     accelerator = type("Accelerator", (), {"create_op_builder": lambda self, name: Builder()})()
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
     monkeypatch.setattr("torch.utils.cpp_extension._get_build_directory", lambda name, verbose: str(tmp_path))
-    _load_cpu_communication()
+    load_cpu_communication()
     assert loads == [False]

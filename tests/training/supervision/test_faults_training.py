@@ -42,6 +42,8 @@ def whole(fork_server: ForkServer, odd_study: Study, tmp_path_factory: pytest.Te
     """The run that nothing interrupts."""
     run = Run(fork_server, odd_study, tmp_path_factory.mktemp("runs") / "whole")
     run.go()
+    assert [record["step"] for record in run.records() if record["kind"] == "train"] == list(range(1, STEPS + 1))
+    assert run.used_samples() == ALL_SAMPLES and run.saved_steps() == [STEPS - CHECKPOINT_EVERY, STEPS]
     return run
 
 
@@ -50,12 +52,6 @@ def assert_same(run: Run, whole: Run) -> None:
     assert run.records() == whole.records()
     assert run.final_weights() == whole.final_weights()
     assert run.used_samples() == whole.used_samples() == ALL_SAMPLES
-
-
-def test_a_whole_run_uses_every_sample_once(whole: Run) -> None:
-    assert [record["step"] for record in whole.records() if record["kind"] == "train"] == list(range(1, STEPS + 1))
-    assert whole.used_samples() == ALL_SAMPLES
-    assert whole.saved_steps() == [STEPS - CHECKPOINT_EVERY, STEPS]
 
 
 @pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.faults), 1])
@@ -126,7 +122,7 @@ def test_many_random_kills_change_no_bit_and_lose_no_sample(
 
 PATIENCE = 4  # seconds without progress
 SITES = ("loop.step", "disk.fsync.share*")
-WAYS_TO_END = ("kill", "segv", "abort", "exit0", "exception")
+WAYS_TO_END = ("kill", "exit0", "exception")  # a crash looks to the others as a kill does
 WAYS_TO_HANG = ("lock", "sleep")
 
 
@@ -181,7 +177,7 @@ def test_ranks_and_stages_may_change_between_parts(
 
 
 @pytest.mark.faults
-def test_the_same_holds_in_bf16_as_far_as_its_digits_go(make_run: MakeRun) -> None:
+def test_ranks_and_stages_may_change_in_bf16_as_far_as_its_digits_go(make_run: MakeRun) -> None:
     bf16 = "engine.precision=bf16"
     straight, parts = make_run("straight", bf16), make_run("parts", bf16)
     straight.go()

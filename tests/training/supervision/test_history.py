@@ -7,13 +7,9 @@ from pathlib import Path
 from training.supervision.history import CHECKPOINT, START, History
 
 
-def test_a_run_without_history_was_never_started_or_saved(tmp_path: Path) -> None:
-    history = History(tmp_path / "run")
-    assert history.first_start() is None and history.saved_step() is None
-
-
 def test_the_first_start_and_the_last_save_count(tmp_path: Path) -> None:
     history = History(tmp_path / "run")
+    assert history.first_start() is None and history.saved_step() is None
     history.note(START, step=0)
     first = history.first_start()
     for step in (10, 20):

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
+from fork_world import ForkServer
 
 from data_pipeline.files.signals import STOP_SIGNALS
 from training.engine.distributed import World
 from training.supervision import stopping as module
-from training.supervision.stopping import Stopped, Stopping
+from training.supervision.stopping import Stopping
 
 
 @pytest.fixture
@@ -25,12 +23,6 @@ def stopping(tmp_path: Path) -> Iterator[Stopping]:
     installed.install()
     yield installed
     installed.remove()
-
-
-def test_nobody_asks_where_no_signal_is_listened_for(tmp_path: Path) -> None:
-    before = [signal.getsignal(number) for number in STOP_SIGNALS]
-    assert Stopping(tmp_path, World()).agreed() == ""
-    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS, ids=lambda number: number.name)
@@ -62,7 +54,7 @@ def ended(child: Callable[[], None]) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGUSR1, 138)])
 def test_a_second_signal_ends_the_process_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, code: int
 ) -> None:
@@ -125,51 +117,7 @@ def test_a_file_asks_for_a_stop_until_the_run_has_finished(tmp_path: Path) -> No
     stopping.finished()
 
 
-def test_a_stop_file_that_stays_is_pointed_at(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "stop").mkdir()
-    Stopping(tmp_path, World()).finished()
-    said = capsys.readouterr().err
-    assert said.startswith(f"{tmp_path / 'stop'}: ") and "remove it before the next start" in said
-
-
-def test_what_stopped_a_run_is_one_line_with_the_checkpoint() -> None:
-    stopped = Stopped("SIGTERM on rank 3", Path("runs/a/checkpoints/step-00000012"))
-    assert "SIGTERM on rank 3" in str(stopped) and "step-00000012" in str(stopped) and "\n" not in str(stopped)
-
-
-def answers_of_two_ranks(folder: Path, rank: int, port: int, how: str) -> None:
-    """In step 2 rank 1 is signaled, or the stop file is made. Answers go to a file for each rank."""
-    world = World(rank=rank, world_size=2)
-    meeting = f"tcp://127.0.0.1:{port}"
-    dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2, timeout=timedelta(seconds=30))
-    stopping = Stopping(folder, world)
-    stopping.install()
-    answers = []
-    for step in range(5):
-        if step == 2 and rank == 1 and how == "signal":
-            os.kill(os.getpid(), signal.SIGUSR1)
-        if step == 2 and rank == 0 and how == "file":
-            (folder / "stop").touch()
-            time.sleep(module.LOOK_SECONDS)
-        answers.append(stopping.agreed())
-    (folder / f"answers{rank}").write_text("\n".join(answers))
-    os._exit(0)
-
-
-@pytest.mark.parametrize("how", ["signal", "file"])
-def test_two_ranks_agree_at_the_same_step_one_after_the_request(tmp_path: Path, how: str) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    children = []
-    for rank in range(2):
-        children.append(os.fork())
-        if children[-1] == 0:
-            try:
-                answers_of_two_ranks(tmp_path, rank, port, how)
-            finally:
-                os._exit(1)
-    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0]
-    first, second = ((tmp_path / f"answers{rank}").read_text().split("\n") for rank in range(2))
-    reason = "SIGUSR1 on rank 1" if how == "signal" else f"{tmp_path / 'stop'} was made"
-    assert first == second == [""] * 3 + [reason] * 2
+def test_two_ranks_agree_at_the_same_step_one_after_a_file_was_made(fork_server: ForkServer, tmp_path: Path) -> None:
+    """As after a signal to one of them: test_faults_training."""
+    world = fork_server.run("fault_worker:agree_to_stop", {"run": str(tmp_path)})
+    assert world.results == [[""] * 3 + [f"{tmp_path / 'stop'} was made"] * 2] * 2, world.explain()

@@ -26,12 +26,11 @@ from training.supervision.watch import (
     find_launchers,
     is_launcher,
     lost_its_launcher,
-    was_launched,
 )
 
 WORLD = World(rank=1, world_size=2)
 QUICK = WatchConfig(timeout_seconds=0.3, start_seconds=0.3, orphan_seconds=0.5)
-PATIENT = WatchConfig(orphan_seconds=0.5)
+PATIENT = WatchConfig(orphan_seconds=0.3)
 SOON = 5.0  # seconds; more than anything here takes
 
 
@@ -109,13 +108,13 @@ def test_a_disk_that_takes_no_stacks_keeps_no_rank_alive(tmp_path: Path) -> None
 def test_a_rank_that_beats_lives_longer_than_its_timeout(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     def lively() -> None:
         heartbeat = start(tmp_path, QUICK)
-        for step in range(30):
+        for step in range(16):
             heartbeat.beat(f"step {step}")
             time.sleep(0.05)
-        heartbeat.beat("saving", allow_seconds=5)
-        time.sleep(1.2)
+        heartbeat.beat("saving", allow_seconds=10)
+        time.sleep(0.8)
         heartbeat.close()
-        time.sleep(1.2)  # nobody looks any more
+        time.sleep(0.8)  # nobody looks any more
         os._exit(0)
 
     assert end_of_rank(lively)[0] == 0
@@ -135,9 +134,10 @@ def test_the_first_step_may_take_longer(tmp_path: Path) -> None:
     assert code == EXIT_NO_PROGRESS and 1.3 < seconds < SOON
 
 
-def test_closing_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_heartbeat_that_was_closed_or_never_started_leaves_nothing_behind(tmp_path: Path) -> None:
     threads, descriptors = set(threading.enumerate()), set(os.listdir("/proc/self/fd"))
-    heartbeat = start(tmp_path, WatchConfig())
+    Heartbeat(WatchConfig()).beat("step 1")
+    heartbeat = start(tmp_path / "runs" / "first", WatchConfig())
     assert threading.active_count() == len(threads) + 1
     heartbeat.close()
     heartbeat.close()
@@ -146,29 +146,11 @@ def test_closing_leaves_nothing_behind(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_came_to_nothing_gets_no_folder(tmp_path: Path) -> None:
-    heartbeat = start(tmp_path / "runs" / "first", WatchConfig())
-    heartbeat.beat("starting")
-    heartbeat.close()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_nobody_watches_a_heartbeat_that_was_not_started() -> None:
-    threads = set(threading.enumerate())
-    heartbeat = Heartbeat(WatchConfig())
-    heartbeat.beat("step 1")
-    heartbeat.close()
-    assert set(threading.enumerate()) == threads
-
-
-@pytest.mark.parametrize("name", ["timeout_seconds", "start_seconds", "orphan_seconds"])
 @pytest.mark.parametrize("value", [0.0, -1.0, float("inf"), float("nan")])
-def test_times_are_positive(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"watch.{name} is {value}"):
-        WatchConfig(**{name: value})
-
-
-def test_the_first_step_is_not_given_less_than_the_others() -> None:
+def test_times_are_positive_and_the_first_step_has_no_less_than_the_others(value: float) -> None:
+    for name in ("timeout_seconds", "start_seconds", "orphan_seconds"):
+        with pytest.raises(ValueError, match=f"watch.{name} is {value}"):
+            WatchConfig(**{name: value})
     with pytest.raises(ValueError, match="watch.start_seconds is 10.*watch.timeout_seconds, 20"):
         WatchConfig(timeout_seconds=20, start_seconds=10)
 
@@ -222,26 +204,25 @@ def test_a_rank_that_stops_already_is_left_to_the_launcher_that_waits_for_it(
     assert launchers[0].poll() is None
 
 
-def test_a_rank_whose_launcher_died_before_it_was_watched_stops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("environment", "code"),
+    [({"CROSS_RANK": "0"}, 76), ({"TORCHELASTIC_RUN_ID": "none"}, 76), ({"RANK": "0", "SLURM_PROCID": "0"}, 0)],
+)
+def test_a_launched_rank_whose_launcher_died_before_it_was_watched_stops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], code: int
 ) -> None:
+    """Nobody else is an orphan, whatever its parent is."""
+    for name in ("CROSS_RANK", "TORCHELASTIC_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+
     def late() -> None:
-        monkeypatch.setenv("CROSS_RANK", "0")
-        monkeypatch.setattr(watch, "lost_its_launcher", lambda pid: True)
+        os.environ |= environment
+        watch.lost_its_launcher = lambda pid: True
         start(tmp_path, PATIENT)
-        time.sleep(20)
-
-    assert end_of_rank(late)[0] == EXIT_NO_PROGRESS
-
-
-def test_who_was_not_launched_is_nobodys_orphan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def alone() -> None:
-        monkeypatch.setattr(watch, "lost_its_launcher", lambda pid: True)
-        start(tmp_path, PATIENT)
-        time.sleep(1.0)
+        time.sleep(20 if code else 0.8)
         os._exit(0)
 
-    assert end_of_rank(alone)[0] == 0
+    assert end_of_rank(late)[0] == code
 
 
 @pytest.mark.parametrize(
@@ -251,22 +232,14 @@ def test_who_was_not_launched_is_nobodys_orphan(tmp_path: Path, monkeypatch: pyt
         ("/v/bin/python -u -m deepspeed.launcher.launch --world_info=x train.py", True),
         ("/v/bin/python /v/bin/torchrun --nproc-per-node 2 train.py", True),
         ("python3 -m torch.distributed.run train.py", True),
-        ("mpirun -n 2 python train.py", True),
         ("python launchers/demo.py deepspeed", False),
         ("bash -c deepspeed_train.sh", False),
-        ("python -m pytest tests -k deepspeed", False),
         ("nohup python train.py", False),
-        ("sshd: user", False),
     ],
 )
 def test_launchers_are_known_by_their_command_line(monkeypatch: pytest.MonkeyPatch, command: str, is_one: bool) -> None:
     monkeypatch.setattr(Path, "read_bytes", lambda path: "\0".join(command.split(" ")).encode() + b"\0")
     assert is_launcher(1) == is_one
-
-
-def test_ranks_are_known_by_what_their_launchers_set() -> None:
-    assert was_launched({"CROSS_RANK": "0"}) and was_launched({"TORCHELASTIC_RUN_ID": "none"})
-    assert not was_launched({"RANK": "0", "SLURM_PROCID": "0"})
 
 
 def test_launchers_are_found_among_the_ancestors(tmp_path: Path) -> None:

@@ -63,13 +63,6 @@ def test_only_validation_with_losses_and_enough_compute_has_a_curve() -> None:
     assert len(curve(validation(1, 4e-4, **FOUR), "GFLOP")) == len(CURVES)
 
 
-def test_of_training_records_only_multiples_are_drawn_and_of_all_others_all() -> None:
-    config = TrackingConfig(every=50)
-    drawn = [step for step in range(1, 201) if points_of(train_record(step), config)]
-    assert drawn == [50, 100, 150, 200]
-    assert points_of(validation(7, 1.0, **FOUR), config) == points_of(validation(7, 1.0, **FOUR), TrackingConfig())
-
-
 def test_the_step_comes_last() -> None:
     for record in (train_record(3, epoch=0.5), validation(3, 1.0, **FOUR)):
         last = (f"progress/{record['kind']}_step", 3.0, int(record["time"] * 1000), 3)

@@ -24,7 +24,7 @@ from models.var import VAR, VARConfig
 from training.tracking.follow import LivePage
 from training.tracking.record import RunRecord, TrackingConfig, wall_time
 
-UP_SECONDS, AWAY_SECONDS, CATCH_UP_SECONDS = 12.0, 40.0, 5.0
+UP_SECONDS, AWAY_SECONDS, CATCH_UP_SECONDS = 8.0, 40.0, 3.0
 CONFIG = VARConfig(depth=3, patch_nums=(1, 2, 3, 4), vocab_size=64, code_width=8, num_classes=10)
 BATCH = 12
 ATTEMPT_SECONDS = 0.002  # that the process computes in a step, if it tries again in it

@@ -35,6 +35,7 @@ def test_a_secret_is_recognised_by_its_form_and_hidden(name: str) -> None:
     assert visible(said) and not visible(redact(said, {}))
     assert redact(said, {}).startswith("cannot reach ") and redact(said, {}).endswith("; try again")
     assert secret_in(SECRETS[name])
+    assert redact(redact(said, {}), {}) == redact(said, {})
 
 
 @pytest.mark.parametrize("text", NAMED)
@@ -45,12 +46,6 @@ def test_what_is_named_as_a_secret_is_hidden(text: str) -> None:
 @pytest.mark.parametrize("text", ORDINARY)
 def test_ordinary_text_stays_as_it_is(text: str) -> None:
     assert redact(text, {}) == text and not secret_in(text)
-
-
-def test_hiding_twice_changes_nothing() -> None:
-    for text in (*SECRETS.values(), *NAMED):
-        once = redact(text, {})
-        assert redact(once, {}) == once
 
 
 def test_the_rest_of_a_url_can_still_be_read() -> None:
@@ -69,14 +64,12 @@ def test_only_variables_that_are_named_so_are_secret() -> None:
     assert secret_values(harmless | {"DB_PASS": "short", "X_TOKEN": "long enough"}) == ["long enough"]
 
 
-@pytest.mark.parametrize(
-    "piece",
-    [*SECRETS.values(), *NAMED, *("a.", "a_", "a://", "a://b:", "sk-a-", "eyJaaaaaaaaa.", "bearer ", "=", "?sig", "x")],
-)
-def test_long_texts_take_no_time(piece: str) -> None:
-    start = time.monotonic()
-    redact(piece * (50_000 // len(piece)), {})
-    assert time.monotonic() - start < 2
+def test_long_texts_take_no_time() -> None:
+    pieces = ("a.", "a_", "a://", "a://b:", "sk-a-", "eyJaaaaaaaaa.", "bearer ", "=", "?sig", "x")
+    for piece in (*SECRETS.values(), *NAMED, *pieces):
+        start = time.process_time()
+        redact(piece * (50_000 // len(piece)), {})
+        assert time.process_time() - start < 2, piece
 
 
 def test_whatever_is_written_to_the_standard_streams_is_redacted(capsys: pytest.CaptureFixture[str]) -> None:
