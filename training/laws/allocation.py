@@ -23,7 +23,7 @@ UNITS = {"parameters": "billion parameters", "tokens": "billion tokens", "comput
 
 @dataclass(frozen=True)
 class Size:
-    """One size that could be trained."""
+    """The facts of a size that could be trained."""
 
     depth: int
     num_parameters: int  # all of them
@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How to spend a budget, by the law of one loss."""
+    """The ways to spend a budget, by the law of one loss."""
 
     metric: str
     pflop: float

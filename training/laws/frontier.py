@@ -23,7 +23,7 @@ MIN_SIZES = 3  # a size is inside the study if there are a smaller and a larger 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points (n,) of compute in PFLOP, in groups by size, and sentences on them."""
+    """The points (n,) of a frontier by compute in PFLOP, in groups by size, and sentences on them."""
 
     points: Points
     left_out: tuple[str, ...]

@@ -39,7 +39,7 @@ PAPER_EPOCHS = {6: 200, 16: 200, 20: 250, 24: 350, 30: 350}
 
 @dataclass(frozen=True)
 class Laws:
-    """Eight laws by metric: against billions of parameters, and against PFLOP."""
+    """The eight laws by metric: against billions of parameters, and against PFLOP."""
 
     by_parameters: Mapping[str, PowerLaw]
     by_compute: Mapping[str, PowerLaw]
@@ -68,7 +68,7 @@ class ImpliedCompute:
 
     @property
     def spread(self) -> float:
-        """Largest over smallest of the four."""
+        """The largest compute over the smallest of the four."""
         return max(self.by_metric.values()) / min(self.by_metric.values())
 
     @property
@@ -78,7 +78,7 @@ class ImpliedCompute:
 
     @property
     def middle(self) -> float:
-        """Geometric mean of the four, PFLOP."""
+        """The geometric mean of the four computes, PFLOP."""
         return math.exp(sum(math.log(compute) for compute in self.by_metric.values()) / len(self.by_metric))
 
 
@@ -237,7 +237,7 @@ def _accounting_note(largest: ImpliedCompute) -> list[str]:
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """One way to generate an image, and its attention pairs: (query, key) of one layer and head, over all steps."""
+    """The cost of one way to generate an image: attention pairs (query, key) of one layer and head, over all steps."""
 
     name: str
     pairs: int

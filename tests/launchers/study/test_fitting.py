@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from planted import quick
 from study_examples import PLANTED, planted_fit, planted_run, planted_runs, planted_study, study_config, write_run
 from tiny import command
 
@@ -149,7 +150,7 @@ def test_planted_laws_are_found_from_the_run_folders(tmp_path: Path) -> None:
     runs = [planted_run(depth) for depth in (6, 8, 10, 14, 20, 30)]
     for run in runs:
         write_run(tmp_path, run)
-    found = fitted_study(study_config(tmp_path, runs))
+    found = fitted_study(study_config(tmp_path, runs, fit=quick()))
     law = next(law for law in found.fit.laws if (law.metric, law.variable) == ("loss_last", PARAMETERS))
     irreducible, _, exponent, token_factor, token_exponent = PLANTED["loss_last"]
     rest = irreducible + token_factor * (runs[0].images[-1] * 680 / 1e9) ** -token_exponent
