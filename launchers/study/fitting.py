@@ -48,8 +48,9 @@ def launch_fit(command: Command[StudyConfig]) -> None:
     say(describe_study(study))
     if command.dry_run:
         return
-    fit = fit_study(command.config, study)
-    for line in summary(fit):
+    found = new_fit(command.config, study)
+    write_fit(command.config, found)
+    for line in summary(found.fit):
         say(line)
     say(f"wrote {Path(command.config.folder) / FIT} and {POINTS}")
 
@@ -67,6 +68,11 @@ def fitted_study(config: StudyConfig) -> FittedStudy:
         except ValueError as error:
             outdated = str(error)
         say(f"{file}: {outdated}; fitted anew")
+    return new_fit(config, study)
+
+
+def new_fit(config: StudyConfig, study: Study) -> FittedStudy:
+    """Fit a study. Raises ValueError if there are too few points."""
     return FittedStudy(study, analyse(study.sizes, config.fit, study.source.entropy), is_new=True)
 
 
@@ -82,13 +88,6 @@ def _what_differs(content: dict[str, Any], config: StudyConfig, study: Study) ->
         return ""
     values = ", ".join(f"{name}={before.get(name)}, not {now.get(name)}" for name in changes)
     return f"was made with {values} (give the same settings here to keep it)"
-
-
-def fit_study(config: StudyConfig, study: Study) -> StudyFit:
-    """Fit a study and write its fit.json and points.csv. Raises ValueError if there are too few points."""
-    fit = analyse(study.sizes, config.fit, study.source.entropy)
-    write_fit(config, FittedStudy(study, fit))
-    return fit
 
 
 def write_fit(config: StudyConfig, found: FittedStudy) -> None:

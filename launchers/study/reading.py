@@ -31,7 +31,7 @@ OWN_LOSSES = {"loss_last": "validation_loss_last", "loss_avg": "validation_loss_
 
 @dataclass(frozen=True)
 class MeasuredRun:
-    """What was read of a run folder."""
+    """The measurements that were read of a run folder."""
 
     size: TrainedSize
     config: TrainConfig
@@ -46,7 +46,7 @@ class MeasuredRun:
 
 @dataclass(frozen=True)
 class Source:
-    """What is known of a synthetic source, in nats by the names of LOSSES; empty if nothing is."""
+    """The entropy of a synthetic source, in nats by the names of LOSSES; empty if it is not known."""
 
     entropy: Mapping[str, float] = field(default_factory=dict)  # what no model beats on average
     own_loss: Mapping[str, float] = field(default_factory=dict)  # the source's own loss on the validation set
@@ -54,7 +54,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Study:
-    """Everything that was measured in a study."""
+    """The measurements of a whole study."""
 
     runs: tuple[MeasuredRun, ...]  # by size, then seed
     absent: tuple[str, ...] = ()  # runs that are planned and have no evaluation yet

@@ -15,14 +15,14 @@ from launchers.setup.command_line import Command, say
 from launchers.study import tables
 from launchers.study.config import StudyConfig, study_name
 from launchers.study.fitting import FIT, POINTS, FittedStudy, describe_study, fitted_study, write_fit
-from launchers.study.page import publish
+from launchers.study.page import REPORT, publish
 from launchers.study.reading import Study, read_study
 from models.var import VARConfig
 from training.accounting import EXACT
 from training.laws.study_data import LOSSES
 from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, FitConfig, Interval, LawFit, StudyFit
 
-REPORT, FIGURE_5, FIGURE_6 = "report.md", "fig5.png", "fig6.png"
+FIGURE_5, FIGURE_6 = "fig5.png", "fig6.png"
 FRONTIER = (
     "The frontier is the lowest curve at log-spaced compute, where a size inside the study has it and no smaller "
     "compute has reached a lower value. Curves are interpolated between their evaluations, so the frontier has more "

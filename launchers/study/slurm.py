@@ -70,9 +70,13 @@ def submit(config: StudyConfig, runs: Sequence[PlannedRun]) -> None:
     try:
         for number, (options, members) in enumerate(groups, start=1):
             names = ", ".join(run.name for run in members)
-            add(f"train-{number}", array_script(config, options, members), names)
+            own = [f"--array=0-{len(members) - 1} --signal=USR1@120 --requeue", *options]
+            cases = "\n".join(f"    {i}) arguments=({shlex.join(run.arguments)}) ;;" for i, run in enumerate(members))
+            add(f"train-{number}", _head(config, "%x-%A_%a.log", own) + ARRAY.format(cases=cases), names)
         after = (f"--dependency=afterok:{':'.join(jobs)}", "--kill-on-invalid-dep=yes")
-        add(FIT, fit_script(config, options_of(config, FIT)), "fit and report when all of them are done", *after)
+        script = FIT_AND_REPORT.format(folder=shlex.quote(config.folder))
+        script = _head(config, f"%x-{FIT}-%j.log", options_of(config, FIT)) + script
+        add(FIT, script, "fit and report when all of them are done", *after)
     except BaseException:
         if jobs:
             subprocess.run(["scancel", *jobs])
@@ -133,19 +137,6 @@ def _refuse_unknown_names(entry: str, known: Iterable[str]) -> None:
             f"sbatch has '{entry}'; write options of sbatch, as --nodes=8, or sizes before them, as d6,d8: --nodes=8; "
             f"known here: {', '.join(known)}"
         )
-
-
-def array_script(config: StudyConfig, options: Sequence[str], runs: Sequence[PlannedRun]) -> str:
-    """Write a job array whose elements train these runs, one each."""
-    own = [f"--array=0-{len(runs) - 1} --signal=USR1@120 --requeue", *options]
-    cases = "\n".join(f"    {i}) arguments=({shlex.join(run.arguments)}) ;;" for i, run in enumerate(runs))
-    return _head(config, "%x-%A_%a.log", own) + ARRAY.format(cases=cases)
-
-
-def fit_script(config: StudyConfig, options: Sequence[str]) -> str:
-    """Write the job that fits and reports."""
-    folder = shlex.quote(config.folder)
-    return _head(config, f"%x-{FIT}-%j.log", options) + FIT_AND_REPORT.format(folder=folder)
 
 
 def _head(config: StudyConfig, log: str, options: Sequence[str]) -> str:

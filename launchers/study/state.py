@@ -38,7 +38,7 @@ FREE = (
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """One size trained with one seed."""
+    """The training of one size with one seed."""
 
     size: str
     seed: int
@@ -127,7 +127,7 @@ def refuse_changed_settings(run: PlannedRun) -> None:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come by its record: steps taken and to be taken, the newest losses, the speed."""
+    """The progress of a run by its record: steps taken and to be taken, the newest losses, the speed."""
 
     step: int = 0
     total_steps: int | None = None  # unknown before the first step

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from launchers.setup.tables import markdown_table
-from launchers.study.reading import MeasuredRun, Study
+from launchers.study.reading import Study
 from training.accounting import ACCOUNTINGS, EXACT, LABELS
 from training.laws.study_data import LOSSES, METRICS
 from training.laws.study_fit import Interval, LawFit, StudyFit
@@ -39,14 +39,13 @@ def text(value: Any) -> str:
 def runs_table(study: Study) -> str:
     """Show every run with its two counts of parameters and its recipe."""
     header = ["run", "parameters", "eq. 8", "width", "batch", "peak rate", "epochs", "images", "points", "finished"]
-    return markdown(header, [_run_row(run) for run in study.runs])
-
-
-def _run_row(run: MeasuredRun) -> list[Any]:
-    size, batch = run.size, run.config.loop.global_batch
-    about = [size.name, size.num_parameters, size.eq8_parameters, run.config.model.width]
-    recipe = [batch, run.config.optimizer.peak_lr(batch), round(run.epochs, 3)]
-    return [*about, *recipe, int(size.images[-1]), len(size.images), size.is_finished]
+    rows = []
+    for run in study.runs:
+        size, batch = run.size, run.config.loop.global_batch
+        about = [size.name, size.num_parameters, size.eq8_parameters, run.config.model.width]
+        recipe = [batch, run.config.optimizer.peak_lr(batch), round(run.epochs, 3)]
+        rows.append([*about, *recipe, int(size.images[-1]), len(size.images), size.is_finished])
+    return markdown(header, rows)
 
 
 def metrics_table(study: Study) -> str:

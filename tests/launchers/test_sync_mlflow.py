@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-from repository import CONFIGS, ROOT
 from tiny import command
 from trackers import URI, FakeMLflow, connect, points_of, record_of, train_record, validation_record
 
-from data_pipeline.files.nested import flatten
 from launchers import sync_mlflow
 from launchers.setup.command_line import parse
-from launchers.setup.config_files import load_config, read_settings, to_yaml
-from launchers.setup.settings import TrainConfig
 from launchers.sync_mlflow import SyncConfig
 from training.tracking import follow
 from training.tracking.mlflow import TrackerUnavailable, read_state, update_state
@@ -58,7 +52,6 @@ def test_twice_is_once(run: Path, client: FakeMLflow, capsys: pytest.CaptureFixt
     ("noted", "last_step", "status"),
     [
         ("FAILED", 80, "FAILED"),
-        ("KILLED", 80, "KILLED"),
         ("RUNNING", 80, "FINISHED"),
         ("RUNNING", 70, "KILLED"),
         (None, 80, "FINISHED"),
@@ -125,14 +118,6 @@ def test_the_run_is_given_with_or_without_its_name(arguments: list[str]) -> None
     assert parse(SyncConfig, arguments, "").config.run == "runs/a=b"
 
 
-def test_settings_of_a_run_read_as_they_were_logged(tmp_path: Path) -> None:
-    config = load_config(TrainConfig, str(CONFIGS / "d16.yaml"))
-    (tmp_path / "config.yaml").write_text(to_yaml(config))
-    logged = {name: str(value) for name, value in flatten(asdict(config)).items()}
-    assert {name: str(value) for name, value in read_settings(tmp_path / "config.yaml").items()} == logged
-    assert read_settings(tmp_path / "none.yaml") == {}
-
-
 def test_the_exit_code_says_that_a_service_is_absent(
     run: Path, client: FakeMLflow, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -142,10 +127,3 @@ def test_the_exit_code_says_that_a_service_is_absent(
         sync_mlflow.main()
     assert ended.value.code == 69
     assert capsys.readouterr().err.startswith(f"error: {URI}: ConnectionError")
-
-
-def test_mlflow_and_torch_are_not_needed_to_know_the_command() -> None:
-    imports = ", ".join(f"training.tracking.{name}" for name in ("follow", "mlflow", "record", "saved_view"))
-    code = f"import sys, {imports}; print({{'torch', 'mlflow', 'deepspeed'}} & set(sys.modules))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "set()\n"

@@ -45,14 +45,14 @@ def quick(**settings: object) -> FitConfig:
 
 
 def points_of(y: np.ndarray, x: np.ndarray = BILLIONS) -> Points:
-    """One point a size, of the twelve or of the first of them."""
+    """Return one point a size, of the twelve or of the first of them."""
     return Points(NAMES[: len(x)], np.asarray(x), np.asarray(y))
 
 
 def curves(
     parameters: Sequence[float] = BILLIONS, *, num_points: int = 25, noise: float = 0.0, growth: float = 0.5
 ) -> list[SizeCurve]:
-    """Evaluations over three decades of 6 N D; the largest N sees N^growth as many tokens as the smallest."""
+    """Return evaluations over three decades of 6 N D; the largest N sees N^growth as many tokens as the smallest."""
     generator = np.random.default_rng(7)
     found = []
     for index, size in enumerate(parameters):

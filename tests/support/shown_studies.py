@@ -45,27 +45,16 @@ def write_run(folder: Path, depth: int, tracking: TrackingConfig, *, last_step: 
     )
     steps = sorted({round(step) for step in np.geomspace(STEPS * 1e-3, STEPS, POINTS)})
     record = RunRecord(folder)
-    record.write([train_record(model, step) for step in range(1, last_step + 1) if step % 100 == 1])
-    record.write([validation_record(model, step) for step in steps if step <= last_step])
+    record.write([{"kind": "train"} | entry(model, step) for step in range(1, last_step + 1) if step % 100 == 1])
+    record.write([{"kind": "validation"} | entry(model, step) for step in steps if step <= last_step])
     (folder / "config.yaml").write_text(to_yaml(config))
 
 
-def position(model: VARConfig, step: int) -> Record:
+def entry(model: VARConfig, step: int) -> Record:
+    """Return a record without its kind; its loss is L(N, D) = E + A N^-a + B D^-b with constants of no meaning."""
     pflop = step * BATCH * training_flops(model) / FLOPS_PER_PFLOP
     place = {"step": step, "samples_seen": step * BATCH, "epoch": step * BATCH / NUM_SAMPLES, "pflop": pflop}
-    return place | {"time": 1.7e9 + 60 * model.depth + step}
-
-
-def train_record(model: VARConfig, step: int) -> Record:
-    return {"kind": "train"} | position(model, step) | losses(model, step)
-
-
-def validation_record(model: VARConfig, step: int) -> Record:
-    return {"kind": "validation"} | position(model, step) | losses(model, step)
-
-
-def losses(model: VARConfig, step: int) -> Record:
-    """L(N, D) = E + A N^-a + B D^-b with constants of no meaning."""
-    billions, images = model.num_parameters / 1e9, step * BATCH / 1e6
-    last = 4.2 + 0.5 * billions**-0.25 + 0.12 * images**-0.35
-    return {"loss_last": last, "loss_avg": last + 0.7, "error_last": 0.85 + last / 100, "error_avg": 0.8 + last / 100}
+    place["time"] = 1.7e9 + 60 * model.depth + step
+    last = 4.2 + 0.5 * (model.num_parameters / 1e9) ** -0.25 + 0.12 * (step * BATCH / 1e6) ** -0.35
+    losses = {"loss_last": last, "loss_avg": last + 0.7}
+    return place | losses | {"error_last": 0.85 + last / 100, "error_avg": 0.8 + last / 100}

@@ -73,7 +73,7 @@ def planted_run(depth: int, *, seed: int = 0, noise: float = 0.0, num_points: in
 
 
 def planted_runs(depths: Sequence[int] = DEPTHS, *, noise: float = 0.0) -> list[TrainedSize]:
-    """One run a depth, and two more seeds of the smallest."""
+    """Return one run a depth, and two more seeds of the smallest."""
     more = [planted_run(depths[0], seed=seed, noise=noise or 1e-3) for seed in (1, 2)]
     return [planted_run(depth, noise=noise) for depth in depths] + more
 

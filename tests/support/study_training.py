@@ -119,7 +119,7 @@ class StudyTraining:
         monkeypatch.setattr(study_state, "load_config", load_quickly)
 
     def plan(self, **deeds: Sequence[Sequence[str]]) -> None:
-        """What the runs do, by size: a list of deeds for each start, the last one also for those after it."""
+        """Say what the runs do, by size: a list of deeds for each start, the last one also for those after it."""
         plan: dict[str, Any] = {f"{size}-seed{seed}": starts for size, starts in deeds.items() for seed in range(3)}
         kinds = ("train", "validation")
         plan["records"] = [json.dumps(record(kind, n)) + "\n" for n in range(1, STEPS + 1) for kind in kinds]
@@ -130,6 +130,6 @@ class StudyTraining:
         self.config = replace(self.config, **changes)
 
     def starts(self, name: str) -> list[str]:
-        """The command lines that have started a run."""
+        """Return the command lines that have started a run."""
         path = self.folder / "study" / name / "starts"
         return path.read_text().splitlines() if path.exists() else []

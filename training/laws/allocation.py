@@ -23,7 +23,7 @@ UNITS = {"parameters": "billion parameters", "tokens": "billion tokens", "comput
 
 @dataclass(frozen=True)
 class Size:
-    """One size that could be trained."""
+    """The facts of a size that could be trained."""
 
     depth: int
     num_parameters: int  # all of them
@@ -49,7 +49,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Allocation:
-    """How to spend a budget, by the law of one loss."""
+    """The ways to spend a budget, by the law of one loss."""
 
     metric: str
     pflop: float
@@ -113,7 +113,8 @@ def allocate(
     billions = np.asarray([size.counted / BILLION for size, _ in paid])
     tokens = [size.tokens_per_image * count for size, count in paid]
     losses = fit(billions, np.asarray(tokens) / BILLION)  # (M,)
-    drawn = _losses_of_draws(fit, billions, np.asarray(tokens) / BILLION)  # (draws, M)
+    irreducible, a_factor, a, b_factor, b = np.asarray(fit.draws, dtype=np.float64).T[:, :, None]
+    drawn = irreducible + a_factor * billions**-a + b_factor * (np.asarray(tokens) / BILLION) ** -b  # (draws, M)
     wins = np.bincount(drawn.argmin(axis=1), minlength=len(paid)) / len(drawn)
     low, high = np.percentile(drawn, INTERVAL, axis=0)
     candidates = []
@@ -134,12 +135,6 @@ def allocate(
         )
     found = Allocation(fit.metric, pflop, tuple(candidates), notes=())
     return replace(found, notes=_notes(found, study))
-
-
-def _losses_of_draws(fit: ParametricFit, billions: np.ndarray, billion_tokens: np.ndarray) -> np.ndarray:
-    """Return the losses of M sizes by each draw, (draws, M)."""
-    irreducible, a_factor, a, b_factor, b = np.asarray(fit.draws, dtype=np.float64).T[:, :, None]
-    return irreducible + a_factor * billions**-a + b_factor * billion_tokens**-b
 
 
 def _notes(found: Allocation, study: Mapping[str, Interval]) -> tuple[str, ...]:

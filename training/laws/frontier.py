@@ -23,7 +23,7 @@ MIN_SIZES = 3  # a size is inside the study if there are a smaller and a larger 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Points (n,) of compute in PFLOP, in groups by size, and sentences on them."""
+    """The points (n,) of a frontier by compute in PFLOP, in groups by size, and sentences on them."""
 
     points: Points
     left_out: tuple[str, ...]
@@ -55,7 +55,12 @@ def interior_minima(curves: Sequence[SizeCurve], metric: str) -> Frontier:
     if len(curves) < MIN_SIZES:
         raise ValueError(f"{len(curves)} sizes have curves of two evaluations; {MIN_SIZES} or more make a frontier")
     grid = np.geomspace(min(curve.pflop[0] for curve in curves), max(curve.pflop[-1] for curve in curves), GRID_POINTS)
-    logs = np.stack([_log_values(curve, metric, grid) for curve in curves])  # (sizes, GRID_POINTS)
+    logs = np.stack(  # (sizes, GRID_POINTS), infinite outside each curve
+        [
+            np.interp(np.log(grid), np.log(curve.pflop), np.log(curve.metrics[metric]), left=np.inf, right=np.inf)
+            for curve in curves
+        ]
+    )
     winners, lowest = logs.argmin(axis=0), np.exp(logs.min(axis=0))
     is_inside = (winners > 0) & (winners < len(curves) - 1) & np.isfinite(lowest)
     is_reached = lowest <= np.minimum.accumulate(lowest) * (1 + HAIR)
@@ -80,11 +85,6 @@ def widened(interval: Interval, exponent: float, other: float) -> Interval:
     """
     distance = abs(exponent - other)
     return Interval(interval.low - distance, interval.high + distance)
-
-
-def _log_values(curve: SizeCurve, metric: str, grid: np.ndarray) -> np.ndarray:
-    """Return the log of the metric at the grid's compute, infinite outside the curve, (GRID_POINTS,)."""
-    return np.interp(np.log(grid), np.log(curve.pflop), np.log(curve.metrics[metric]), left=np.inf, right=np.inf)
 
 
 def _cut_short(curves: Sequence[SizeCurve], winners: np.ndarray, grid: np.ndarray) -> tuple[str, ...]:

@@ -39,7 +39,7 @@ PAPER_EPOCHS = {6: 200, 16: 200, 20: 250, 24: 350, 30: 350}
 
 @dataclass(frozen=True)
 class Laws:
-    """Eight laws by metric: against billions of parameters, and against PFLOP."""
+    """The eight laws by metric: against billions of parameters, and against PFLOP."""
 
     by_parameters: Mapping[str, PowerLaw]
     by_compute: Mapping[str, PowerLaw]
@@ -68,7 +68,7 @@ class ImpliedCompute:
 
     @property
     def spread(self) -> float:
-        """Largest over smallest of the four."""
+        """The largest compute over the smallest of the four."""
         return max(self.by_metric.values()) / min(self.by_metric.values())
 
     @property
@@ -78,7 +78,7 @@ class ImpliedCompute:
 
     @property
     def middle(self) -> float:
-        """Geometric mean of the four, PFLOP."""
+        """The geometric mean of the four computes, PFLOP."""
         return math.exp(sum(math.log(compute) for compute in self.by_metric.values()) / len(self.by_metric))
 
 
@@ -133,11 +133,12 @@ def notes(laws: Laws, models: Sequence[TrainedModel]) -> tuple[str, ...]:
     if _gap(stated) <= AGREEMENT:
         return (*_outgrown(laws), *_accounting_note(stated[-1]))
     labellings = {kinds: implied_compute(other, models) for kinds, other in relabelled(laws).items() if kinds}
-    kinds = min(labellings, key=lambda kinds: (_gap(labellings[kinds]), _spread(labellings[kinds])))
+    spreads = {kinds: max(size.spread for size in sizes) for kinds, sizes in labellings.items()}
+    kinds = min(labellings, key=lambda kinds: (_gap(labellings[kinds]), spreads[kinds]))
     found = (_disagreement(stated, laws.digits), *_outgrown(laws))
     if _gap(labellings[kinds]) > AGREEMENT:
         return (*found, "Exchanging the labels does not make them agree, so their compute cannot be judged.")
-    inferred = _inference(labellings[kinds], _exchanged(laws, kinds), kinds)
+    inferred = _inference(spreads[kinds], _exchanged(laws, kinds), kinds)
     return (*found, inferred, *_accounting_note(labellings[kinds][-1]))
 
 
@@ -166,14 +167,13 @@ def _crossing(by_parameters: PowerLaw, by_compute: PowerLaw, billions: float) ->
 
 def _roundings(law: PowerLaw, digits: int) -> list[PowerLaw]:
     """Return the extreme laws that would be printed as this one."""
-    exponents, scales = _rounding(law.exponent, digits), _rounding(law.scale, digits)
-    return [replace(law, exponent=exponent, scale=scale) for exponent in exponents for scale in scales]
 
+    def extremes(value: float) -> tuple[float, float]:
+        half_unit = 0.5 * 10.0 ** (math.floor(math.log10(abs(value))) + 1 - digits)
+        return value - half_unit, value + half_unit
 
-def _rounding(value: float, digits: int) -> tuple[float, float]:
-    """Return the least and the greatest value that rounds to this one."""
-    half_unit = 0.5 * 10.0 ** (math.floor(math.log10(abs(value))) + 1 - digits)
-    return value - half_unit, value + half_unit
+    corners = itertools.product(extremes(law.exponent), extremes(law.scale))
+    return [replace(law, exponent=exponent, scale=scale) for exponent, scale in corners]
 
 
 def _exchanged(laws: Laws, kinds: Sequence[str]) -> Laws:
@@ -186,10 +186,6 @@ def _exchanged(laws: Laws, kinds: Sequence[str]) -> Laws:
 
 def _gap(sizes: Sequence[ImpliedCompute]) -> float:
     return max(size.gap for size in sizes)
-
-
-def _spread(sizes: Sequence[ImpliedCompute]) -> float:
-    return max(size.spread for size in sizes)
 
 
 def _disagreement(stated: Sequence[ImpliedCompute], digits: int) -> str:
@@ -211,11 +207,11 @@ def _outgrown(laws: Laws) -> list[str]:
     ]
 
 
-def _inference(sizes: Sequence[ImpliedCompute], laws: Laws, kinds: Sequence[str]) -> str:
+def _inference(spread: float, laws: Laws, kinds: Sequence[str]) -> str:
     exponents = growth(laws).values()
     return (
         f"The labels last and avg of {' and of '.join(laws.places[kind] for kind in kinds)} are swapped, as inferred "
-        f"from the laws' own numbers: exchanged, the four agree at every size within a factor of {_spread(sizes):.2f}, "
+        f"from the laws' own numbers: exchanged, the four agree at every size within a factor of {spread:.2f}, "
         f"and the best model grows as C^{min(exponents):.2f} to C^{max(exponents):.2f}."
     )
 
@@ -241,7 +237,7 @@ def _accounting_note(largest: ImpliedCompute) -> list[str]:
 
 @dataclass(frozen=True)
 class GenerationCost:
-    """One way to generate an image, and its attention pairs: (query, key) of one layer and head, over all steps."""
+    """The cost of one way to generate an image: attention pairs (query, key) of one layer and head, over all steps."""
 
     name: str
     pairs: int

@@ -17,10 +17,7 @@ from training.laws.robust_fit import Problem, huber_delta, minimise, redraw
 from training.laws.study_fit import Interval, PowerLaw
 
 CONFIDENCE = 0.95
-STEEPEST, FLATTEST = (
-    -50.0,
-    -1e-3,
-)  # of an exponent fitted together with E; given E it may have any sign
+STEEPEST, FLATTEST = -50.0, -1e-3  # of an exponent fitted together with E; given E it may have any sign
 MAX_LOG_SCALE = 600.0  # beyond it beta is no floating point number: y does not change with x
 MAX_EXPONENT = 300.0  # of e, in a trial step that goes astray
 E_STARTS = (0.01, 0.1, 0.3, 1.0, 3.0, 10.0)  # how far below the lowest y, in shares of the range of y
@@ -132,7 +129,7 @@ def student_interval(points: Points, irreducible: float | None) -> Interval:
     points = points.one_each()
     solution, given = _solve(points, irreducible, is_robust=False)
     problem = _problem(points, given)
-    jacobian, residuals = problem.jacobian(solution), problem.residuals(solution)
+    jacobian, residuals = problem.model(solution)[1], problem.residuals(solution)
     freedom = len(points.x) - solution.size
     covariance = np.linalg.pinv(jacobian.T @ jacobian) * float(residuals @ residuals) / freedom
     half = float(stdtrit(freedom, (1 + CONFIDENCE) / 2)) * math.sqrt(max(0.0, covariance[-1, -1]))

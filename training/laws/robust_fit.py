@@ -33,10 +33,6 @@ class Problem:
         """Return target - prediction, (n,)."""
         return self.target - self.model(parameters)[0]
 
-    def jacobian(self, parameters: np.ndarray) -> np.ndarray:
-        """Return the derivatives of the prediction, (n, p)."""
-        return self.model(parameters)[1]
-
     def cost(self, parameters: np.ndarray) -> float:
         """Return Huber's cost, summed over the points."""
         size = np.abs(self.residuals(parameters))

@@ -25,7 +25,7 @@ RISEN = 0.01  # an end so much above a curve's lowest value is noted
 
 @dataclass(frozen=True)
 class TrainedSize:
-    """One run of a study: one size, one seed, and what its evaluations have measured."""
+    """The run of one size with one seed, and what its evaluations have measured."""
 
     name: str  # of its run folder, such as d6-seed0
     depth: int
@@ -60,7 +60,7 @@ class TrainedSize:
 
 @dataclass(frozen=True)
 class SizeCurve:
-    """One size: its metrics by images, and at the end of its finished runs."""
+    """The metrics of one size by images, and at the end of its finished runs."""
 
     name: str  # d6, of d6-seed0, d6-seed1, ...
     parameters: float  # billions, as the study counts them
@@ -71,7 +71,7 @@ class SizeCurve:
 
     @property
     def is_finished(self) -> bool:
-        """Whether any run of the size is finished."""
+        """The answer whether any run of the size is finished."""
         return all(self.ends.values())
 
     def end(self, metric: str) -> float:
@@ -89,15 +89,10 @@ class StudyCurves:
 
 
 def study_curves(runs: Sequence[TrainedSize], config: FitConfig) -> StudyCurves:
-    """Make one curve a size. Raises ValueError if a run has no operations of the accounting that is asked for."""
+    """Make one curve a size."""
     left_out: dict[str, list[str]] = {}  # names by reason
     by_size: dict[str, list[TrainedSize]] = {}
     for run in sorted(runs, key=lambda run: (run.num_parameters, run.seed)):
-        if config.accounting not in run.flops_per_image:
-            raise ValueError(
-                f"{run.name} has no operations per image by {config.accounting!r}; set fit.accounting to one of "
-                f"{', '.join(run.flops_per_image)}"
-            )
         usable = _usable(run, left_out)
         if len(usable.images):
             by_size.setdefault(run.size, []).append(usable)

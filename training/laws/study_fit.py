@@ -22,7 +22,7 @@ PRESETS = {"paper": (4.5, 5.0), "public-d16": (4.19, 5.0)}  # nats of the last s
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How a study is fitted. Error rates always have the irreducible part 0, as in eqs. 12, 15 and 16."""
+    """The settings of a fit. Error rates always have the irreducible part 0, as in eqs. 12, 15 and 16."""
 
     irreducible: str = FITTED  # of the losses: fitted, paper, public-d16, known (the study's known_entropy) or fixed
     irreducible_last: float = 0.0  # nats, with irreducible: fixed

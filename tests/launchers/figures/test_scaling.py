@@ -15,7 +15,7 @@ from study_examples import planted_fit, planted_runs
 from launchers.figures import scaling as scaling_figures
 from launchers.figures.scaling import draw_compute_laws, draw_size_laws, equation
 from training.laws.study_data import METRICS
-from training.laws.study_fit import COMPUTE, PARAMETERS, PowerLaw, StudyFit
+from training.laws.study_fit import COMPUTE, PowerLaw, StudyFit
 
 RUNS = planted_runs((6, 8, 10, 12), noise=1e-3)
 FIT = planted_fit(RUNS)
@@ -103,12 +103,3 @@ def test_without_a_law_in_parameters_there_is_no_figure_5(tmp_path: Path) -> Non
     with pytest.raises(ValueError, match="no law in parameters was found"):
         draw_size_laws(tmp_path / "5.png", RUNS, replace(FIT, laws=()))
     assert not (tmp_path / "5.png").exists()
-
-
-def test_an_equation_has_five_digits_and_no_constant_of_zero() -> None:
-    law = next(law for law in FIT.laws if (law.metric, law.variable) == ("loss_avg", PARAMETERS))
-    law = replace(law, law=PowerLaw(exponent=-0.1968764, scale=2.4792173e-5, irreducible=5.3245296), pearson=-0.99971)
-    assert equation(law).startswith(r"$L_{\mathrm{avg}} = 5.3245 + (2.4792\cdot 10^{-5}\,N)^{-0.19688}$")
-    error = replace(law, metric="error_last", law=PowerLaw(-0.01567, 345.429, 0.0), variable=COMPUTE)
-    assert equation(error).startswith(r"$Err_{\mathrm{last}} = (345.43\,C_{\min})^{-0.01567}$")
-    assert "r = -0.99971" in equation(law)

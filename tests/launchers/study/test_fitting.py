@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from planted import quick
 from study_examples import PLANTED, planted_fit, planted_run, planted_runs, planted_study, study_config, write_run
 from tiny import command
 
@@ -93,7 +94,6 @@ def test_a_fit_is_made_again_when_points_settings_or_entropy_are_others(
     ("damage", "words"),
     [
         (lambda text: "{", "is not valid JSON"),
-        (lambda text: "[]", ""),
         (lambda text: '{"fit": 3}', ""),
         (lambda text: text.replace('"schema": ', '"schema": 7'), f"schema is 7{StudyFit.schema}, accepted: "),
         (lambda text: text.replace('"laws": ', '"lore": '), "StudyFit has laws, "),
@@ -113,15 +113,6 @@ def test_a_damaged_fit_or_one_of_another_version_is_named_and_made_again(
     assert fitted_study(config).fit == first.fit and len(fits) == 2
     [said] = capsys.readouterr().out.splitlines()
     assert said.startswith(f"{tmp_path / FIT}: is no fit of this version ({words}") and said.endswith("; fitted anew")
-
-
-def test_a_fit_of_unknown_settings_is_made_again(tmp_path: Path, fits: list[FitConfig]) -> None:
-    config = written_study(tmp_path)
-    write_fit(config, fitted_study(config))
-    content = json.loads((tmp_path / FIT).read_text())
-    for settings in (None, [], {"known": {}, "fit": 3}):
-        (tmp_path / FIT).write_text(json.dumps(content | {"settings": settings}))
-        assert fitted_study(config).is_new
 
 
 def test_every_point_is_in_the_csv_with_all_its_digits() -> None:
@@ -159,7 +150,7 @@ def test_planted_laws_are_found_from_the_run_folders(tmp_path: Path) -> None:
     runs = [planted_run(depth) for depth in (6, 8, 10, 14, 20, 30)]
     for run in runs:
         write_run(tmp_path, run)
-    found = fitted_study(study_config(tmp_path, runs))
+    found = fitted_study(study_config(tmp_path, runs, fit=quick()))
     law = next(law for law in found.fit.laws if (law.metric, law.variable) == ("loss_last", PARAMETERS))
     irreducible, _, exponent, token_factor, token_exponent = PLANTED["loss_last"]
     rest = irreducible + token_factor * (runs[0].images[-1] * 680 / 1e9) ** -token_exponent

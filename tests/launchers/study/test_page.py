@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
 from collections import Counter
 from dataclasses import replace
@@ -21,7 +20,7 @@ from launchers.setup.config_files import to_yaml
 from launchers.study import page as study_page
 from launchers.study.config import STUDY, StudyConfig
 from launchers.study.fitting import FIT
-from launchers.study.page import close_parent, colour, launch_sync, open_parent, publish
+from launchers.study.page import close_parent, launch_sync, open_parent, publish
 from launchers.study.reading import MeasuredRun, read_run
 from training.laws.study_fit import Interval, PowerLaw
 from training.tracking import follow
@@ -174,26 +173,6 @@ def test_runs_get_below_the_study_whichever_comes_first(
 
 
 @pytest.mark.parametrize(
-    ("uri", "said"),
-    [
-        (URI, rf"curves     {URI}/#/experiments/7/runs\?viewStateShareKey=study-"),
-        (
-            "sqlite:///runs/m.db",
-            rf"curves     mlflow ui --backend-store-uri sqlite:///{Path.cwd()}/runs/m.db --port 50",
-        ),
-    ],
-)
-def test_the_start_is_shown_with_where_to_look(
-    config: StudyConfig, client: FakeMLflow, capsys: pytest.CaptureFixture[str], uri: str, said: str
-) -> None:
-    open_parent(elsewhere(config, uri))
-    [parent] = of_role(client, "study").values()
-    assert (parent.info.status, parent.data.tags["sizes"]) == ("RUNNING", "d6 d8 d10")
-    [line] = capsys.readouterr().out.splitlines()
-    assert re.match(said, line)
-
-
-@pytest.mark.parametrize(
     ("noted", "is_finished", "status"),
     [("FAILED", True, "FAILED"), ("RUNNING", True, "FINISHED"), ("RUNNING", False, "KILLED"), (None, True, "FINISHED")],
 )
@@ -287,29 +266,26 @@ def test_sync_goes_on_where_a_tracker_has_left_it(
     assert_complete(config, client)
 
 
-def test_without_mlflow_nothing_is_asked_and_sync_says_so(config: StudyConfig, client: FakeMLflow) -> None:
-    config = replace(config, tracking=replace(config.tracking, mlflow=False))
-    open_parent(config)
-    close_parent(config, "FINISHED")
-    with pytest.raises(ValueError, match="tracking.mlflow is false"):
-        sync(config)
-    assert client.calls == []
-
-
-def test_a_folder_without_runs_has_nothing_to_send(tmp_path: Path, client: FakeMLflow) -> None:
-    config = StudyConfig(folder=str(tmp_path), sizes=("configs/d6.yaml",))
-    with pytest.raises(FileNotFoundError, match="has no run folder with a record"):
-        sync(config)
-    publish(config)
-    assert not client.points and len(client.active()) == 1
-
-
-def test_a_dry_run_sends_nothing(config: StudyConfig, client: FakeMLflow, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_sent_without_mlflow_without_runs_or_in_a_dry_run(
+    config: StudyConfig, client: FakeMLflow, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     launch_sync(command(config, dry_run=True))
-    assert f"points in 3 runs to {URI}" in capsys.readouterr().out and client.calls == []
+    assert f"points in 3 runs to {URI}" in capsys.readouterr().out
+    untracked = replace(config, tracking=replace(config.tracking, mlflow=False))
+    open_parent(untracked)
+    close_parent(untracked, "FINISHED")
+    with pytest.raises(ValueError, match="tracking.mlflow is false"):
+        sync(untracked)
+    assert client.calls == []
+    with pytest.raises(FileNotFoundError, match="has no run folder with a record"):
+        sync(StudyConfig(folder=str(tmp_path / "empty"), sizes=("configs/d6.yaml",)))
 
 
-@pytest.mark.parametrize("number", [1, 2, 12, 40])
-def test_sizes_have_colours_of_their_own(number: int) -> None:
-    found = {colour(place, number) for place in range(number)}
-    assert len(found) == number and all(re.fullmatch("#[0-9a-f]{6}", each) for each in found)
+@pytest.mark.parametrize(("uri", "said"), [(URI, "#/experiments/7/runs"), ("sqlite:///runs/m.db", "mlflow ui")])
+def test_the_start_is_shown_with_where_to_look(
+    config: StudyConfig, client: FakeMLflow, capsys: pytest.CaptureFixture[str], uri: str, said: str
+) -> None:
+    open_parent(elsewhere(config, uri))
+    [parent] = of_role(client, "study").values()
+    assert (parent.info.status, parent.data.tags["sizes"]) == ("RUNNING", "d6 d8 d10")
+    assert said in capsys.readouterr().out

@@ -51,15 +51,6 @@ def test_a_run_that_stopped_early_is_unfinished_and_one_that_has_not_begun_is_ab
     assert read_run(folder) is None and read_run(tmp_path / "none") is None and not (tmp_path / "none").exists()
 
 
-def test_a_number_that_was_not_finite_is_no_number(tmp_path: Path) -> None:
-    folder = write_run(tmp_path, planted_run(6))
-    record = RunRecord(folder)
-    last = record.read()[-1]
-    record.write([last | {"step": last["step"] + 1, "loss_avg": None}])
-    run = read_run(folder)
-    assert run is not None and np.isnan(run.size.metrics["loss_avg"][-1]) and np.isfinite(run.size.final("loss_last"))
-
-
 def test_a_study_is_read_by_size_and_names_what_is_not_there(tmp_path: Path) -> None:
     runs = planted_runs((8, 6, 10))
     config = study_config(tmp_path, [*runs, planted_run(12)])

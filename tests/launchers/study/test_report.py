@@ -16,7 +16,7 @@ from launchers.study.config import StudyConfig
 from launchers.study.fitting import FittedStudy, read_fit
 from launchers.study.reading import Source, Study
 from launchers.study.report import FIGURE_5, FIGURE_6, REPORT, compose_report, launch_report, not_shown, shown
-from training.laws.study_fit import COMPUTE
+from training.laws.study_fit import COMPUTE, StudyFit
 from training.tracking.record import TrackingConfig
 
 RUNS = planted_runs((6, 8, 10, 12), noise=1e-4)
@@ -40,41 +40,6 @@ def test_the_report_has_all_that_a_reader_needs_to_judge_the_laws() -> None:
     ):
         assert wanted in report, wanted
     assert report.index("## What this shows") < report.index("## What this does not show") < report.index("points.csv")
-
-
-def test_gates_are_counted() -> None:
-    failed = replace(FIT.laws[0], held_out=(replace(FIT.laws[0].held_out[0], passed=False, share=0.25),))
-    sentences = shown(STUDY, replace(FIT, laws=(failed, *FIT.laws[1:])))
-    assert any("Against parameters, 3 of 4 predictions" in each and "25.00%" in each for each in sentences)
-    assert any("Against compute, 4 of 4 predictions" in each for each in sentences)
-
-
-def test_a_loss_that_rises_with_size_is_named() -> None:
-    assert any(each.startswith("loss_avg falls with every size") for each in shown(STUDY, FIT))
-    worse = replace(RUNS[2], metrics=RUNS[2].metrics | {"loss_avg": RUNS[2].metrics["loss_avg"] + 0.5})
-    runs = [worse if run is RUNS[2] else run for run in RUNS]
-    assert any(
-        "loss_avg does NOT fall with every size: not from" in each and "d10" in each
-        for each in shown(planted_study(runs), FIT)
-    )
-
-
-def test_a_model_below_the_entropy_is_a_leak() -> None:
-    ends = {"loss_last": min(run.metrics["loss_last"].min() for run in RUNS), "loss_avg": 1.0}
-    at_it = replace(STUDY, source=Source(ends))
-    assert sum("lies below the entropy" in each for each in shown(at_it, FIT)) == 2
-    above = replace(STUDY, source=Source(ends | {"loss_last": ends["loss_last"] + 1e-6}))
-    assert any("loss_last of d12-seed0 went BELOW the entropy" in each for each in shown(above, FIT))
-    sampled = replace(STUDY, source=Source(ends, {"loss_last": ends["loss_last"] + 1e-6}))  # the sharper bound
-    assert any("went BELOW what the source itself loses" in each for each in shown(sampled, FIT))
-
-
-def test_a_fitted_constant_is_held_against_the_entropy() -> None:
-    inside, outside = (replace(STUDY, source=Source({"loss_avg": entropy})) for entropy in (5.05, 4.8))
-    said = [each for each in shown(inside, FIT) if "the E that was fitted to loss_avg, 5, agrees with" in each]
-    assert len(said) == 2  # against parameters and against compute
-    assert any("does NOT agree with the entropy, 4.8: its interval is 4.9" in each for each in shown(outside, FIT))
-    assert not any("that was fitted" in each for each in shown(STUDY, FIT))
 
 
 def test_the_limits_are_those_of_the_runs() -> None:
@@ -122,15 +87,6 @@ def test_a_study_without_a_law_in_parameters_has_a_report_too(
     assert f"no {FIGURE_5}, since there is no law by parameters" in capsys.readouterr().out
 
 
-def test_an_unfinished_study_is_named_by_its_folder_and_says_once_what_is_absent(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    (tmp_path / "mine").mkdir()
-    monkeypatch.chdir(tmp_path / "mine")
-    report = compose_report(FittedStudy(replace(STUDY, absent=("d14-seed0",)), FIT), study_config(Path("."), RUNS))
-    assert report.startswith("# Scaling study mine\n") and report.count("d14-seed0") == 1
-
-
 @pytest.mark.slow
 def test_a_report_is_made_from_run_folders_alone(tmp_path: Path) -> None:
     runs = planted_runs(noise=1e-3)
@@ -147,3 +103,26 @@ def test_a_dry_run_reads_and_writes_nothing(tmp_path: Path, capsys: pytest.Captu
     launch_report(command(study_config(tmp_path, [planted_run(6), planted_run(8)]), dry_run=True))
     assert "not there yet: d8-seed0; would write report.md" in capsys.readouterr().out
     assert [path.name for path in tmp_path.iterdir()] == ["d6-seed0"]
+
+
+ENDS = {"loss_last": min(run.metrics["loss_last"].min() for run in RUNS), "loss_avg": 1.0}
+WORSE = replace(RUNS[2], metrics=RUNS[2].metrics | {"loss_avg": RUNS[2].metrics["loss_avg"] + 0.5})
+FAILED = replace(FIT.laws[0], held_out=(replace(FIT.laws[0].held_out[0], passed=False, share=0.25),))
+LEAKING = Source(ENDS | {"loss_last": ENDS["loss_last"] + 1e-6})
+
+
+@pytest.mark.parametrize(
+    ("study", "fit", "said"),
+    [
+        (STUDY, FIT, "loss_avg falls with every size"),
+        (planted_study([WORSE if run is RUNS[2] else run for run in RUNS]), FIT, "loss_avg does NOT fall with every"),
+        (STUDY, replace(FIT, laws=(FAILED, *FIT.laws[1:])), "Against parameters, 3 of 4 predictions"),
+        (replace(STUDY, source=Source(ENDS)), FIT, "loss_last lies below the entropy"),
+        (replace(STUDY, source=LEAKING), FIT, "loss_last of d12-seed0 went BELOW the entropy"),
+        (replace(STUDY, source=Source(ENDS, LEAKING.entropy)), FIT, "went BELOW what the source itself loses"),
+        (replace(STUDY, source=Source({"loss_avg": 5.05})), FIT, "fitted to loss_avg, 5, agrees with"),
+        (replace(STUDY, source=Source({"loss_avg": 4.8})), FIT, "does NOT agree with the entropy, 4.8"),
+    ],
+)
+def test_what_the_report_shows_follows_the_runs_and_the_fit(study: Study, fit: StudyFit, said: str) -> None:
+    assert any(said in sentence for sentence in shown(study, fit))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +10,7 @@ from study_examples import planted_fit, planted_runs, planted_study
 
 from launchers.study import tables
 from launchers.study.reading import Source
-from training.laws.study_fit import COMPUTE, PARAMETERS, Interval
+from training.laws.study_fit import COMPUTE, PARAMETERS
 
 RUNS = planted_runs((6, 8, 10), noise=1e-3)
 STUDY, FIT = planted_study(RUNS), planted_fit(RUNS)
@@ -19,13 +18,6 @@ STUDY, FIT = planted_study(RUNS), planted_fit(RUNS)
 
 def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in table.splitlines()]
-
-
-def test_numbers_have_six_digits_and_what_is_none_is_a_dash() -> None:
-    assert [tables.text(value) for value in (1234567, 0.123456789, 1e-5, math.nan, None, True, "d6")] == [
-        *("1,234,567", "0.123457", "1e-05", "–", "–", "yes", "d6")
-    ]
-    assert tables.text(Interval(-0.25, -0.125)) == "-0.25 to -0.125"
 
 
 def test_all_tables_are_rectangular_and_without_rows_there_is_none() -> None:
@@ -50,11 +42,8 @@ def test_compute_is_counted_four_ways() -> None:
     totals = [RUNS[0].compute(name)[-1] for name in ("exact", "dense_mask", "six_nt", "paper")]
     assert row[0] == "d6-seed0" and [float(cell) for cell in row[2:6]] == pytest.approx(totals, rel=1e-5)
     assert float(row[7]) == pytest.approx(totals[2] / totals[0], rel=1e-5)
-
-
-def test_the_gap_is_validation_minus_training() -> None:
-    for run, row in zip(RUNS, cells(tables.gap_table(STUDY))[2:], strict=True):
-        assert row[0] == run.name and float(row[3]) == float(row[5]) == pytest.approx(0.05)
+    gap = cells(tables.gap_table(STUDY))[2]
+    assert float(gap[3]) == float(gap[5]) == pytest.approx(0.05), "validation minus training"
 
 
 def test_a_reason_is_said_once_for_all_its_sizes_and_metrics() -> None:

@@ -83,7 +83,7 @@ def test_a_surface_predicts_the_ends_of_the_sizes_it_has_not_seen() -> None:
     sizes[-1] = replace(sizes[-1], metrics={"loss_avg": spoilt})
     failed = hold_out_surface(sizes, "loss_avg", None, fit(sizes), config=config)[-1]
     assert not failed.passed and failed.share > 0.025 and failed.measured == spoilt[-1]
-    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes[:4]), config=config) == ()
+    assert hold_out_surface(sizes[:4], "loss_avg", None, fit(sizes), config=config) == (), "too few would be left"
 
 
 def test_the_frontier_of_a_surface_is_its_minimum_at_each_compute() -> None:
