@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from launchers.setup.command_line import Command, run_launcher, say
 from launchers.bench.attention import benchmark_attention
 from launchers.bench.config import OURS, BenchmarkConfig
 from launchers.bench.data import benchmark_data
@@ -20,7 +21,6 @@ from launchers.bench.suite import benchmark_suite, plan_suite, title_of
 from launchers.bench.timing import Row, device_type
 from launchers.bench.tokenizer import benchmark_tokenizer
 from launchers.bench.train import benchmark_train
-from launchers.setup.command_line import Command, run_launcher, say
 from training.engine.distributed import World, leave_world
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {

@@ -12,16 +12,13 @@ import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
-import torch
-
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.loading.loader import first_of_classes
 from launchers.figures.plots import Cell, draw_table
 from launchers.sampling.pictures import tile
 from launchers.sampling.plan import MAX_CLASSES, plan_samples
 from launchers.sampling.sampler import decode_in_parts
 from launchers.setup.assembly import Models, load_models, open_codes_or_images
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig, refuse_below_zero, refuse_no_png
 from models.generation import KnownTokens, generate_scales
@@ -32,6 +29,9 @@ from training.checkpoints.model_on_disk import ModelOnDisk
 from training.engine.distributed import World
 from training.tracking.mlflow import log_picture
 from training.tracking.record import RunRecord
+
+import numpy as np
+import torch
 
 PAPER_CLASSES = (130, 270, 88, 284, 688, 250, 146, 980, 484)  # the caption of Fig. 7
 

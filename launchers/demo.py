@@ -14,16 +14,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
+from launchers.setup.command_line import Command, run_launcher, say
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.shards.index import Index, is_complete
 from launchers.sampling.pictures import save_grid, to_uint8
 from launchers.setup.assembly import Models, load_models, load_tokenizer, open_images
-from launchers.setup.command_line import Command, run_launcher, say
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig
 from launchers.train_tokenizer import TokenizerConfig
@@ -32,6 +27,11 @@ from models.generation import edit, known_part
 from training.checkpoints.commit import latest_checkpoint, read_manifest
 from training.engine.distributed import World
 from training.tracking.record import absolute_uri
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 LAUNCHERS = Path(__file__).resolve().parent
 

@@ -12,11 +12,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-from torch import Tensor
-
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.strict_json import read_regular_file
 from data_pipeline.images.decoding import ImageTransform, read_header
@@ -24,7 +20,6 @@ from data_pipeline.images.tensors import floats_of, pixels_of
 from launchers.figures.plots import Cell, draw_table
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import Models, load_models
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import refuse_file
 from launchers.setup.settings import refuse_below_zero, refuse_unknown
 from models.editing import area_in_tokens, box_in_tokens, paste_kept_pixels, tokens_to_pixels
@@ -34,6 +29,11 @@ from models.var import VARConfig
 from training.engine.distributed import World
 from training.engine.engine import PRECISIONS
 from training.tracking.mlflow import log_picture
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
 
 MAX_PICTURE_BYTES = 64 * 2**20
 MAX_SHOWN = 4  # results in the panel

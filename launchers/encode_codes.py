@@ -12,17 +12,17 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor
-
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from data_pipeline.making.claims import forget_finished_work
 from data_pipeline.making.encoding import Encoding, Recipe, is_encoded
 from data_pipeline.shards.index import Index
 from launchers.setup.assembly import image_transform, load_tokenizer
-from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from launchers.setup.settings import ViewConfig
 from models.vqvae import VQVAE
 from training.engine.distributed import World
+
+import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True, kw_only=True)

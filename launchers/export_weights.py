@@ -10,6 +10,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.files.atomic import atomic_folder, refuse_occupied
 from launchers.figures.model_cards import (
     describe_sizes,
@@ -18,7 +19,6 @@ from launchers.figures.model_cards import (
     model_card,
 )
 from launchers.setup.assembly import load_models
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import (
     checkpoint_of,
     find_whole,

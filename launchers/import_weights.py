@@ -8,9 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.files.atomic import atomic_folder, refuse_occupied
 from launchers.figures.model_cards import describe_sizes, how_to_use_here, model_card
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import public_tokenizer, public_var
 from models.generation import check_configs_agree
 from models.scales import PATCH_NUMS_256

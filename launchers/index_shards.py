@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from launchers.setup.command_line import Command, run_launcher, say
 from data_pipeline.files.urls import without_query
 from data_pipeline.images.decoding import JSON_KEY
 from data_pipeline.making.indexing import expand_shards, index_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage, is_complete
-from launchers.setup.command_line import Command, run_launcher, say
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,11 +15,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from data_pipeline.making.claims import forget_finished_work
 from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
 from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
-from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from training.engine.place import place_of
 
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
 
-from launchers.setup import tables
 from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup import tables
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig
 from models.var import CHECKPOINTINGS, FULL_CHECKPOINTING

@@ -12,20 +12,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.files.atomic import atomic_file
 from launchers.figures.plots import AttentionMap, draw_attention
 from launchers.sampling.pictures import to_uint8
 from launchers.setup.assembly import open_images
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.setup.loading import load_tokenizer
 from launchers.setup.settings import DataConfig, ViewConfig, refuse_below_zero, refuse_no_png
 from training.engine.distributed import World
 from training.laws.dependency import bidirectionality, later_share
 from training.tracking.mlflow import log_picture
+
+import numpy as np
+import torch
+from torch import Tensor
 
 MAX_DEPENDENCY_IMAGES = 16
 

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from data_pipeline.files.atomic import file_sha256
 from launchers.sampling.files import RECORD, SampleFiles, claim_folder, draw_grid, open_files
 from launchers.sampling.plan import SamplePlan, plan_samples
 from launchers.sampling.sampler import Sampler, draw_all, speed_up
 from launchers.setup.assembly import Models, load_models
-from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from launchers.setup.loading import refuse_file
 from launchers.setup.settings import refuse_unknown
 from models.sampling import Sampling

@@ -14,19 +14,19 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
+from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.making.encoding import is_encoded
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.writer import Sample, write_shards
-from launchers.setup.command_line import Command, refuse_several_ranks, run_launcher, say
 from launchers.study.tree_source import TreeSource, TreeSourceConfig
 from models.autoencoder import AutoencoderConfig
 from models.quantizer import QuantizerConfig
 from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoints.model_on_disk import ModelOnDisk, describe, write_model
+
+import numpy as np
+import torch
 
 TRAIN_STREAM = 0
 VALIDATION_STREAMS = range(1, 257)  # so many sets are drawn, and the most typical one is taken

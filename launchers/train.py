@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from launchers.setup.assembly import Dataset, RunData, describe_one_batch, open_codes_or_images
 from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.assembly import Dataset, RunData, describe_one_batch, open_codes_or_images
 from launchers.setup.loading import initialize, load_tokenizer, place_tokenizer
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
 from launchers.setup.settings import TrainConfig

@@ -9,11 +9,8 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from launchers.setup.assembly import RunData, describe_one_batch, open_images
 from launchers.setup.command_line import Command, run_launcher, say
+from launchers.setup.assembly import RunData, describe_one_batch, open_images
 from launchers.setup.loading import initialize
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
 from launchers.setup.settings import RunConfig
@@ -26,6 +23,9 @@ from training.flops import tokenizer_training_flops
 from training.losses import ReconstructionLossConfig
 from training.optim import build_optimizer
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, TokenizerStage, build_tokenizer
+
+import torch
+from torch import nn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,11 +9,11 @@ import os
 import time
 from dataclasses import dataclass, field
 
+from launchers.setup.command_line import Command, run_launcher, say
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.making.verification import folders_of, verify_shards
 from data_pipeline.remote.cache import CacheConfig
 from data_pipeline.shards.index import Index, Storage
-from launchers.setup.command_line import Command, run_launcher, say
 
 PROGRESS_SECONDS = 5.0
 

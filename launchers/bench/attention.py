@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
-import torch
-from torch import Tensor
-
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.timing import Contestant, Row, device_type, synchronize, time_in_turns
 from models.attention import FLEX, MASKED, PER_SCALE, BlockCausalAttention
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import HEAD_DIM
 from training.flops import attention_pairs
+
+import torch
+from torch import Tensor
 
 PRODUCTS = 6  # q k^T and the weighted sum of v, and two more of each in the backward pass
 LAYERS = {"cpu": 1, "cuda": 16}  # one after the other in a call: a GPU computes one while Python is at the next

@@ -17,13 +17,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-import webdataset
-from PIL import Image
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-
 from data_pipeline.images.decoding import ImageTransform, encoded_image, label_of, resize_short_side
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
@@ -35,6 +28,13 @@ from data_pipeline.shards.writer import write_shards
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.models import make_codes, var_config
 from launchers.bench.timing import Contestant, Row, time_in_turns
+
+import numpy as np
+import torch
+import webdataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
 
 CODE_SAMPLES, VIEWED_SAMPLES, IMAGE_SAMPLES = 20_000, 10_000, 1_536
 CODE_SHARDS = 128  # as many as pack_images and encode_codes make of ImageNet

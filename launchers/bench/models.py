@@ -6,10 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.shards.codes import CodeFormat
@@ -21,6 +17,10 @@ from launchers.bench.timing import device_type
 from models.autoencoder import AutoencoderConfig
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
+
+import numpy as np
+import torch
+from torch import Tensor
 
 WEIGHT_STD = 0.02  # about that of the initial weights
 

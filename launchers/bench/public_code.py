@@ -14,12 +14,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from launchers.setup.loading import write_public
 from models.reference import check_public
 from models.var import SHARED_ADALN, VAR
 from models.vqvae import VQVAE
+
+import torch
 
 WORKER = Path(__file__).with_name("public_worker.py")
 NEEDED = ("models/var.py", "models/vqvae.py", "models/quant.py", "utils/amp_sc.py")

@@ -16,15 +16,15 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.collect_env import get_nvidia_driver_version, run
-
 from data_pipeline.files.atomic import atomic_file
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.timing import Row
 from launchers.setup.tables import table
 from training.engine.distributed import World
 from training.tracking.mlflow import code_version
+
+import torch
+from torch.utils.collect_env import get_nvidia_driver_version, run
 
 Report = dict[str, Any]
 PACKAGES = ("deepspeed", "nextscale", "flash-attn", "xformers")  # the public code uses the last two if it finds them

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.models import make_tokenizer, make_var, public_code
 from launchers.bench.public_code import PublicCode
@@ -24,6 +21,9 @@ from models.sampling import Sampling
 from models.var import VAR
 from models.vqvae import VQVAE
 from training.flops import decoding_flops, generation_flops
+
+import torch
+from torch import Tensor
 
 SAMPLING = Sampling()
 

@@ -18,16 +18,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from launchers.setup.command_line import say
 from launchers.bench.config import OURS, BenchmarkConfig
 from launchers.bench.report import Report, unfinished_rows, write_report
 from launchers.bench.timing import Row
-from launchers.setup.command_line import say
 from models.attention import FLEX
 from models.var import FULL_CHECKPOINTING, VARConfig
 from training.engine.engine import EngineConfig
 from training.planning.memory import largest_micro_batch
+
+import torch
 
 GPU_DEPTHS = (24, 30, 16, 20)
 SAMPLED_DEPTHS = (16, 30)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 from functools import cache, partial
 from typing import Any
 
-import torch
-
 from launchers.bench.public_code import PublicCall
 from training.engine.engine import PRECISIONS
+
+import torch
 
 Row = dict[str, Any]
 NO_RIVALS: Mapping[str, str] = {}

@@ -11,9 +11,6 @@ from copy import deepcopy
 from dataclasses import replace
 from itertools import repeat
 
-import torch
-from torch import Tensor
-
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.models import code_batch, image_batch, make_tokenizer, make_var, public_code, var_config
 from launchers.bench.timing import Contestant, Row, convolution_precision, device_type, synchronize, time_in_turns
@@ -25,6 +22,9 @@ from training.losses import ReconstructionLossConfig
 from training.optim import OptimizerConfig, build_optimizer
 from training.stage import StepContext
 from training.tokenizer_loop import CodebookCareConfig, TokenizerStage
+
+import torch
+from torch import Tensor
 
 CONTEXT = StepContext(samples_seen=0, progress=0.5, learning_rate=1e-5, weight_decay=0.005)
 PIXELS_ALONE = ReconstructionLossConfig(lpips_weight=0.0, adversarial_weight=0.0)

@@ -12,9 +12,6 @@ from collections.abc import Callable, Iterator
 from copy import deepcopy
 from pathlib import Path
 
-import torch
-from torch.nn import functional as F
-
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.loader import train_batches
 from launchers.bench.config import OURS, BenchmarkConfig
@@ -31,6 +28,9 @@ from training.optim import OptimizerConfig, build_optimizer
 from training.stage import StepContext
 from training.step_metrics import TimedIterator
 from training.var_loop import VARStage, set_up_var
+
+import torch
+from torch.nn import functional as F
 
 LEARNING_RATE, WEIGHT_DECAY = 1e-5, 0.05
 SHARD_SAMPLES = 1024

@@ -11,9 +11,6 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-from PIL import Image, ImageDraw, ImageFont
-
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.hashing import permutation
 from data_pipeline.images.decoding import image_of
@@ -22,6 +19,9 @@ from data_pipeline.making.pack_report import printable
 from data_pipeline.making.packing import FILES_NAME
 from data_pipeline.shards.index import Index
 from data_pipeline.shards.reader import ShardReader
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
 
 SHEET_NAME = "contact_sheet.png"
 COLUMNS, ROWS = 8, 6

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipeline.files.atomic import atomic_file
+
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
@@ -16,8 +18,6 @@ from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullLocator
-
-from data_pipeline.files.atomic import atomic_file
 
 LEAST_DPI, GREATEST_DPI = 160, 400
 CELL_INCHES = 2.6

@@ -10,6 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files.atomic import atomic_file
+from launchers.figures.plots import GREY
+from training.accounting import BILLION, LABELS
+from training.laws.study_data import METRICS, TrainedSize
+from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, LawFit, StudyFit
+
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -18,12 +24,6 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogFormatterMathtext, LogLocator, MaxNLocator, NullLocator
-
-from data_pipeline.files.atomic import atomic_file
-from launchers.figures.plots import GREY
-from training.accounting import BILLION, LABELS
-from training.laws.study_data import METRICS, TrainedSize
-from training.laws.study_fit import COMPUTE, EQ8, PARAMETERS, TOTAL, LawFit, StudyFit
 
 DPI = 200
 RED, BAND_RED, FRONTIER = "#c4302b", "#e9a3a0", "#1a1a1a"

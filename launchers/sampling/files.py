@@ -20,13 +20,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import numpy as np
-from PIL import Image
-
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.strict_json import read_json
 from launchers.sampling.pictures import save_grid
 from launchers.sampling.plan import SamplePlan
+
+import numpy as np
+from PIL import Image
 
 RECORD, GRID, NPZ, PARTS = "samples.json", "samples.png", "samples.npz", "parts"
 SHUFFLE_SEED = 0  # of the order in samples.npz

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from data_pipeline.files.atomic import atomic_file
+
 import numpy as np
 from PIL import Image
 from torch import Tensor
-
-from data_pipeline.files.atomic import atomic_file
 
 
 def to_uint8(images: Tensor) -> np.ndarray:

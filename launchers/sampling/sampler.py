@@ -8,10 +8,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 
-import numpy as np
-import torch
-from torch import Tensor
-
 from launchers.sampling.files import SampleFiles
 from launchers.sampling.pictures import to_uint8
 from launchers.sampling.plan import SamplePlan
@@ -22,6 +18,10 @@ from models.vqvae import VQVAE
 from training.engine.distributed import World, agree_on_error
 from training.engine.engine import PRECISIONS
 from training.engine.host_memory import keep_freed_memory
+
+import numpy as np
+import torch
+from torch import Tensor
 
 DECODED_TOGETHER = 4  # images; on a CPU they are decoded one by one
 SECONDS_BETWEEN_LINES = 5.0

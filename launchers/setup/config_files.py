@@ -19,14 +19,14 @@ from dataclasses import MISSING, asdict, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
-
 from data_pipeline.files.nested import flatten
 from data_pipeline.files.strict_json import read_regular_file
 from launchers.setup.exit_codes import one_line
 from training.tracking.redaction import REMEDY, redact, secret_in
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBaseException
 
 Config = TypeVar("Config")
 MAX_BYTES = 2**15  # of a config file; ten times what a resolved config has

@@ -10,9 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-
 from data_pipeline.files.nested import flatten
 from launchers.setup.config_files import build_config, load_config
 from launchers.setup.settings import RunConfig, TrainConfig
@@ -24,6 +21,9 @@ from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
 from training.checkpoints.weights import read_weights
+
+import torch
+from torch import Tensor
 
 Model = TypeVar("Model", VAR, VQVAE)
 # settings on which weights do not depend once they are there

@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from launchers.setup.command_line import say, say_nothing
 from data_pipeline.files.nested import flatten
 from launchers.setup.assembly import RunData
-from launchers.setup.command_line import say, say_nothing
 from launchers.setup.config_files import to_yaml
 from launchers.setup.settings import RunConfig
 from models.var import VARConfig

@@ -17,10 +17,10 @@ from dataclasses import asdict, dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
+from launchers.setup.command_line import Command, say
 from data_pipeline.files.atomic import atomic_file, bytes_sha256
 from data_pipeline.files.nested import flatten
 from data_pipeline.files.strict_json import read_json
-from launchers.setup.command_line import Command, say
 from launchers.study.config import StudyConfig
 from launchers.study.reading import Study, read_study
 from training.accounting import ACCOUNTINGS

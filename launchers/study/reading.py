@@ -12,8 +12,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
-
 from data_pipeline.files.strict_json import read_json
 from launchers.setup.config_files import load_config
 from launchers.setup.settings import TrainConfig
@@ -21,6 +19,8 @@ from launchers.study.config import StudyConfig
 from training.flops import eq8_parameters, flops_per_image
 from training.laws.study_data import LOSSES, METRICS, TrainedSize
 from training.tracking.record import Record, RunRecord
+
+import numpy as np
 
 TRAINING_STEPS = 500  # the newest at most, whose means stand for the end of training
 TRAINING_SHARE = 0.05  # of the run, likewise

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
-from data_pipeline.files.atomic import atomic_file
 from launchers.setup.command_line import Command, say
+from data_pipeline.files.atomic import atomic_file
 from launchers.study import tables
 from launchers.study.config import StudyConfig, study_name
 from launchers.study.fitting import FIT, POINTS, FittedStudy, describe_study, fitted_study, write_fit

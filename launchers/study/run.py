@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launchers.setup.command_line import Command, refuse_several_ranks, say
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.locks import take_lock
-from launchers.setup.command_line import Command, refuse_several_ranks, say
 from launchers.setup.config_files import to_yaml
 from launchers.setup.tables import table
 from launchers.study.config import STUDY, StudyConfig

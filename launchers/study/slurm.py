@@ -14,9 +14,9 @@ import subprocess
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from launchers.setup.command_line import say
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.strict_json import read_json
-from launchers.setup.command_line import say
 from launchers.study.config import StudyConfig, study_name
 from launchers.study.state import PlannedRun
 

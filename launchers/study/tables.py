@@ -9,13 +9,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
 from launchers.setup.tables import markdown_table
 from launchers.study.reading import Study
 from training.accounting import ACCOUNTINGS, EXACT, LABELS
 from training.laws.study_data import LOSSES, METRICS
 from training.laws.study_fit import Interval, LawFit, StudyFit
+
+import numpy as np
 
 
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
