@@ -1,9 +1,9 @@
-"""Measure speed side by side: `python launchers/benchmark.py train`, and so on for train, switches, sample, tokenizer,
-data, attention; `suite` runs them all.
+"""Measure speed side by side: `python launchers/benchmark.py train`, and so on for train, sample, tokenizer, data,
+attention; `suite` runs them all.
 
 What is compared is timed in turns within one process tree, so that a busy machine slows both; a ratio is the median of
 those of the turns. `--against PATH` sets the public VAR code, from a checkout at PATH, beside ours. On several GPUs
-`deepspeed launchers/benchmark.py switches` says which ZeRO stage they are best used with; rates are then those of each.
+`deepspeed launchers/benchmark.py train contestants=ours zero_stage=3` measures a ZeRO stage; rates are those of each.
 """
 
 from __future__ import annotations
@@ -19,13 +19,12 @@ from launchers.bench.sample import benchmark_sample
 from launchers.bench.suite import benchmark_suite, plan_suite, title_of
 from launchers.bench.timing import Row, device_type
 from launchers.bench.tokenizer import benchmark_tokenizer
-from launchers.bench.train import benchmark_switches, benchmark_train
+from launchers.bench.train import benchmark_train
 from launchers.setup.command_line import Command, run_launcher, say
 from training.engine.distributed import World, leave_world
 
 BENCHMARKED: dict[str, Callable[[BenchmarkConfig], list[Row]]] = {
     "train": benchmark_train,
-    "switches": benchmark_switches,
     "sample": benchmark_sample,
     "tokenizer": benchmark_tokenizer,
     "data": benchmark_data,
@@ -57,10 +56,10 @@ def launch(command: Command[BenchmarkConfig]) -> None:
 
 def check_ranks(config: BenchmarkConfig, world_size: int) -> None:
     """Raise ValueError where several ranks were started for what is measured on one."""
-    if world_size > 1 and config.what != "switches" and config.contestants != OURS:
+    if world_size > 1 and config.contestants != OURS:
         raise ValueError(
             f"{world_size} ranks were started, but {config.what} is measured on one: start it with python; "
-            "several ranks take switches, or train with contestants=ours"
+            "several ranks take train with contestants=ours"
         )
 
 

@@ -42,7 +42,7 @@ def train(config: TrainConfig, world: World, supervision: Supervision) -> TrainS
     check_configs_agree(config.model, tokenizer.config)
     training, validation = (open_data(config, tokenizer.config, sha256, part) for part in ("train", "validation"))
     data = RunData.of(config, world, training, validation)
-    checkpoints = open_checkpoints(config, world, tokenizer_sha256=sha256, data=data.fingerprint)
+    checkpoints = open_checkpoints(config, config.model, world, tokenizer_sha256=sha256, data=data.fingerprint)
     model = build_var(config.model, config.engine, seed=config.seed)
     initialize(model, config, checkpoints)
     join_world(world, timeout_seconds=config.watch.start_seconds)

@@ -59,7 +59,7 @@ class Sampling:
 
 
 def guidance_schedule(cfg: float, num_scales: int) -> tuple[float, ...]:
-    """Return the guidance t_k = cfg k / (K - 1) of each scale, from 0 at the first to `cfg` at the last (public code)."""
+    """Return the guidance t_k = cfg k / (K - 1) of each scale, from 0 to `cfg` at the last scale (public code)."""
     return tuple(cfg * k / max(num_scales - 1, 1) for k in range(num_scales))
 
 

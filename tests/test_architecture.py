@@ -23,7 +23,7 @@ ROOMS = {
     "models": ("",),
     "data_pipeline": ("files", "remote", "shards", "images", "loading", "making"),
     "training": (
-        ".accounting", ".flops", ".cross_entropy", ".optim", ".seams",
+        ".accounting", ".flops", ".cross_entropy", ".optim",
         "engine", "checkpoints", "supervision", "tracking", "planning", "laws", "evaluation", "post", "",
     ),
     "launchers": ("setup", "figures", "sampling", "study", "bench", ""),

@@ -4,7 +4,6 @@ import pytest
 import torch
 from torch import nn
 
-from models.quantizer import phi_indices
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 from models.var import VAR, VARConfig
 from models.vqvae import VQVAE, VQVAEConfig
@@ -78,7 +77,6 @@ def test_parameters_of_the_ablations() -> None:  # Table 3: rows 2 and 3, d16 be
 def test_the_1024_model_fits_its_schedule() -> None:
     config = VARConfig(depth=30, patch_nums=PATCH_NUMS_1024, norm="shared_adaln")
     assert num_var_parameters(config) == config.num_parameters
-    assert phi_indices(14, 4) == (0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3)
     assert VQVAEConfig(patch_nums=PATCH_NUMS_1024).image_size == 1024
 
 

@@ -34,6 +34,7 @@ def test_a_run_starts_at_the_entropy_of_the_codes_and_records_every_step(trained
     assert len(train[0]["loss"]) == 3  # one per scale
 
 
+@pytest.mark.faults
 def test_a_killed_run_goes_on_with_the_same_command_and_the_same_losses(trained: ForkedProject) -> None:
     command = trained.command("train", *train_arguments("runs/killed"), ranks=2)
     process = subprocess.Popen(

@@ -7,6 +7,8 @@ the logits, is all that is made.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
@@ -15,7 +17,7 @@ NUMBERS_AT_ONCE = 2**24  # 64 MiB in float32
 
 
 def token_cross_entropy(logits: Tensor, codes: Tensor) -> Tensor:
-    """Cross-entropy of each token: logits (n, V), codes (n,) int64 -> (n,) float32, in nats."""
+    """Compute the cross-entropy of each token: logits (n, V), codes (n,) int64 -> (n,) float32, in nats."""
     return _TokenCrossEntropy.apply(logits, codes)
 
 
@@ -28,7 +30,7 @@ class _TokenCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """(softmax - one-hot) times the gradient of each token's loss, (n,)."""
         logits, codes, normalizers = ctx.saved_tensors
         result = torch.empty_like(logits)

@@ -7,6 +7,8 @@ that recording every step does not stall a GPU at every step.
 
 from __future__ import annotations
 
+from typing import NoReturn
+
 from training.accounting import FLOPS_PER_PFLOP
 from training.checkpoints.checkpoint import CheckpointFailed, CheckpointsFailing, TrainState
 from training.recovery import Recovery
@@ -80,10 +82,15 @@ class Loop:
             if is_saved:
                 self._save(state, must_succeed=bool(stop) or state.step == self.schedule.last_step)
             if stop:
-                self.run.stopping.finished()
-                raise Stopped(stop, self.run.checkpoints.latest())
+                self._stop(stop)
             if is_validated or is_saved:
                 self.window.restart()
+
+    def _stop(self, reason: str) -> NoReturn:
+        self.run.stopping.finished()
+        newest = self.run.checkpoints.latest()
+        assert newest is not None, "a run that stops has just been saved"
+        raise Stopped(reason, newest)
 
     def _take_step(self, state: TrainState, batches: TimedIterator) -> None:
         self.run.heartbeat.beat(f"step {state.step + 1}")

@@ -28,7 +28,7 @@ class TokenScores:
 
 
 def token_scores(logits: Tensor, codes: Tensor, scales: Scales) -> TokenScores:
-    """Score logits (B, L, V), of any precision, against codes (B, L)."""
+    """Score logits (B, L, V), of any precision, against codes (B, L) int64."""
     loss = token_cross_entropy(logits.flatten(0, 1), codes.flatten()).view_as(codes)  # (B, L)
     error = (logits.argmax(-1) != codes).float()  # (B, L)
     return TokenScores(_mean_per_scale(loss, scales), _mean_per_scale(error, scales))
@@ -39,7 +39,7 @@ def _mean_per_scale(values: Tensor, scales: Scales) -> Tensor:
 
 
 def average_over_tokens(per_scale: Tensor, scales: Scales) -> Tensor:
-    """From means per scale (..., K) to the mean over all L tokens (...): each scale counts with its share of tokens."""
+    """Average means per scale (..., K) over all L tokens: -> (...). Each scale counts with its share of tokens."""
     # to_device, since what is made on a GPU from numbers of the host is waited for
     shares = torch.tensor(scales.scale_sizes, dtype=per_scale.dtype) / scales.num_tokens
     return per_scale @ to_device(shares, per_scale.device)
@@ -72,24 +72,24 @@ class ReconstructionLossConfig:
 
 
 def pixel_loss(reconstruction: Tensor, images: Tensor, config: ReconstructionLossConfig) -> Tensor:
-    """Weighted sum of mean absolute and mean squared error; both arguments (B, 3, H, H) in [-1, 1]."""
+    """Compute the weighted sum of mean absolute and mean squared error of (B, 3, H, H) in [-1, 1]: -> ()."""
     return config.l1_weight * F.l1_loss(reconstruction, images) + config.l2_weight * F.mse_loss(reconstruction, images)
 
 
 def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor:
-    """The discriminator's side of the hinge loss (VQGAN, eq. 4, in its hinge form)."""
+    """Compute the discriminator's side of the hinge loss (VQGAN, eq. 4, in its hinge form): -> ()."""
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
 def adaptive_weight(other_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limit: float) -> Tensor:
-    """VQGAN's lambda (eq. 7 there): the ratio of both losses' gradient norms at the last layer, at most `limit`."""
+    """Compute VQGAN's lambda (eq. 7 there): the ratio of gradient norms at the last layer, at most `limit`: -> ()."""
     other = torch.autograd.grad(other_loss, last_layer, retain_graph=True)[0].norm()
     adversarial = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
     return (other / (adversarial + 1e-4)).clamp(max=limit).detach()
 
 
 def load_lpips(backbone: str) -> nn.Module:
-    """The LPIPS distance (VGG16) of the lpips package, frozen, with ImageNet weights from a local file.
+    """Load the LPIPS distance (VGG16) of the lpips package, frozen, with ImageNet weights from a local file.
 
     Raises:
         FileNotFoundError: no weights at `backbone`, nor where torch keeps downloads; a run never downloads them.
@@ -125,6 +125,6 @@ def load_lpips(backbone: str) -> nn.Module:
 
 
 def _fill_vgg_slices(network: nn.Module, features: dict[str, Tensor]) -> None:
-    """lpips cuts VGG's `features` into slices that keep the layers' numbers as names: `slice3.10.weight`."""
+    """Copy VGG's `features` into the slices of lpips, which keep the layers' numbers as names: `slice3.10.weight`."""
     state = network.state_dict()
     network.load_state_dict({key: features[key.split(".", 1)[1]] for key in state})

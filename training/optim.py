@@ -43,11 +43,12 @@ class OptimizerConfig:
                 raise ValueError(f"optimizer.{name} is {getattr(self, name)}; it must lie in [0, 1]")
 
     def peak_lr(self, global_batch: int) -> float:
+        """Return the highest learning rate of a run: base_lr per 256 images of the global batch."""
         return self.base_lr * global_batch / 256
 
 
 def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
-    """Share of the peak learning rate at `progress` in [0, 1] of the run: warm-up, constant, linear decay (`lin0`)."""
+    """Return the share of the peak learning rate at `progress` in [0, 1]: warm-up, constant, linear decay (`lin0`)."""
     if progress < config.warmup_share:
         return config.warmup_start + (1 - config.warmup_start) * progress / config.warmup_share
     rest = (progress - config.warmup_share) / max(1 - config.warmup_share, 1e-12)
@@ -58,7 +59,7 @@ def learning_rate_factor(progress: float, config: OptimizerConfig) -> float:
 
 
 def weight_decay_at(progress: float, config: OptimizerConfig) -> float:
-    """Cosine from `weight_decay` to `final_weight_decay` over the run."""
+    """Return the weight decay at `progress` in [0, 1]: half a cosine from `weight_decay` to `final_weight_decay`."""
     share = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
     return config.final_weight_decay + (config.weight_decay - config.final_weight_decay) * share
 
@@ -88,7 +89,7 @@ class AveragingAdamW(torch.optim.AdamW):
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, *, undecayed: Collection[str] = ()) -> torch.optim.AdamW:
-    """AdamW over the trainable parameters in two groups; `weight_decay_scale` says which one the schedule decays.
+    """Make AdamW over the trainable parameters in two groups; `weight_decay_scale` says which one the schedule decays.
 
     Vectors never decay (biases, norms, scales per head), nor do the parameters named in `undecayed`.
     """
@@ -99,14 +100,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, *, undecayed: Col
         for decayed, scale in ((True, 1.0), (False, 0.0))
     ]
     groups = [group for group in groups if group["params"]]
-    settings = {"lr": config.base_lr, "betas": (config.beta1, config.beta2), "eps": config.epsilon}
+    rate, betas, epsilon = config.base_lr, (config.beta1, config.beta2), config.epsilon
     if config.ema_decay:
-        return AveragingAdamW(groups, ema_decay=config.ema_decay, fused=True, **settings)
-    return torch.optim.AdamW(groups, fused=True, **settings)
-
-
-def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
-    """Write this step's learning rate and weight decay into every group."""
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
+        return AveragingAdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True, ema_decay=config.ema_decay)
+    return torch.optim.AdamW(groups, lr=rate, betas=betas, eps=epsilon, fused=True)

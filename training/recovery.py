@@ -78,6 +78,7 @@ class Recovery:
         heartbeat = self.run.heartbeat
         heartbeat.beat("rolling back", allow_seconds=heartbeat.config.start_seconds)
         restored = self.run.checkpoints.resume(self.stage.engines)
+        assert restored is not None, "a roll back is judged possible only once there is a checkpoint"
         earlier = sum(step == restored.step for step, _ in self.roll_backs)
         if earlier == self.config.max_roll_backs:
             raise self.diverged(f"{event}, after {earlier} roll backs to step {restored.step}")

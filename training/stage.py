@@ -30,12 +30,24 @@ class StepContext:
 class Batch(Protocol):
     """What a loader yields for one rank."""
 
-    data: Tensor  # (B, L) codes, or (B, 3, H, H) images to be encoded here
-    labels: Tensor  # (B,)
-    positions: Tensor  # (B,) positions in the global stream of samples
-    weights: Tensor  # (B,) 1, or 0 for padding in validation
+    @property
+    def data(self) -> Tensor:
+        """The codes (B, L), or images (B, 3, H, W) to be encoded here."""
 
-    def to(self, device: torch.device) -> Batch: ...
+    @property
+    def labels(self) -> Tensor:
+        """The classes (B,)."""
+
+    @property
+    def positions(self) -> Tensor:
+        """The positions (B,) in the global stream of samples."""
+
+    @property
+    def weights(self) -> Tensor:
+        """1, or 0 for padding in validation (B,)."""
+
+    def to(self, device: torch.device) -> Batch:
+        """Return the batch on a device."""
 
 
 class TrainingData(Protocol):

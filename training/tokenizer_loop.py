@@ -49,6 +49,7 @@ class CodebookCareConfig:
     restart_until: float = 0.2  # share of the run
 
     def is_due(self, step_progress: float, samples_seen: int, global_batch: int) -> bool:
+        """Whether the step that starts at a stream position ends with a restart of unused codes."""
         if self.restart_every == 0 or step_progress >= self.restart_until:
             return False
         return (samples_seen // global_batch) % self.restart_every == 0
@@ -64,7 +65,7 @@ class SeenImages:
 
 
 def build_tokenizer(config: VQVAEConfig, *, seed: int) -> VQVAE:
-    """The tokenizer with its initial weights, a function of the seed alone."""
+    """Make the tokenizer with its initial weights, a function of the seed alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return VQVAE(config)
@@ -104,7 +105,7 @@ class TokenizerStage:
     def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
         """See `Stage.train_step`."""
         self.engine.train()
-        adversarial = self.discriminator is not None and context.progress >= self.loss.adversarial_start
+        opponent = self.discriminator if context.progress >= self.loss.adversarial_start else None
         restarting = self.care.is_due(context.progress, context.samples_seen, self.engine.global_batch)
         hits = self._no_hits()
         parts: list[dict[str, Tensor]] = []
@@ -113,10 +114,10 @@ class TokenizerStage:
             batch = next(batches)
             images = batch.to(self.world.device).data  # (B, 3, H, H)
             reconstruction = self.engine(images)
-            parts.append(self._backward(images, reconstruction, adversarial))
+            parts.append(self._backward(images, reconstruction, opponent))
             norm = self.engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
             if self.discriminator is not None:
-                parts[-1] |= self._discriminator_step(images, reconstruction.images.detach(), adversarial, context)
+                parts[-1] |= self._train_opponent(opponent, images, reconstruction.images.detach(), context)
             self._count(reconstruction.codes, hits)
             if restarting:  # the images of a whole step are kept only then
                 seen.append(SeenImages(batch.positions - context.samples_seen, images, reconstruction.codes))
@@ -126,15 +127,16 @@ class TokenizerStage:
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return means | {"gradient_norm": norm}
 
-    def _backward(self, images: Tensor, reconstruction: Reconstruction, adversarial: bool) -> dict[str, Tensor]:
+    def _backward(self, images: Tensor, reconstruction: Reconstruction, opponent: Engine | None) -> dict[str, Tensor]:
+        """Propagate the loss of eq. 5 of one micro-batch; returns its terms, (). Without an opponent that one is 0."""
         pixels = pixel_loss(reconstruction.images, images, self.loss)
         parts = {"pixel_loss": pixels, "quantization_loss": reconstruction.quantization_loss}
         loss = pixels
         if self.lpips is not None:
             parts["lpips"] = self.lpips(reconstruction.images, images).mean()
             loss = loss + self.loss.lpips_weight * parts["lpips"]
-        if adversarial:
-            parts["adversarial_loss"] = -self._judge(reconstruction.images).mean()
+        if opponent is not None:
+            parts["adversarial_loss"] = -judge(opponent, reconstruction.images).mean()
             balance = adaptive_weight(
                 loss, parts["adversarial_loss"], self.model.decoder.last_layer, self.loss.adaptive_weight_limit
             )
@@ -145,23 +147,16 @@ class TokenizerStage:
         self.engine.backward(loss)
         return {"loss": loss.detach()} | {name: value.detach() for name, value in parts.items()}
 
-    def _judge(self, images: Tensor) -> Tensor:
-        """The discriminator's logits, without leaving gradients in the discriminator."""
-        network: nn.Module = self.discriminator.model
-        network.requires_grad_(False)
-        logits = network(images)
-        network.requires_grad_(True)
-        return logits
-
-    def _discriminator_step(
-        self, images: Tensor, fakes: Tensor, adversarial: bool, context: StepContext
+    def _train_opponent(
+        self, opponent: Engine | None, images: Tensor, fakes: Tensor, context: StepContext
     ) -> dict[str, Tensor]:
-        if not adversarial:
+        """Let the opponent tell images from reconstructions; its loss is 0 while it does not take part."""
+        if opponent is None:
             return {"discriminator_loss": torch.zeros((), device=self.world.device)}
-        real_logits, fake_logits = self.discriminator(torch.cat([images, fakes])).chunk(2)
+        real_logits, fake_logits = opponent(torch.cat([images, fakes])).chunk(2)
         loss = hinge_discriminator_loss(real_logits, fake_logits)
-        self.discriminator.backward(loss)
-        self.discriminator.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
+        opponent.backward(loss)
+        opponent.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
         return {"discriminator_loss": loss.detach()}
 
     def _restart_unused(self, seen: list[SeenImages], hits: Tensor, context: StepContext) -> None:
@@ -176,7 +171,7 @@ class TokenizerStage:
         generator = np.random.Generator(np.random.Philox(key=[self.seed, context.samples_seen]))
         images = torch.from_numpy(generator.integers(self.engine.global_batch, size=len(unused)))
         tokens = torch.from_numpy(generator.integers(self.tokens_per_image, size=len(unused)))
-        codebook = self.engine.full_parameter(self.model.quantizer.codebook).detach().clone()
+        codebook = self.engine.state.get_weight(self.model.quantizer.codebook).clone()
         vectors = torch.zeros_like(codebook[unused])  # (n, C)
         for part in seen:
             wanted, rows = (images[:, None] == part.numbers[None, :]).nonzero(as_tuple=True)
@@ -184,7 +179,7 @@ class TokenizerStage:
                 targets = quantization_targets(self.model, part.images, part.codes)  # (B, L, C)
                 vectors[wanted.to(vectors.device)] = targets[rows, tokens[wanted]]
         codebook[unused] = sum_over_ranks(vectors, self.world)
-        self.engine.set_full_parameter(self.model.quantizer.codebook, codebook)
+        self.engine.state.set_weight(self.model.quantizer.codebook, codebook)
 
     def _no_hits(self) -> Tensor:
         size = self.model.scales.num_scales, self.model.config.quantizer.vocab_size
@@ -195,14 +190,14 @@ class TokenizerStage:
             of_scale.scatter_add_(0, tokens.flatten(), torch.ones_like(tokens).flatten())  # on a GPU bincount waits
 
     def window_metrics(self) -> dict[str, Any]:
-        """Share of the codebook that each scale has used since the last call."""
+        """Return the share of the codebook that each scale has used since the last call. A collective."""
         hits = sum_over_ranks(self._hits, self.world)
         self._hits = self._no_hits()
         return codebook_use(hits)
 
     @torch.no_grad()
     def validate(self, beat: Callable[[str], None] = lambda doing: None) -> dict[str, Any]:
-        """Squared error, PSNR and codebook use over the validation set, every image once."""
+        """Measure squared error, PSNR and codebook use over the validation set, every image once. A collective."""
         self.engine.train(False)
         sums = torch.zeros(3, dtype=torch.float64, device=self.world.device)  # squared error, PSNR, images
         hits = self._no_hits()
@@ -219,13 +214,23 @@ class TokenizerStage:
         return {"squared_error": squared_error / count, "psnr": psnr / count} | use
 
     def headline(self, record: Record) -> str:
+        """See `Stage.headline`."""
         if record["kind"] == "validation":
             return f"psnr {record['psnr']:.2f} dB | codes in use {record['codebook_use_all']:.0%}"
         return f"loss {record['loss']:.4f} (pixels {record['pixel_loss']:.4f} codes {record['quantization_loss']:.4f})"
 
 
+def judge(discriminator: Engine, images: Tensor) -> Tensor:
+    """Return the discriminator's logits (B, 1, h, w), without leaving gradients in the discriminator."""
+    network: nn.Module = discriminator.model
+    network.requires_grad_(False)
+    logits = network(images)
+    network.requires_grad_(True)
+    return logits
+
+
 def codebook_use(hits: Tensor) -> dict[str, Any]:
-    """From hits (K, V): the share of the V codes used at each scale, and at any."""
+    """Return the share of the V codes used at each scale, and at any: hits (K, V) int64 -> metrics."""
     return {
         "codebook_use": (hits > 0).double().mean(1).tolist(),
         "codebook_use_all": (hits.sum(0) > 0).double().mean().item(),
@@ -234,7 +239,7 @@ def codebook_use(hits: Tensor) -> dict[str, Any]:
 
 @torch.no_grad()
 def quantization_targets(model: VQVAE, images: Tensor, codes: Tensor) -> Tensor:
-    """The vectors (B, L, C) that Algorithm 1 replaced by `codes`: the downsampled residual of every scale.
+    """Return the vectors (B, L, C) that Algorithm 1 replaced by `codes`: the downsampled residual of every scale.
 
     Downsampling is linear, so each is downsample(f) minus the teacher-forcing input of its scale.
     """

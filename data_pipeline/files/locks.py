@@ -14,8 +14,9 @@ def take_lock(path: Path) -> int | None:
     None: another descriptor holds it, of this process or another. The lock ends when the descriptor is closed, here
     and in processes that inherited it. On a file system without locks every caller gets a descriptor.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    with suppress(FileExistsError):  # mkdir looks again, and others may have removed the folder by then
+        path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)  # other users of a shared folder lock it too
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -24,6 +25,15 @@ def take_lock(path: Path) -> int | None:
     except OSError:
         pass
     return descriptor
+
+
+def has_locks(descriptor: int) -> bool:
+    """Tell whether the file system has locks, by a descriptor that `take_lock` returned: taking it again succeeds."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def release_lock(descriptor: int) -> None:

@@ -1,4 +1,4 @@
-"""Packed images and packed codes as what a loader reads: tensors by sample number and epoch.
+"""Datasets: packed images and packed codes as tensors, by sample number and epoch.
 
 A sample that does not match the index, cannot be decoded, or holds what cannot be, is an error that names it. A dataset
 may instead be allowed a number of bad samples: then the next good one of the same shard stands in, the same whichever
@@ -8,10 +8,12 @@ rank or worker reads it, and whoever takes the batch is told. Legend: B batch, L
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
+from functools import partial
 from math import gcd
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -25,6 +27,7 @@ from data_pipeline.images.tensors import stack_pixels, widen
 from data_pipeline.loading.plan import Stream
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import Index, Storage
+from data_pipeline.shards.members import Sample
 from data_pipeline.shards.reader import ShardReader
 
 STRICT = "strict"
@@ -33,9 +36,11 @@ REMEDY = "pack this data again, or let data.bad_samples be quarantine:MAX"
 LOW_BITS = np.uint64(2**32 - 1)
 MAX_TRIES = 100  # substitutes tried for one bad sample; where as many neighbours are bad, the shard is
 
+Parsed = TypeVar("Parsed")
+
 
 def bad_sample_limit(policy: str) -> int:
-    """How many bad samples "strict" (none) or "quarantine:MAX" allows. Raises ValueError for anything else."""
+    """Return how many bad samples "strict" (none) or "quarantine:MAX" allows. Raises ValueError for anything else."""
     match = QUARANTINE.fullmatch(policy)
     if policy != STRICT and match is None:
         raise ValueError(f"bad_samples is {policy!r}; accepted: {STRICT}, or quarantine:MAX with MAX from 1")
@@ -43,14 +48,14 @@ def bad_sample_limit(policy: str) -> int:
 
 
 class PackedDataset:
-    """What images and codes share: an index, its shards, labels that must be classes, and what to do with a bad one."""
+    """What images and codes share: an index and its shards, labels that must be classes, and a limit of bad samples."""
 
-    read_together = 1  # samples from which on it makes no difference how many are read by one call
+    read_together = 1  # samples worth reading by one call: with more, a call costs no less for each
 
     def __init__(self, storage: Storage, index: Index, max_bad: int) -> None:
-        """max_bad: 0 if a bad sample is an error, else the number of bad samples that the caller will bear.
+        """Open a packed folder. max_bad: 0 if a bad sample is an error, else how many of them the caller will bear.
 
-        Raises ValueError if there are no samples, and what ShardReader does.
+        Raises ValueError if there are no samples, and what ShardReader raises.
         """
         if not index.num_samples:
             raise ValueError(f"{storage}: its {len(index.shards)} shards hold no samples; pack this data again")
@@ -67,34 +72,39 @@ class PackedDataset:
 
     @property
     def shard_sizes(self) -> tuple[int, ...]:
+        """The number of samples in each shard."""
         return tuple(shard.samples for shard in self.index.shards)
 
     def read(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1] or codes (B, L) int64, and labels (B,) int64.
+        """Read samples as models take them. Raises DamagedData for one that is not as it was.
 
-        Raises DamagedData for a sample that is not as it was.
+        ids, epochs: (B,) -> images (B, 3, S, S) float32 in [-1, 1] or codes (B, L) int64, and labels (B,) int64.
         """
         data, labels = self.read_narrow(ids, epochs)
         return widen(data), labels
 
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """As `read`, before data_pipeline/images/tensors.py's `widen`."""
+        """Read samples as they are moved: images as uint8, codes as int16 or int32. Otherwise it is `read`."""
+        raise NotImplementedError
+
+    def label(self, sample_id: int) -> int:
+        """Read the class of a sample, and no more of it than need be. Raises DamagedData."""
         raise NotImplementedError
 
     def read_or_substitute(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor, tuple[BadSample, ...]]:
-        """As `read_narrow`, and which samples were replaced, if bad ones are allowed."""
+        """Read as `read_narrow` does, replacing bad samples if they are allowed, and tell which were replaced."""
         try:
             return (*self.read_narrow(ids, epochs), ())
         except DamagedData:
             if not self.max_bad:
                 raise
         bad: list[BadSample] = []
-        rows = [self._row(int(sample_id), epoch, bad) for sample_id, epoch in zip(ids, epochs)]
+        rows = [self._row(int(sample_id), epoch, bad) for sample_id, epoch in zip(ids, epochs, strict=True)]
         data, labels = zip(*rows)
         return torch.cat(data), torch.cat(labels), tuple(bad)
 
     def twin(self) -> PackedDataset:
-        """The same data for another thread, read through open files of its own."""
+        """Return the same data for another thread, read through open files of its own."""
         other = copy(self)
         other.reader = self.reader.twin()
         return other
@@ -108,7 +118,7 @@ class PackedDataset:
         self._bad.extend(bad)
 
     def take_bad(self) -> list[BadSample]:
-        """What was remembered since the last call."""
+        """Return the bad samples that were remembered since the last call."""
         bad, self._bad = self._bad, []
         return bad
 
@@ -153,7 +163,7 @@ class ImageDataset(PackedDataset):
         random_views: bool,
         max_bad: int = 0,
     ) -> None:
-        """Raises FileNotFoundError or ValueError if the folder is not a complete set of image shards."""
+        """Open a folder of image shards. Raises FileNotFoundError or ValueError if it is not a complete one."""
         storage = Storage.of(folder)
         super().__init__(storage, Index.read(storage, kind="images"), max_bad)
         self.transform = transform
@@ -162,13 +172,13 @@ class ImageDataset(PackedDataset):
         self.json_label = self.index.meta.get("json_label", JSON_KEY)
 
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> images (B, 3, S, S) uint8, labels (B,) int64."""
+        """Read and crop images. ids, epochs: (B,) -> images (B, 3, S, S) uint8, labels (B,) int64."""
         uniforms = hash_uniform(self.seed, Stream.CROP, ids, epochs, 3)
         labels: list[int] = []
 
         def views() -> Iterator[Image.Image]:  # one at a time, so that each finds the memory of the one before
-            for sample_id, row in zip(ids, uniforms):
-                view, label = self._view_and_label(sample_id, row)
+            for sample_id, row in zip(ids, uniforms, strict=True):
+                view, label = self._parsed(sample_id, partial(self._view_and_label, uniforms=row))
                 labels.append(label)
                 yield view
 
@@ -176,20 +186,20 @@ class ImageDataset(PackedDataset):
         return pixels, self._checked_labels(labels, ids)
 
     def label(self, sample_id: int) -> int:
-        """The class of a sample, without decoding its image."""
-        sample = self.reader.read(sample_id)
-        try:
-            return label_of(sample, self.json_label)
-        except ValueError as error:
-            raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
+        """Read the class of a sample, without decoding its image."""
+        return self._parsed(sample_id, lambda sample: label_of(sample, self.json_label))
 
-    def _view_and_label(self, sample_id: int, uniforms: np.ndarray) -> tuple[Image.Image, int]:
+    def _view_and_label(self, sample: Sample, uniforms: np.ndarray) -> tuple[Image.Image, int]:
+        image, label = image_of(sample), label_of(sample, self.json_label)
+        if self.random_views:
+            return self.transform.random_crop(image, uniforms), label
+        return self.transform.center_crop(image), label
+
+    def _parsed(self, sample_id: int, parse: Callable[[Sample], Parsed]) -> Parsed:
+        """Read a sample and take something from it. Raises DamagedData naming the sample where `parse` fails."""
         sample = self.reader.read(sample_id)
         try:
-            image, label = image_of(sample), label_of(sample, self.json_label)
-            if self.random_views:
-                return self.transform.random_crop(image, uniforms), label
-            return self.transform.center_crop(image), label
+            return parse(sample)
         except ValueError as error:
             raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample.key}: {error}; {REMEDY}") from error
 
@@ -208,9 +218,9 @@ class CodeDataset(PackedDataset):
         tokenizer_sha256: str | None,
         max_bad: int = 0,
     ) -> None:
-        """Raises FileNotFoundError or ValueError if the folder is incomplete or its codes were made for something else.
+        """Open a folder of code shards. tokenizer_sha256 None: any tokenizer will do, as where nothing is decoded.
 
-        tokenizer_sha256 None: any tokenizer will do, for measurements that never decode.
+        Raises FileNotFoundError or ValueError if the folder is incomplete or its codes were made for something else.
         """
         storage = Storage.of(folder)
         super().__init__(storage, Index.read(storage, kind="codes"), max_bad)
@@ -228,7 +238,7 @@ class CodeDataset(PackedDataset):
         self._strides = np.array([stride for stride in range(1, views + 1) if gcd(stride, views) == 1])
 
     def read_narrow(self, ids: np.ndarray, epochs: np.ndarray) -> tuple[Tensor, Tensor]:
-        """ids, epochs: (B,) -> codes (B, L) int16, or int32 if they have 16 bits, and labels (B,) int64."""
+        """Read one view of each sample. ids, epochs: (B,) -> codes (B, L) int16, or int32 of 16 bits, labels (B,)."""
         ids = np.asarray(ids, dtype=np.int64)
         rows = self.reader.read_records(ids, self._views(ids, epochs), self.format.kind, otherwise=self._record)
         try:
@@ -245,7 +255,7 @@ class CodeDataset(PackedDataset):
         return torch.from_numpy(codes), self._checked_labels(labels, ids)
 
     def label(self, sample_id: int) -> int:
-        """The class of a sample."""
+        """Read the class of a sample."""
         rows = self.reader.read_records(np.array([sample_id]), np.array([0]), self.format.kind, otherwise=self._record)
         return int(self.format.unpack(rows)[0][0])
 
@@ -261,17 +271,17 @@ class CodeDataset(PackedDataset):
 
     def _name_malformed(self, rows: np.ndarray, ids: np.ndarray) -> None:
         """Raise DamagedData for the first record that cannot be unpacked."""
-        for row, sample_id in zip(rows, ids):
+        for row, sample_id in zip(rows, ids, strict=True):
             try:
                 self.format.unpack(row[None])
             except ValueError as error:
                 raise DamagedData(f"{self.reader.path_of(sample_id)}: sample {sample_id}: {error}") from error
 
     def _views(self, ids: np.ndarray, epochs: np.ndarray) -> np.ndarray:
-        """The view each sample shows in its epoch: K epochs show each of the K views once.
+        """Choose the view that each sample shows in its epoch, so that K epochs show each of K views once. -> (B,)
 
-        Of a sample's K epochs each goes on from the view before by one stride, which has no divisor in common with K.
-        First view and stride are drawn anew for each sample and every K epochs.
+        In K epochs a sample goes on from view to view by a stride that has no divisor in common with K. First view and
+        stride are drawn anew for each sample and every K epochs.
         """
         views, strides = self.format.views, self._strides
         if views == 1:

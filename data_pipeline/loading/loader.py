@@ -7,86 +7,49 @@ changes which samples come in which order. A batch may straddle two epochs; no s
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import count
 
 import numpy as np
 import torch
 
-from data_pipeline.loading.batches import Batch, Dataset, Request, read_batch, read_batches
+from data_pipeline.loading.ahead import ThreadAhead, Workers
+from data_pipeline.loading.batches import Batch, Request, read_batch, read_batches
+from data_pipeline.loading.datasets import PackedDataset
 from data_pipeline.loading.plan import WINDOW_SAMPLES, Plan
 from data_pipeline.loading.prefetch import Prefetcher, bytes_at_once
-from data_pipeline.loading.read_ahead import ReadAhead
-from data_pipeline.loading.read_thread import ThreadAhead
 
 AHEAD = 2  # batches that wait, ready, for the step; more where more are read together
 
 
-class _Noted(Iterator[Batch]):
-    """Passes batches through and lets the dataset of this process know which samples were bad.
+class Batches(Iterator[Batch]):
+    """The batches of one rank. The dataset of this process is told of the bad samples of each batch as it is taken.
 
-    They are noted when a batch is taken, not when a worker reads it ahead: a run counts what it has been shown.
+    A worker that reads ahead does not tell it: a run counts what it has been shown.
     """
 
-    def __init__(self, batches: Iterator[Batch], dataset: Dataset) -> None:
-        self._batches = batches
+    def __init__(self, source: Iterator[Batch], dataset: PackedDataset, closing: Sequence[Callable[[], None]] = ()):
+        """Pass on the batches of `source`. closing: what ends the reading ahead, to be called in this order."""
+        self._source = source
         self._dataset = dataset
+        self._closing = closing
 
     def __next__(self) -> Batch:
-        batch = next(self._batches)
-        self._dataset.note_bad(batch.bad)
+        batch = next(self._source)
+        if batch.bad:
+            self._dataset.note_bad(batch.bad)
         return batch
 
     def close(self) -> None:
-        if hasattr(self._batches, "close"):
-            self._batches.close()
+        """End what reads ahead; there are no more batches."""
+        self._source = iter(())
+        for close in self._closing:
+            close()
 
 
-class _Ahead(Iterator[Batch]):
-    """Batches, while a thread fetches the remote shards that the next ones will need."""
-
-    def __init__(self, dataset: Dataset, plan: Plan, samples_seen: int) -> None:
-        """Raises ValueError if the cache cannot hold the shards that are needed at once."""
-        self._storage, self._shards = dataset.storage, dataset.index.shards
-        ahead = self._storage.cache.config.ahead
-        remote = [shard for shard in self._shards if self._storage.is_remote_shard(shard)]
-        room = bytes_at_once(remote, window=plan.window, ahead=ahead)
-        self._storage.cache.check_room(room, window=plan.window)
-        own_plan = Plan(plan.shard_sizes, plan.seed, plan.window)  # a plan is not for two threads
-        self._prefetcher = Prefetcher(self._fetch, own_plan.shards_from(samples_seen), ahead=ahead)
-        self._batches: Iterator[Batch] = iter(())
-
-    def told_of(self, requests: Iterator[Request], *, reach: int) -> Iterator[Request]:
-        """The requests as they are made; all ranks together are then `reach` positions beyond the first of each."""
-        for request in requests:
-            self._prefetcher.reached(int(request.positions[0]) + reach)
-            yield request
-
-    def start(self, batches: Iterator[Batch]) -> _Ahead:
-        self._batches = batches
-        self._prefetcher.start()
-        return self
-
-    def __next__(self) -> Batch:
-        return next(self._batches)
-
-    def close(self) -> None:
-        self._prefetcher.close()
-        if hasattr(self._batches, "close"):
-            self._batches.close()
-
-    def _fetch(self, number: int) -> None:
-        if self._storage.is_remote_shard(self._shards[number]):
-            self._storage.fetch_early(self._shards[number])
-
-
-def _has_remote_shards(dataset: Dataset) -> bool:
-    return any(map(dataset.storage.is_remote_shard, dataset.index.shards))
-
-
-def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
-    """The number of the first sample of each class, in the order asked for. Raises ValueError if one has no sample."""
+def first_of_classes(dataset: PackedDataset, classes: Sequence[int]) -> np.ndarray:
+    """Find the first sample of each class, in the order asked for. Raises ValueError if a class has no sample."""
     first: dict[int, int] = {}
     for sample_id in range(len(dataset)):
         if first.keys() >= set(classes):
@@ -101,7 +64,7 @@ def first_of_classes(dataset: Dataset, classes: Sequence[int]) -> np.ndarray:
 
 
 def train_batches(
-    dataset: Dataset,
+    dataset: PackedDataset,
     *,
     batch_size: int,
     rank: int,
@@ -111,12 +74,13 @@ def train_batches(
     workers: int = 0,
     window: int = WINDOW_SAMPLES,
     device: torch.device | str = "cpu",
-) -> Iterator[Batch]:
-    """The endless batches of one rank, from stream position `samples_seen` on, made ahead of their time.
+) -> Batches:
+    """Make the endless batches of one rank, from stream position `samples_seen` on, ahead of their time.
 
     workers: how many processes read ahead; 0: a thread of this process does, which for codes is more than enough.
     window: samples that are shuffled together. device: where the batches will go: for a GPU they are pinned.
-    Close them, or let go of them, to end what reads ahead.
+    Close them, or let go of them, to end what reads ahead. Raises ValueError for impossible numbers, and if the cache
+    cannot hold the remote shards that are needed at once.
     """
     _check_share(batch_size, rank, world_size)
     if samples_seen < 0 or workers < 0:
@@ -124,33 +88,50 @@ def train_batches(
     plan = Plan(dataset.shard_sizes, seed, window)
     first = samples_seen + rank * batch_size
     requests = _train_requests(plan, first=first, batch_size=batch_size, stride=batch_size * world_size)
-    ahead = _Ahead(dataset, plan, samples_seen) if _has_remote_shards(dataset) else None
-    if ahead:
-        requests = ahead.told_of(requests, reach=batch_size * (world_size - rank))
+    closing: list[Callable[[], None]] = []
+    if prefetcher := _prefetcher_of(dataset, plan, samples_seen):
+        requests = _telling(prefetcher, requests, reach=batch_size * (world_size - rank))
+        closing.append(prefetcher.close)
+    # What is read together is asked for together: of remote shards, that would be too many to wait for.
+    together = 1 if workers or prefetcher else max(1, dataset.read_together // batch_size)
     batches: Iterator[Batch]
-    # what is read together is asked for together, and remote shards are fetched one after the other as they are needed
-    together = 1 if workers or ahead else max(1, dataset.read_together // batch_size)
+    # Threads start after the workers, so that none is in its middle when they are forked.
     if workers:
-        batches = ReadAhead(partial(read_batch, dataset), requests, workers=workers)
+        batches = processes = Workers(partial(read_batch, dataset), requests, workers=workers)
+        closing.append(processes.close)
     else:
         batches = read_batches(dataset.twin(), requests, together=together)
-    # Threads start after the workers, so that none is in its middle when they are forked.
-    batches = _in_thread(batches, torch.device(device), workers=workers, ahead=max(AHEAD, together))
-    if ahead:
-        batches = ahead.start(batches)
-    return _Noted(batches, dataset) if dataset.max_bad else batches
-
-
-def _in_thread(batches: Iterator[Batch], device: torch.device, *, workers: int, ahead: int) -> Iterator[Batch]:
-    """Batches that a thread takes ahead: to read them here, or to pin them; those of workers are ahead as they are.
-
-    ahead: at least those that are read together, which last while the next are read.
-    """
-    close = batches.close if isinstance(batches, ReadAhead) else None
+    device, prepare = torch.device(device), None
     if device.type == "cuda":
-        prepare = partial(_use_device, device)
-        return ThreadAhead(map(Batch.pinned, batches), ahead=ahead, prepare=prepare, close=close)
-    return batches if workers else ThreadAhead(batches, ahead=ahead)
+        batches, prepare = map(Batch.pinned, batches), partial(_use_device, device)
+    if device.type == "cuda" or not workers:
+        batches = thread = ThreadAhead(batches, ahead=max(AHEAD, together), prepare=prepare)
+        closing.insert(0, thread.close)
+    return Batches(batches, dataset, closing)
+
+
+def _prefetcher_of(dataset: PackedDataset, plan: Plan, samples_seen: int) -> Prefetcher | None:
+    """Make what fetches remote shards early. None: there are none. Raises ValueError if the cache is too small."""
+    storage, shards = dataset.storage, dataset.index.shards
+    remote = [shard for shard in shards if storage.is_remote_shard(shard)]
+    if not remote:
+        return None
+    ahead = storage.cache.config.ahead
+    storage.cache.check_room(bytes_at_once(remote, window=plan.window, ahead=ahead), window=plan.window)
+
+    def fetch(number: int) -> None:
+        if storage.is_remote_shard(shards[number]):
+            storage.fetch_early(shards[number])
+
+    needs = Plan(plan.shard_sizes, plan.seed, plan.window).shards_from(samples_seen)  # windows ahead of the requests
+    return Prefetcher(fetch, needs, ahead=ahead)
+
+
+def _telling(prefetcher: Prefetcher, requests: Iterator[Request], *, reach: int) -> Iterator[Request]:
+    """Pass requests on. All ranks together are then `reach` positions beyond the first sample of each."""
+    for request in requests:
+        prefetcher.reached(int(request.positions[0]) + reach)
+        yield request
 
 
 def _use_device(device: torch.device) -> None:
@@ -160,7 +141,7 @@ def _use_device(device: torch.device) -> None:
 
 
 def names_of_step(
-    dataset: Dataset,
+    dataset: PackedDataset,
     *,
     first: int,
     global_batch: int,
@@ -170,7 +151,7 @@ def names_of_step(
     seed: int,
     window: int = WINDOW_SAMPLES,
 ) -> list[str]:
-    """What the samples are called that one rank gets in the step that starts at stream position `first`: shard:key."""
+    """Name the samples that one rank gets in the step that starts at stream position `first`, as shard:key."""
     _check_share(batch_size, rank, world_size)
     plan = Plan(dataset.shard_sizes, seed, window)
     starts = range(first + rank * batch_size, first + global_batch, batch_size * world_size)
@@ -178,17 +159,16 @@ def names_of_step(
     return [f"{dataset.reader.shard_of(number).name}:{dataset.reader.read(number).key}" for number in ids]
 
 
-def validation_batches(dataset: Dataset, *, batch_size: int, rank: int, world_size: int) -> Iterator[Batch]:
-    """Every sample exactly once over all ranks, in a fixed order; the same number of batches on every rank.
+def validation_batches(dataset: PackedDataset, *, batch_size: int, rank: int, world_size: int) -> Batches:
+    """Show every sample exactly once over all ranks, in a fixed order, in as many batches on every rank.
 
-    Rows beyond the last sample repeat it with weight 0.
+    Rows beyond the last sample repeat it with weight 0. Raises ValueError without samples.
     """
     _check_share(batch_size, rank, world_size)
     if len(dataset) < 1:
         raise ValueError("the validation data is empty, expected at least one sample; pack the data again")
     requests = _validation_requests(len(dataset), batch_size=batch_size, rank=rank, world_size=world_size)
-    batches = map(partial(read_batch, dataset), requests)
-    return _Noted(batches, dataset) if dataset.max_bad else batches
+    return Batches(map(partial(read_batch, dataset), requests), dataset)
 
 
 def _check_share(batch_size: int, rank: int, world_size: int) -> None:

@@ -1,4 +1,4 @@
-"""From image shards to code shards. The tokenizer is a function from outside; no model is known here.
+"""Encode image shards into code shards. The tokenizer is a function from outside; no model is known here.
 
 Each image shard becomes one code shard, with the same keys in the same order, whoever makes it: any number of processes
 work on a folder at once, and may be killed and started again.
@@ -32,7 +32,7 @@ from data_pipeline.images.decoding import (
 )
 from data_pipeline.images.tensors import floats_of, pixels_of
 from data_pipeline.loading.plan import Stream
-from data_pipeline.making.claims import Claims, Entry, shard_of
+from data_pipeline.making.claims import Claims, Entry, first_difference, shard_of
 from data_pipeline.making.progress import Progress
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import VERSIONS, Index, is_complete
@@ -45,7 +45,7 @@ WAITING_BYTES = 2**28  # of crops that wait for the tokenizer, so that threads h
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that determines the codes of a set of images.
+    """The settings that determine the codes of a set of images.
 
     One view is the centre crop; more are random crops that depend on (seed, sample, view) alone.
     device: what computes, such as "cpu"; all workers must have the same, since devices round differently.
@@ -66,10 +66,11 @@ class Recipe:
 
     @property
     def format(self) -> CodeFormat:
+        """The layout of one image's codes in its member."""
         return CodeFormat.for_vocab(sum(side * side for side in self.patch_nums), self.vocab_size, self.views)
 
     def meta(self, source: Index) -> dict[str, Any]:
-        """What the index of the codes says of them."""
+        """Return what the index of the codes says of them."""
         return {
             "patch_nums": list(self.patch_nums),
             "vocab_size": self.vocab_size,
@@ -96,7 +97,7 @@ class Recipe:
             )
 
     def plan(self, source: Index) -> dict[str, Any]:
-        """What all workers must agree on, so that they make the same bytes."""
+        """Return what all workers must agree on, so that they make the same bytes."""
         versions = f"torch {torch.__version__}, Pillow {PIL.__version__}"
         how = {"batch": self.batch_size, "device": self.device, "versions": versions}
         return {**self.meta(source), **how, "index_version": VERSIONS["codes"]}
@@ -110,7 +111,7 @@ def write_codes(
     encode: Callable[[Tensor], Tensor],
     report: Callable[[str], None] = print,
 ) -> Index:
-    """Encode a packed image split, together with whoever else does; the index, when all is done.
+    """Encode a packed image split, together with whoever else does; return the index when all is done.
 
     encode: (B, 3, S, S) float32 in [-1, 1], on the CPU, B <= recipe.batch_size -> (B, L) codes on any device.
     Raises ValueError if `out` holds codes made otherwise, finished or not, or the codes do not fit patch_nums or
@@ -120,23 +121,20 @@ def write_codes(
 
 
 def is_encoded(out: Path, wanted: dict[str, Any]) -> bool:
-    """Whether `out` is complete, with these values in its index's meta.
+    """Tell whether `out` is complete, with these values in its index's meta.
 
     Raises ValueError if it is complete, but made otherwise; the first difference is named.
     """
     if not is_complete(out):
         return False
-    found = Index.read(out, kind="codes").meta
-    for name, value in wanted.items():
-        if found.get(name) != value:
-            was, now = str(found.get(name))[:160], str(value)[:160]
-            raise ValueError(f"{out}: holds codes with {name} {was}, now it is {now}; delete it first")
+    if change := first_difference(Index.read(out, kind="codes").meta, wanted):
+        raise ValueError(f"{out}: holds codes with {change}; delete it first")
     return True
 
 
 @dataclass(frozen=True)
 class _Views:
-    """One image ready to be encoded. crops: (K, 3, S, S)."""
+    """The crops of one image, ready to be encoded. crops: (K, 3, S, S)."""
 
     key: str
     label: int
@@ -145,7 +143,7 @@ class _Views:
 
 @dataclass(frozen=True)
 class _Encoder:
-    """Image samples in, code samples out. Batches are the same on every run: each shard starts a new one."""
+    """The way from image samples to code samples. Batches are the same on every run: each shard starts a new one."""
 
     reader: ShardReader
     encode: Callable[[Tensor], Tensor]
@@ -153,6 +151,7 @@ class _Encoder:
     budget: DecodingBudget = field(default_factory=DecodingBudget)
 
     def samples(self, ids: range) -> Iterator[Sample]:
+        """Encode the images of these numbers, in order."""
         code_format = self.recipe.format
         num_images = max(1, self.recipe.batch_size // self.recipe.views)
         stored = ((sample_id, self.reader.read(sample_id)) for sample_id in ids)
@@ -160,7 +159,7 @@ class _Encoder:
         images = map_in_threads(self._views, stored, ahead=max(num_images, min(fit, NUM_THREADS)))
         while chunk := list(islice(images, num_images)):
             codes = self._codes(torch.cat([image.crops for image in chunk]))
-            for image, rows in zip(chunk, codes.reshape(len(chunk), self.recipe.views, -1)):
+            for image, rows in zip(chunk, codes.reshape(len(chunk), self.recipe.views, -1), strict=True):
                 yield Sample(image.key, {code_format.suffix: code_format.pack(image.label, rows)})
 
     def _views(self, stored: tuple[int, Sample]) -> _Views:
@@ -175,7 +174,7 @@ class _Encoder:
         return _Views(sample.key if KEY.fullmatch(sample.key) else f"_{sample_id:09d}", label, crops)
 
     def _crops(self, sample_id: int, data: bytes) -> Tensor:
-        """-> (K, 3, S, S)"""
+        """Decode one image and crop its views: (K, 3, S, S)."""
         transform, views = self.recipe.transform, self.recipe.views
         with self.budget.decoded(read_header(data)) as image:
             if views == 1:
@@ -186,7 +185,7 @@ class _Encoder:
 
     @torch.inference_mode()
     def _codes(self, crops: Tensor) -> np.ndarray:
-        """(N, 3, S, S) -> (N, L) int64. Raises ValueError if these are not codes of this vocabulary."""
+        """Encode crops (N, 3, S, S) into (N, L) int64. Raises ValueError if these are not codes of this vocabulary."""
         codes = torch.cat([self.encode(part).cpu() for part in crops.split(self.recipe.batch_size)]).numpy()
         expected, vocab_size = (len(crops), self.recipe.format.num_tokens), self.recipe.vocab_size
         if codes.shape != expected:
@@ -197,7 +196,7 @@ class _Encoder:
 
 
 class Encoding:
-    """The encoding of one folder by this process, beside others. `write_codes` in two steps."""
+    """The encoding of one folder by this process, beside others: `write_codes` in two steps, `work` and `finish`."""
 
     def __init__(
         self,
@@ -208,15 +207,16 @@ class Encoding:
         encode: Callable[[Tensor], Tensor],
         report: Callable[[str], None] = print,
     ) -> None:
-        """The arguments of `write_codes`. Raises its ValueError if `out` holds, or is to hold, other codes,
-        and for more views than a shard has room for.
+        """Lay down the work, or join it. Takes the arguments of `write_codes`.
+
+        Raises ValueError if `out` holds, or is to hold, other codes, and for more views than a shard has room for.
         """
         source = Index.read(images, kind="images")
         recipe.check_views(source)
         first_ids = accumulate((shard.samples for shard in source.shards), initial=0)
         self._ids = {
             shard.name.removesuffix(".tar"): range(first, first + shard.samples)
-            for shard, first in zip(source.shards, first_ids)
+            for shard, first in zip(source.shards, first_ids, strict=False)  # the last sum begins no shard
         }
         self._out = Path(out)
         self._meta = recipe.meta(source)
@@ -245,15 +245,9 @@ class Encoding:
     def _make(self, name: str) -> Entry:
         if not self._ids[name]:
             return {"shard": None}
-        self._progress.begin_shard()
-        samples = self._counted(self._encoder.samples(self._ids[name]))
+        samples = self._progress.counted(self._encoder.samples(self._ids[name]), _num_bytes)
         shard = write_shard(samples, self._out / f"{name}.tar", parts=self._encoder.recipe.views)
         return {"shard": shard.to_json()}
-
-    def _counted(self, samples: Iterator[Sample]) -> Iterator[Sample]:
-        for sample in samples:
-            self._progress.add(1, sum(map(len, sample.members.values())))
-            yield sample
 
     def _merge(self) -> None:
         found = [shard_of(self._claims.entry(name)) for name in self._ids]
@@ -261,3 +255,7 @@ class Encoding:
         expected = self._encoder.reader.index.num_samples
         assert index.num_samples == expected, f"{index.num_samples} codes of {expected} images"
         index.write(self._out)
+
+
+def _num_bytes(sample: Sample) -> int:
+    return sum(map(len, sample.members.values()))

@@ -1,4 +1,4 @@
-"""An index for WebDataset tars that somebody else has packed: they stay where they are, as they are.
+"""Index WebDataset tars that somebody else has packed, which stay where they are, as they are.
 
 Each tar is read from its first to its last byte. What follows is the same as for shards packed here: sizes are
 checked before a run starts, and every member when it is read. A sample without exactly one image, or without a class,
@@ -41,7 +41,7 @@ CHOICES = re.compile(r"\{([^{}]*,[^{}]*)\}")
 
 
 def expand_shards(patterns: Sequence[str]) -> list[str]:
-    """The tars that patterns stand for, in order: absolute paths and URLs.
+    """List the tars that patterns stand for, in order, as absolute paths and URLs.
 
     A pattern is a path or URL, with {000..127} or {a,b} for several; a folder, for the .tar files in it; or a .txt
     file with one pattern in each line. Raises FileNotFoundError for what is not there, ValueError for other schemes,
@@ -71,7 +71,7 @@ def _expand(patterns: Sequence[str]) -> Iterator[str]:
 
 
 def _count(pattern: str) -> int:
-    """How many places a pattern stands for."""
+    """Count the places that a pattern stands for."""
     letters = [abs(ord(last) - ord(first)) + 1 for first, last in LETTERS.findall(pattern)]
     ranges = [abs(int(last[:20]) - int(first[:20])) + 1 for first, last in NUMBERS.findall(pattern)]
     return math.prod([*ranges, *letters, *(choices.count(",") + 1 for choices in CHOICES.findall(pattern))])
@@ -99,7 +99,11 @@ def _places(one: str) -> list[str]:
 
 @dataclass
 class Indexing:
-    """Indexes tars one by one and keeps count."""
+    """The indexing of tars one by one, and what was found in them.
+
+    entries: of the tars read so far. skipped: tar, key and reason of each sample left out. ignored: how many members
+    of each kind were not read.
+    """
 
     out: Path
     cache: ShardCache
@@ -113,31 +117,30 @@ class Indexing:
 
     def add(self, location: str) -> ShardEntry:
         """Read a whole tar and write its table. Raises DamagedData if it is not a sound tar."""
-        name = shard_name(len(self.entries))
-        path = self._whole(location)
+        place = without_query(location)
+        path = self.cache.fetch_new(location) if is_url(location) else Path(location)
+        regular_size(path)
         before = os.stat(path)
-        bad: dict[int, str] = {}
-        numbers = iter(range(2**32))
+        is_good: list[bool] = []  # of each sample
 
         def visit(sample: Sample) -> None:
-            number = next(numbers)
-            if reason := self._fault(sample):
-                bad[number] = reason
-                self.skipped.append({"shard": without_query(location), "key": sample.key, "reason": reason})
+            reason = self._fault(sample)
+            is_good.append(not reason)
+            if reason:
+                self.skipped.append({"shard": place, "key": sample.key, "reason": reason})
 
         try:
             scan = scan_file(path, visit)
         except TarFault as fault:
-            place = without_query(location)
             what = str(fault).removeprefix(f"{path}: ")
             raise DamagedData(f"{place}: {what}; copy it again, or leave it out") from None
         self.ignored += scan.ignored
-        table_sha256 = write_members(_without(scan, bad), self.out / name)
-        good = scan.num_samples - len(bad)
-        entry = ShardEntry(name, good, scan.total, file_sha256(path), table_sha256, location)
+        name = shard_name(len(self.entries))
+        table_sha256 = write_members(_table_of(scan, is_good), self.out / name)
+        entry = ShardEntry(name, sum(is_good), scan.total, file_sha256(path), table_sha256, location)
         after = os.stat(path)
         if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
-            raise DamagedData(f"{without_query(location)}: changed while it was read; start again when it is at rest")
+            raise DamagedData(f"{place}: changed while it was read; start again when it is at rest")
         self.entries.append(entry)
         return entry
 
@@ -161,15 +164,8 @@ class Indexing:
         index.write(self.out)
         return index
 
-    def _whole(self, location: str) -> Path:
-        """A local file with all of a tar."""
-        if is_url(location):
-            return self.cache.fetch_new(location)
-        regular_size(Path(location))
-        return Path(location)
-
     def _fault(self, sample: Sample) -> str:
-        """Why a sample cannot be used; empty: it can."""
+        """Say why a sample cannot be used; "" if it can."""
         images = [suffix for suffix in sample.members if suffix in IMAGE_SUFFIXES]
         if len(images) != 1:
             return f"{len(images)} images ({', '.join(images) or 'none'}), expected one"
@@ -185,10 +181,9 @@ class Indexing:
         return ""
 
 
-def _without(scan: Scan, bad: dict[int, str]) -> np.ndarray:
-    """The table of a scan without some samples, those behind them moving up."""
-    table = scan.table()
-    good = np.array([number not in bad for number in range(scan.num_samples)], dtype=bool)
+def _table_of(scan: Scan, is_good: list[bool]) -> np.ndarray:
+    """Return the table of a scan without the samples that are not good, those behind them moving up."""
+    table, good = scan.table(), np.array(is_good, dtype=bool)
     table = table[good[table["sample"]]]
     table["sample"] = (np.cumsum(good) - 1)[table["sample"]]
     return table
@@ -204,7 +199,7 @@ def index_shards(
     cache: ShardCache,
     report: Callable[[str], None] = print,
 ) -> tuple[Index, Indexing]:
-    """Index the tars that `patterns` stand for into the folder `out`; the index, and what was left out.
+    """Index the tars that `patterns` stand for into the folder `out`; return the index, and what was left out.
 
     Raises:
         ValueError: `out` is indexed already, or the patterns stand for nothing.

@@ -1,4 +1,4 @@
-"""From an image folder to image shards, by any number of processes, each of which may be killed at any time.
+"""Pack an image folder into image shards, by any number of processes, each of which may be killed at any time.
 
 A shard is a pure function of the source, the options and its number: shard k of a split holds the readable images among
 the files k n to (k + 1) n - 1 of a shuffled list, under their places in that list as keys.
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from itertools import chain
 from os import cpu_count
 from pathlib import Path
-from typing import Any, BinaryIO, Union
+from typing import Any, BinaryIO
 
 import PIL
 from PIL import features
@@ -24,11 +24,11 @@ from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.hashing import permutation
 from data_pipeline.images.decoding import SUFFIXES, DecodingBudget, read_header, resize_short_side
 from data_pipeline.loading.plan import Stream
-from data_pipeline.making.claims import Claims, Entry, forget_finished_work
-from data_pipeline.making.pack_report import SplitCount, SplitTotal, printable
+from data_pipeline.making.claims import Claims, Entry, first_difference, forget_finished_work, shard_of
+from data_pipeline.making.pack_report import SplitCount, printable
 from data_pipeline.making.progress import Progress
 from data_pipeline.making.sources import SPLITS, ImageFile, ImageSource, open_source
-from data_pipeline.shards.index import Index, is_complete, shard_name
+from data_pipeline.shards.index import Index, ShardEntry, is_complete, shard_name
 from data_pipeline.shards.members import Sample
 from data_pipeline.shards.writer import write_shard
 
@@ -39,12 +39,12 @@ IMAGES_AT_ONCE = 256
 BYTES_AT_ONCE = 128 * 2**20  # of files that are in memory together; one alone may be larger
 JPEG_QUALITY = 95
 
-_Outcome = Union[tuple[str, bytes, int, int], str]  # suffix, content, width and height of an image, or what is wrong
+_Outcome = tuple[str, bytes, int, int] | str  # suffix, content, width and height of an image, or what is wrong
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """What pack_images did. `skipped` names every file that was left out, with the reason; `counts` is report.json."""
+    """The result of pack_images. `skipped` names every file left out, with the reason; `counts` is report.json."""
 
     train: Index
     val: Index
@@ -53,19 +53,15 @@ class PackReport:
 
 
 def is_packed(out: Path) -> bool:
-    """True if pack_images finished in this folder."""
+    """Tell whether pack_images finished in this folder."""
     return all(is_complete(Path(out) / split) for split in SPLITS)
 
 
 def refuse_packed_otherwise(out: Path, options: dict[str, Any]) -> None:
     """Raise ValueError if a packed folder is not what these options make; the first that differs is named."""
     for meta in (Index.read(out / split, kind="images").meta for split in SPLITS):
-        for name, now in options.items():
-            if meta.get(name) != now:
-                raise ValueError(
-                    f"{out}: already packed with {name} {str(meta.get(name))[:160]}, now it is {str(now)[:160]}; "
-                    "delete it or choose another output folder"
-                )
+        if change := first_difference(meta, options):
+            raise ValueError(f"{out}: already packed with {change}; delete it or choose another output folder")
 
 
 def pack_images(
@@ -115,7 +111,7 @@ def pack_images(
 
 
 def encoding(resize_to: int | None) -> str:
-    """How an index says in which form its images are stored."""
+    """Say, for an index, in which form its images are stored. resize_to: pixels of a short side; None: as found."""
     if resize_to is None:
         return "original files"
     return f"original files, those with a short side over {resize_to} pixels scaled down, JPEG quality {JPEG_QUALITY}"
@@ -155,6 +151,7 @@ class _Packing:
         self.claims = Claims(out, tuple(self.chunks), plan=plan, is_finished=lambda: is_packed(out), report=report)
 
     def run(self) -> None:
+        """Pack until both splits are finished, by this process or others."""
         self.claims.open()
         sizes = {name: len(places) for name, places in self.chunks.items()}
         self.progress = Progress(self.claims, sizes, report=self.report)
@@ -162,20 +159,24 @@ class _Packing:
         self.report(f"{self.out}: {self.progress.summary()}")
 
     def _pack_shard(self, name: str) -> Entry:
-        """Write one shard and say what is in it, and what is not."""
-        self.progress.begin_shard()
-        count, kept, skipped = SplitCount(), [], []
+        """Write one shard; return what is in it, and what is not."""
+        count = SplitCount()
+        kept: list[dict[str, Any]] = []
+        skipped: list[dict[str, Any]] = []
         samples = self._samples(name, count, kept, skipped)
         first = next(samples, None)
         shard = None if first is None else write_shard(chain([first], samples), self.out / f"{name}.tar").to_json()
-        return {"shard": shard, "count": count.to_json(), "files": kept, "skipped": skipped}
+        return {"shard": shard, "count": vars(count), "files": kept, "skipped": skipped}
 
-    def _samples(self, name: str, count: SplitCount, kept: list[Any], skipped: list[Any]) -> Iterator[Sample]:
-        """Every readable file of a shard. Keys are numbers, because WebDataset cuts file names at their first dot."""
+    def _samples(
+        self, name: str, count: SplitCount, kept: list[dict[str, Any]], skipped: list[dict[str, Any]]
+    ) -> Iterator[Sample]:
+        """Give the readable files of a shard. Keys are numbers: WebDataset cuts file names at their first dot."""
         split = name.split("/")[0]
         places = self.chunks[name]
         files = [self.source.splits[split][i] for i in self.orders[split][places.start : places.stop]]
-        for place, file, outcome in zip(places, files, self._load_all(files)):
+        loaded = zip(places, files, self._load_all(files), strict=True)
+        for place, file, outcome in self.progress.counted(loaded, lambda one: one[1].num_bytes):
             if isinstance(outcome, str):
                 count.add_skipped(outcome)
                 skipped.append({"file": file.name, "reason": outcome})
@@ -185,10 +186,9 @@ class _Packing:
                 key = f"{place:09d}"
                 kept.append({"key": key, "file": file.name, "label": file.label})
                 yield Sample(key, {"cls": str(file.label).encode(), suffix: data})
-            self.progress.add(1, file.num_bytes)
 
     def _load_all(self, files: list[ImageFile]) -> Iterator[_Outcome]:
-        """The outcome of each file, in order; the next group of files is read while one is written."""
+        """Read and decode files, in order; the next group of them is read while one is written."""
         underway: deque[Iterator[_Outcome]] = deque()
         for group in _groups(files):
             underway.append(self.pool.map(self._load, group))
@@ -198,7 +198,7 @@ class _Packing:
             yield from outcomes
 
     def _load(self, file: ImageFile) -> _Outcome:
-        """The image of one file. An unreadable one is an outcome here, to be counted, not an exception."""
+        """Read and decode one file. An unreadable one is an outcome here, to be counted, not an exception."""
         try:
             return self._stored_image(self.source.read(file))
         except ValueError as error:
@@ -218,41 +218,47 @@ class _Packing:
         """Make the lists, the report and last the indexes of all entries: the same bytes whoever does it."""
         indexes, splits = {}, {}
         for split in SPLITS:
-            merged = self._merge_lists(split)
-            count = merged.count
+            shards, count, first_skipped = self._merge_lists(split)
             listed = len(self.source.splits[split])
             assert count.images + count.skipped == listed, f"{split}: {count.images} + {count.skipped} of {listed}"
-            if not merged.shards:
-                name, reason = merged.first_skipped
+            if not shards:
+                name, reason = first_skipped
                 raise ValueError(
                     f"{self.source.name}: no readable images for {split}, the first: {printable(name)}: {reason}"
                 )
             meta = {**self.options, "split": split, "skipped": count.skipped}
-            indexes[split] = Index("images", tuple(merged.shards), meta)
-            num_bytes = sum(shard.bytes for shard in merged.shards)
-            totals = {"listed": listed, "shards": len(merged.shards), "bytes": num_bytes}
-            splits[split] = totals | count.summary(self.options["classes"]) | {"first_skipped": merged.first_skipped}
+            indexes[split] = Index("images", tuple(shards), meta)
+            num_bytes = sum(shard.bytes for shard in shards)
+            totals = {"listed": listed, "shards": len(shards), "bytes": num_bytes}
+            splits[split] = totals | count.summary(self.options["classes"]) | {"first_skipped": first_skipped}
         unused = {"unused": list(self.source.unused), "num_hidden": self.source.num_hidden}
         with atomic_file(self.out / REPORT_NAME) as file:
             file.write(json.dumps({"splits": splits, **unused}, indent=1).encode() + b"\n")
         for split, index in indexes.items():
             index.write(self.out / split)
 
-    def _merge_lists(self, split: str) -> SplitTotal:
-        """Write files.jsonl and skipped.jsonl, with one entry in memory at a time."""
-        merged = SplitTotal()
+    def _merge_lists(self, split: str) -> tuple[list[ShardEntry], SplitCount, tuple[str, ...]]:
+        """Write files.jsonl and skipped.jsonl, with one entry in memory at a time.
+
+        Return the shards of the split, the count of its images, and name and reason of the first file left out.
+        """
+        shards, count, first_skipped = [], SplitCount(), ()
         folder = self.out / split
         with atomic_file(folder / FILES_NAME) as files, atomic_file(folder / SKIPPED_NAME) as skipped:
             for name in (name for name in self.chunks if name.startswith(f"{split}/")):
                 entry = self.claims.entry(name)
                 _write_lines(files, entry["files"])
                 _write_lines(skipped, entry["skipped"])
-                merged.add(entry)
-        return merged
+                count.add_json(entry["count"])
+                if (shard := shard_of(entry)) is not None:
+                    shards.append(shard)
+                if entry["skipped"] and not first_skipped:
+                    first_skipped = (entry["skipped"][0]["file"], entry["skipped"][0]["reason"])
+        return shards, count, first_skipped
 
 
 def _read_report(out: Path, options: dict[str, Any]) -> PackReport:
-    """What was packed. Raises ValueError if it is not what these options make."""
+    """Read what was packed. Raises ValueError if it is not what these options make."""
     refuse_packed_otherwise(out, options)
     indexes = {split: Index.read(out / split, kind="images") for split in SPLITS}
     skipped = []
@@ -263,7 +269,7 @@ def _read_report(out: Path, options: dict[str, Any]) -> PackReport:
 
 
 def _groups(files: list[ImageFile]) -> Iterator[list[ImageFile]]:
-    """The files in runs that fit into memory together."""
+    """Divide files, in order, into runs that fit into memory together."""
     group: list[ImageFile] = []
     num_bytes = 0
     for file in files:
@@ -276,7 +282,7 @@ def _groups(files: list[ImageFile]) -> Iterator[list[ImageFile]]:
 
 
 def _encoder_version() -> str:
-    """What JPEG bytes depend on beside the pixels."""
+    """Name what JPEG bytes depend on beside the pixels."""
     return f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 

@@ -1,4 +1,4 @@
-"""Where images come from before packing: a folder of class folders, one with train/ and val/, or the digits.
+"""Find the images to be packed: in a folder of class folders, one with train/ and val/, or the digits.
 
 Here files are found, given a class, and divided into train and val. Nothing is decoded. Every visible file below the
 class folders is listed, also what can be no image: packing names it with its reason, so that nothing goes silently.
@@ -28,12 +28,12 @@ UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)  # of 
 
 
 class SourceChanged(OSError):
-    """A file is no longer what it was when the source was listed."""
+    """The error for a file that is no longer what it was when the source was listed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ImageFile:
-    """One image before packing: its name within the source, its class, its size, and why it cannot be read, if so."""
+    """The facts about one file before packing. name: within the source. fault: why it cannot be read, or ""."""
 
     name: str
     label: int
@@ -43,7 +43,7 @@ class ImageFile:
 
 @dataclass(frozen=True)
 class ImageSource:
-    """Class names, the files of each split, and how to get the bytes of one.
+    """The class names of a source, the files of each split, and the way to get the bytes of one.
 
     read: raises ValueError if a file cannot be read, SourceChanged if it is not the one that was listed.
     unused: visible files and folders beside the class folders, which have no class. num_hidden: names with a dot first.
@@ -57,7 +57,7 @@ class ImageSource:
     num_hidden: int = 0
 
     def listing(self) -> str:
-        """What the source holds, in a line that changes with any name, class or size."""
+        """Sum up the source in a line that changes with any name, class, size or split."""
         digest = hashlib.sha256()
         for split, files in self.splits.items():
             for file in files:
@@ -111,7 +111,7 @@ def split_by_class(files: list[ImageFile], *, val_fraction: float, seed: int) ->
 
 @dataclass
 class _Tree:
-    """A folder on disk, and what in it is no image of a class."""
+    """The walk through a folder on disk, with the names in it that are no image of a class."""
 
     root: Path
     unused: list[str] = field(default_factory=list)
@@ -125,7 +125,7 @@ class _Tree:
         return ImageSource(str(self.root), shown, splits, self._read, tuple(sorted(self.unused)), self.num_hidden)
 
     def class_names(self, folder: str) -> tuple[str, ...]:
-        """The visible folders in a folder; they may be links, as those of a data set that is a choice of another."""
+        """List the visible folders in a folder; they may be links, where a data set is a choice of another."""
         names = []
         for entry in self.visible(folder):
             if entry.is_dir():
@@ -137,7 +137,7 @@ class _Tree:
         return tuple(sorted(names))
 
     def files_by_class(self, folder: str, classes: tuple[str, ...]) -> list[ImageFile]:
-        """All visible files below the class folders, named relative to the root, in a fixed order."""
+        """List all visible files below the class folders, named relative to the root, in a fixed order."""
         files: list[ImageFile] = []
         for label, name in enumerate(classes):
             if not (self.root / folder / name).is_dir():
@@ -189,20 +189,20 @@ class _Tree:
 
 
 def _size_and_fault(entry: os.DirEntry[str]) -> tuple[int, str]:
-    """Bytes of a file, and why it cannot be one; links to files are followed, and to nothing else."""
+    """Return the bytes of a file, and why it cannot be read, if so; links are followed to files alone."""
     try:
         found = entry.stat()
     except FileNotFoundError:
         return 0, "a link to nothing"
     except OSError as error:
-        return 0, error.strerror
+        return 0, str(error.strerror)
     if stat.S_ISREG(found.st_mode):
         return found.st_size, ""
     return 0, "a link to a folder" if stat.S_ISDIR(found.st_mode) else "not a regular file"
 
 
 def readable_name(name: str) -> str:
-    """A file name that can be printed and stored anywhere: bytes that are not UTF-8 are written as \\xNN."""
+    """Write a file name so that it can be stored anywhere: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
@@ -219,7 +219,7 @@ def _with_splits(tree: _Tree) -> ImageSource:
 
 
 def _digits(*, side: int, val_fraction: float, seed: int) -> ImageSource:
-    """1,797 handwritten digits of 8 x 8 pixels that come with scikit-learn (UCI ML repository), shown at `side`."""
+    """Offer the 1,797 handwritten digits of 8 x 8 pixels of scikit-learn (UCI ML repository), scaled to `side`."""
     from sklearn.datasets import load_digits  # only this source needs scikit-learn
 
     if side < 8:
@@ -232,7 +232,7 @@ def _digits(*, side: int, val_fraction: float, seed: int) -> ImageSource:
 
 
 def _digit_png(grey: np.ndarray, side: int) -> bytes:
-    """grey: (8, 8) with values 0 .. 16 -> an RGB PNG of side x side pixels."""
+    """Make an RGB PNG of side x side pixels of grey (8, 8) with values 0 .. 16."""
     image = Image.fromarray(np.round(grey * (255 / 16)).astype(np.uint8))
     image = image.resize((side, side), Image.Resampling.BICUBIC).convert("RGB")
     buffer = io.BytesIO()

@@ -1,4 +1,4 @@
-"""Every byte of packed data against its index, every fault named: for before a long run, or after a copy."""
+"""Check every byte of packed data against its index, and name every fault: before a long run, or after a copy."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,7 @@ MAX_FAULTS = 100  # named in one shard; where there are more, it has to be copie
 
 @dataclass(frozen=True)
 class ShardReport:
-    """What was found in one shard: nothing, or faults, each one line."""
+    """The faults of one shard, if any, each in one line. samples, bytes: as the index says."""
 
     place: str
     samples: int
@@ -33,13 +34,16 @@ class ShardReport:
 
 
 def verify_shards(storage: Storage, index: Index, *, decode: bool, threads: int) -> Iterator[ShardReport]:
-    """Read every shard of a folder, several at once, in their order. `decode`: also every image or code in it."""
+    """Read every shard of a folder, several at once, and report on them in order.
+
+    decode: also decode every image, or unpack every code.
+    """
     with ThreadPoolExecutor(threads) as pool:
         yield from pool.map(partial(_verify_shard, storage, index, decode=decode), index.shards)
 
 
 def folders_of(location: str) -> list[str]:
-    """A packed folder, or the packed folders in it (train and val). Raises FileNotFoundError if there are none."""
+    """List a packed folder itself, or those in it (train and val). Raises FileNotFoundError if there are none."""
     storage = Storage(location)
     if storage.is_remote or (Path(location) / INDEX_NAME).exists():
         return [location]
@@ -81,7 +85,7 @@ def _faults(storage: Storage, index: Index, shard: ShardEntry, *, decode: bool) 
 def _sample_faults(
     descriptor: int, table: np.ndarray, first: list[int], index: Index, *, decode: bool
 ) -> Iterator[str]:
-    for start, stop in zip(first, first[1:]):
+    for start, stop in pairwise(first):
         rows = members_of(table[start:stop])
         try:
             sample = read_sample(partial(_read_all, descriptor), rows)
@@ -101,14 +105,14 @@ def _read_all(descriptor: int, position: int, size: int) -> bytes:
 
 
 def _part_fault(sample: Sample, rows: np.ndarray, parts: int) -> str:
-    """What is wrong with the checksums of the parts of a sample that is as it was packed; empty: nothing."""
+    """Say what is wrong with the checksums of the parts of a sample that is as it was packed; "" if nothing is."""
     if parts and [part_checksums(content, parts) for content in sample.members.values()] != rows["parts"].tolist():
         return "the table of members has other checksums of its views than they have; encode these images again"
     return ""
 
 
 def _decoding_fault(sample: Sample, index: Index) -> str:
-    """Why the content of a sample cannot be used, though it is as it was packed; empty: it can."""
+    """Say why the content of a sample cannot be used, though it is as it was packed; "" if it can."""
     try:
         if index.kind == "images":
             image_of(sample)
@@ -125,7 +129,7 @@ def _decoding_fault(sample: Sample, index: Index) -> str:
 
 
 def _unpack(sample: Sample, index: Index) -> tuple[int, int]:
-    """Label and largest code of a record."""
+    """Read label and largest code of a record."""
     code_format = CodeFormat(index.meta["num_tokens"], index.meta["views"], index.meta["bits"])
     if code_format.suffix not in sample.members:
         raise ValueError(f"no {code_format.suffix} among the members {sorted(sample.members)}")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from webdataset import TarWriter
 
 from data_pipeline.files.atomic import atomic_file, bytes_sha256, file_sha256
 from data_pipeline.shards.index import Index, Kind, ShardEntry, refuse_complete, shard_name
@@ -52,6 +51,8 @@ def write_shard(samples: Iterable[Sample], path: Path, *, parts: int = 0) -> Sha
     parts: in how many parts with a checksum each a member is stored; the `record_parts` of the index it is for.
     Times and owners are fixed, so equal samples give equal bytes. The table is made from the file as it lies on disk.
     """
+    from webdataset import TarWriter  # here, because it imports torch, which help and dry runs do not wait for
+
     num_samples = 0
     with atomic_file(path) as file:
         with TarWriter(file, encoder=False, compress=False, mtime=0, user="", group="") as writer:

@@ -11,7 +11,7 @@ from models.scales import PATCH_NUMS_256, Scales
 from models.var import CHECKPOINTINGS, NO_CHECKPOINTING
 from training.engine.engine import PRECISIONS
 
-BENCHMARKS = ("train", "switches", "sample", "tokenizer", "data", "attention", "suite")
+BENCHMARKS = ("train", "sample", "tokenizer", "data", "attention", "suite")
 ALL, OURS = "all", "ours"  # contestants of a training step
 SETTINGS_OF_SUITE = ("what", "against", "repeats", "out")  # it chooses all others itself
 
@@ -31,6 +31,7 @@ class BenchmarkConfig:
     compile: bool = False  # compile the transformer's blocks
     attention: str = PER_SCALE  # of training: or flex, or masked
     activation_checkpointing: str = NO_CHECKPOINTING  # of training: or selective, or full
+    zero_stage: int | None = None  # of training: 0 to 3; null: 0 in fp32, else 1
     contestants: str = ALL  # train: or ours, alone on the device
     against: str = ""  # a clone of the public VAR code to measure beside; empty: none
     repeats: int = 7  # turns that are timed

@@ -79,7 +79,7 @@ def plan_suite(config: BenchmarkConfig) -> list[Settings]:
         return {"what": what, "repeats": config.repeats} | beside | settings
 
     if not torch.cuda.is_available():
-        names = ("train", "switches", "sample", "tokenizer", "attention", "data")
+        names = ("train", "sample", "tokenizer", "attention", "data")
         return [part(what, **{"batches": [1, 2]} if what == "sample" else {}) for what in names]
 
     total, fast = torch.cuda.get_device_properties(0).total_memory, {"precision": "bf16", "compile": True}
@@ -102,7 +102,6 @@ def plan_suite(config: BenchmarkConfig) -> list[Settings]:
         *beside.values(),
         flex,
         eager,
-        part("switches", precision="bf16", depth=16, batch=round_down(batch_alone(16, total) // 4)),
         part("attention", precision="bf16"),
         part("tokenizer", precision="bf16", batch=8),
         part("sample", depth=16, batch=MANY_AT_ONCE, **fast),  # late: the caches of the public code may not fit

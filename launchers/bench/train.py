@@ -1,8 +1,7 @@
-"""`benchmark.py train` and `switches`: one training step of the transformer, with all that training does in it.
+"""`benchmark.py train`: one training step of the transformer, with all that training does in it.
 
-`train` times ours, a bare PyTorch loop, and the public code's step, on codes and on images that it encodes every time.
-`switches` times ours with each setting that trades speed, memory or start-up time. All have the same weights, batch,
-precision and device.
+Beside ours stand a bare PyTorch loop, and the public code's step, on codes and on images that it encodes every time.
+All have the same weights, batch, precision and device. On several ranks ours is measured alone.
 """
 
 from __future__ import annotations
@@ -11,10 +10,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from copy import deepcopy
-from dataclasses import replace
-from itertools import repeat
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.nn import functional as F
@@ -26,8 +22,7 @@ from launchers.bench.models import code_batch, make_codes, make_tokenizer, make_
 from launchers.bench.public_code import PublicCode
 from launchers.bench.timing import Contestant, Row, common_precision, device_type, synchronize, time_in_turns
 from launchers.setup.loading import place_tokenizer
-from models.attention import FLEX, MASKED
-from models.var import FULL_CHECKPOINTING, SELECTIVE_CHECKPOINTING, VAR
+from models.var import VAR
 from models.vqvae import VQVAE
 from training.engine.distributed import World, join_world
 from training.engine.engine import Engine, EngineConfig
@@ -55,7 +50,7 @@ def benchmark_train(config: BenchmarkConfig) -> list[Row]:
             bare = bare_step(config, deepcopy(model), tokenizer, codes)
             contestants = [Contestant(BARE, bare, flops, config.precision)]
         batches = TimedIterator(read_batches(config, Path(folder), world))
-        step = OurStep(config, engine_config(config), model, tokenizer, batches, world)
+        step = OurStep(config, model, tokenizer, batches, world)
         ours = Contestant(OURS_ON_CODES, step, flops, config.precision, extra=step.data_wait)
         contestants = [ours, *contestants]
         if public is not None:
@@ -76,40 +71,10 @@ def public_steps(
     )
 
 
-def benchmark_switches(config: BenchmarkConfig) -> list[Row]:
-    """Time images a second of our step with each switch, beside the step without any."""
-    world, plain = join_world(), engine_config(config)
-    tokenizer, model = make_tokenizer(config), make_var(config)
-    changes: dict[str, dict[str, Any]] = {
-        "as it comes": {},
-        "dense mask": {"attention": MASKED},
-        "compiled blocks": {"compile": True},
-        "selective checkpointing": {"activation_checkpointing": SELECTIVE_CHECKPOINTING},
-        "full checkpointing": {"activation_checkpointing": FULL_CHECKPOINTING},
-        **{f"ZeRO-{stage}": {"zero_stage": stage} for stage in (1, 3) if stage != plain.zero_stage},
-    }
-    batch = code_batch(var_config(config), config.batch)
-    if world.device.type == "cuda":
-        changes["FlexAttention"] = {"attention": FLEX}
-        changes["compiled blocks, FlexAttention"] = {"attention": FLEX, "compile": True}
-        batch = batch.pinned()
-    flops = training_flops(var_config(config))
-    contestants = [
-        Contestant(
-            name,
-            OurStep(config, replace(plain, **change), deepcopy(model), tokenizer, repeat(batch), world),
-            flops,
-            config.precision,
-        )
-        for name, change in changes.items()
-    ]
-    return time_in_turns(contestants, config.repeats)
-
-
 def engine_config(config: BenchmarkConfig) -> EngineConfig:
-    """Return the engine's settings: no ZeRO in float32; below it stage 1, which keeps the float32 weights."""
+    """Return the engine's settings. Unless asked for, there is no ZeRO in fp32; below it stage 1 keeps fp32 weights."""
     return EngineConfig(
-        zero_stage=0 if config.precision == "fp32" else 1,
+        zero_stage=(0 if config.precision == "fp32" else 1) if config.zero_stage is None else config.zero_stage,
         precision=config.precision,
         micro_batch=config.batch,
         compile=config.compile,
@@ -131,13 +96,13 @@ class OurStep:
     def __init__(
         self,
         config: BenchmarkConfig,
-        engine: EngineConfig,
         model: VAR,
         tokenizer: VQVAE,
-        batches: Iterator[Batch],
+        batches: TimedIterator,
         world: World,
     ) -> None:
         """Take the model over, and move the tokenizer's quantiser to its device."""
+        engine = engine_config(config)
         set_up_var(model, engine)
         self.batch, self.global_batch = config.batch, config.batch * world.world_size
         optimizer = build_optimizer(model, OptimizerConfig(), undecayed=model.names_without_weight_decay())
@@ -156,9 +121,8 @@ class OurStep:
         start = time.perf_counter()
         self.stage.train_step(self.batches, StepContext(self.samples_seen, 0.5, LEARNING_RATE, WEIGHT_DECAY))
         synchronize()
-        if isinstance(self.batches, TimedIterator):
-            self.samples_seen += self.global_batch
-            self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
+        self.samples_seen += self.global_batch
+        self.waits.append((self.batches.take_waited(), time.perf_counter() - start))
         return self.batch
 
     def data_wait(self) -> Row:

@@ -31,6 +31,7 @@ from launchers.setup.config_files import (
 )
 from launchers.setup.exit_codes import EXIT_ERROR, EXIT_STOPPED, describe, exit_code, lost_its_peers, one_line
 from training.engine.place import place_of
+from training.engine.slurm import Place
 from training.engine.unpickling import forbid_unpickling
 from training.tracking.redaction import REMEDY, redact, redacted_output, secret_in
 
@@ -73,15 +74,15 @@ def run_launcher(schema: type[Config], launch: Callable[[Command[Config]], None]
 def _launched(schema: type[Config], launch: Callable[[Command[Config]], None], description: str | None) -> int:
     try:
         command = parse(schema, sys.argv[1:], description)
-        if command is not None and not (command.dry_run and _rank() > 0):
+        if command is not None and not (command.dry_run and _place().rank > 0):
             launch(command)
         code = 0
     except (Exception, KeyboardInterrupt) as error:
         code = _report(error)
-        if code == EXIT_ERROR and _world_size() == 1:
+        if code == EXIT_ERROR and _place().world_size == 1:
             sys.excepthook = _print_redacted  # Python shows the traceback once nobody has caught it
             raise
-    if _world_size() > 1:
+    if _place().world_size > 1:
         end_process(code)
     return code
 
@@ -103,7 +104,7 @@ def _print_redacted(kind: type[BaseException], error: BaseException, trace: Trac
 
 def _report(error: BaseException) -> int:
     """Say why this process ends, after the rank that knows it best, and return the exit code."""
-    rank, code = _rank(), exit_code(error)
+    rank, code = _place().rank, exit_code(error)
     if code == EXIT_STOPPED:
         if rank == 0:
             say(one_line(error))
@@ -112,27 +113,19 @@ def _report(error: BaseException) -> int:
         time.sleep(CAUSE_FIRST_SECONDS)
     elif rank > 0:
         time.sleep(RANK_ZERO_FIRST_SECONDS)
-    if os.environ.get("NEXTSCALE_TRACEBACK") == "1" or (code == EXIT_ERROR and _world_size() > 1):
+    if os.environ.get("NEXTSCALE_TRACEBACK") == "1" or (code == EXIT_ERROR and _place().world_size > 1):
         traceback.print_exception(error)
     if code != EXIT_ERROR:
         print(f"error: {f'rank {rank}: ' if rank else ''}{describe(error)}", file=sys.stderr, flush=True)
     return code
 
 
-def _rank() -> int:
-    """Return the rank of this process; 0 if the environment says nothing sensible."""
+def _place() -> Place:
+    """Return the place of this process; a world of one if the environment says nothing sensible."""
     try:
-        return place_of(os.environ).rank
+        return place_of(os.environ)
     except ValueError:
-        return 0
-
-
-def _world_size() -> int:
-    """Return the number of ranks; 1 if the environment says nothing sensible."""
-    try:
-        return place_of(os.environ).world_size
-    except ValueError:
-        return 1
+        return Place(0, 1, 0, 1)
 
 
 def refuse_several_ranks(launcher: str) -> None:
@@ -163,7 +156,7 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str | Non
     layers += settings_given(schema, rest)
     config = build_config(schema, layers, source=known.config or "command line")
     if known.print_config:
-        if _rank() == 0:
+        if _place().rank == 0:
             print(to_yaml(config), end="")
         return None
     return Command(config, dry_run=known.dry_run, world_size=known.world_size)

@@ -14,6 +14,8 @@ from launchers.setup.assembly import RunData
 from launchers.setup.command_line import say, say_nothing
 from launchers.setup.config_files import to_yaml
 from launchers.setup.settings import RunConfig
+from models.var import VARConfig
+from models.vqvae import VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints, Retention, TrainState
 from training.checkpoints.commit import DAMAGED, DamagedCheckpoint, candidates, read_manifest, structural_damage
 from training.engine.distributed import World
@@ -30,8 +32,11 @@ from training.tracking.follow import LivePage
 from training.tracking.record import RunRecord
 
 
-def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkpoints:
-    """The run folder's checkpoints. `identity`: what else, besides seed, batch and init_from, must not change in a run.
+def open_checkpoints(config: RunConfig, model: VARConfig | VQVAEConfig, world: World, **identity: str) -> Checkpoints:
+    """Open the checkpoints of a run folder, after checking that this run may go on from them.
+
+    model: the config of what is trained. identity: what else, besides seed, global batch, window and init_from, must
+    not change in a run.
 
     Raises:
         ValueError: the batch cannot be split over this world, or the newest checkpoint is of something else.
@@ -52,7 +57,7 @@ def open_checkpoints(config: RunConfig, world: World, **identity: str) -> Checkp
         folder,
         retention=Retention(last=config.loop.keep_checkpoints, every=config.loop.keep_every),
         world=world,
-        model_config=config.model,
+        model_config=model,
         identity=order_of_data | identity,
         config=asdict(config),
         report=report_on(world),

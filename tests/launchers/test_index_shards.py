@@ -13,9 +13,9 @@ from launchers.index_shards import IndexConfig
 
 
 def test_indexing_is_said_and_not_repeated(
-    theirs: Path,
+    theirs: Path,  # noqa: F811
     tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],  # noqa: F811
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     config = IndexConfig(shards=(f"{theirs}/part-{{000..001}}.tar",), out=str(tmp_path / "out"))
     index_shards.launch(command(config, dry_run=True))

@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from models.attention import ATTENTIONS, FLEX, MASKED, PER_SCALE, BlockCausalAttention, flex_block_mask, full_attention
+from models.attention import ATTENTIONS, FLEX, MASKED, PER_SCALE, BlockCausalAttention, flex_block_mask
 from models.scales import PATCH_NUMS_256, PATCH_NUMS_512, PATCH_NUMS_1024, Scales
 
 SCALES = Scales((1, 2, 3))
@@ -86,12 +86,6 @@ def test_nothing_grows_with_the_square_of_the_tokens(patch_nums: tuple[int, ...]
     with LargestTensor() as seen:  # the measure would show it
         BlockCausalAttention(SCALES, MASKED)(*draw(SCALES), softmax_scale=1.0)
     assert seen.numel >= SCALES.num_tokens**2
-
-
-def test_full_attention_sees_all_keys() -> None:
-    q, k, v = draw(SCALES)
-    weights = (0.5 * q[:, :, :2] @ k.transpose(2, 3)).softmax(dim=-1)
-    torch.testing.assert_close(full_attention(q[:, :, :2], k, v, softmax_scale=0.5), weights @ v)
 
 
 def test_an_unknown_way_is_refused() -> None:

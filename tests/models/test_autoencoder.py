@@ -34,14 +34,6 @@ def test_downsampling_pads_on_the_right_and_bottom_only() -> None:
     assert torch.equal(downsample(x), x[:, :, ::2, ::2])
 
 
-def test_spatial_attention_matches_the_formula() -> None:
-    attention, x = SpatialAttention(32), torch.randn(2, 32, 3, 3)
-    q, k, v = attention.qkv(attention.norm(x)).flatten(2).chunk(3, dim=1)  # (B, C, h*w)
-    weights = (torch.einsum("bci,bcj->bij", q, k) / 32**0.5).softmax(dim=-1)
-    wanted = x + attention.proj_out(torch.einsum("bij,bcj->bci", weights, v).reshape(x.shape))
-    torch.testing.assert_close(attention(x), wanted)
-
-
 def test_the_scores_times_the_values_are_what_attention_adds() -> None:
     attention, x = SpatialAttention(32), torch.randn(2, 32, 3, 5)
     scores = attention.scores(x)
@@ -59,13 +51,6 @@ def test_the_attention_map_of_an_encoder_is_that_of_its_last_attention() -> None
     hook.remove()
     assert torch.equal(encoder.attention_map(images), encoder.mid.attn_1.scores(seen[0]))
     assert encoder.attention_map(images).shape == (2, 16, 16)
-
-
-def test_the_last_layer_is_the_weight_that_makes_pixels() -> None:
-    decoder = Decoder(CONFIG)
-    decoder(torch.randn(1, 6, 4, 4)).sum().backward()
-    assert decoder.last_layer.shape == (3, 32, 3, 3)
-    assert decoder.last_layer.grad is not None
 
 
 @pytest.mark.parametrize(

@@ -30,13 +30,6 @@ def teacher_forced_logits(var: VAR, tokenizer: VQVAE, codes: Tensor, labels: Ten
         return var(tokenizer.teacher_forcing_inputs(codes), labels)
 
 
-def test_codes_are_tokens_of_every_scale(var: VAR, tokenizer: VQVAE) -> None:
-    codes = generate(var, tokenizer, LABELS, seeds=range(7), **SAMPLING)
-    assert codes.shape == (7, 21) and codes.dtype == torch.int64
-    assert codes.min() >= 0 and codes.max() < 24
-    assert tokenizer.decode(codes).shape == (7, 3, 8, 8)
-
-
 def test_a_seed_gives_the_same_image_in_a_batch_of_1_of_7_and_of_50(var: VAR, tokenizer: VQVAE) -> None:
     labels, seeds = torch.arange(50) % 5, torch.arange(100, 150)
     together = generate(var, tokenizer, labels, seeds=seeds, **SAMPLING)
@@ -66,13 +59,6 @@ def test_without_guidance_the_null_class_does_not_matter(var: VAR, tokenizer: VQ
     null_row.copy_(kept)
     assert torch.equal(without, before)
     assert not torch.equal(with_guidance, before)
-
-
-def test_top_k_of_1_without_guidance_is_the_argmax_of_the_conditional_model_and_needs_no_seed(
-    var: VAR, tokenizer: VQVAE
-) -> None:
-    codes = generate(var, tokenizer, LABELS, cfg=0.0, top_k=1)
-    assert torch.equal(teacher_forced_logits(var, tokenizer, codes, LABELS).argmax(dim=-1), codes)
 
 
 def test_top_k_of_1_with_guidance_is_the_argmax_of_the_guided_teacher_forced_logits(var: VAR, tokenizer: VQVAE) -> None:

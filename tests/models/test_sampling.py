@@ -12,18 +12,12 @@ from models.sampling import (
     choose_tokens,
     filter_logits,
     find_candidates,
-    guidance_schedule,
     guide,
     gumbel_noise,
     image_seeds,
     smooth_code_vectors,
     splitmix64,
 )
-
-
-def test_guidance_grows_linearly_from_0_at_the_first_scale_to_cfg_at_the_last() -> None:
-    assert guidance_schedule(3.0, 4) == (0.0, 1.0, 2.0, 3.0)
-    assert guidance_schedule(3.0, 1) == (0.0,)
 
 
 def test_a_strength_for_every_scale_takes_the_place_of_the_ramp() -> None:
@@ -37,11 +31,6 @@ def test_no_guidance_is_the_conditional_model() -> None:
     conditional, unconditional = torch.randn(2, 5)
     assert torch.equal(guide(conditional, unconditional, 0.0), conditional)
     torch.testing.assert_close(guide(conditional, unconditional, 1.0), 2 * conditional - unconditional)
-
-
-def test_top_k_keeps_the_k_likeliest() -> None:
-    logits = torch.tensor([0.0, 3.0, 1.0, 2.0])
-    assert filter_logits(logits, 2, 0.0).tolist() == [-torch.inf, 3.0, -torch.inf, 2.0]
 
 
 @pytest.mark.parametrize("top_p, kept", [(0.2, {0}), (0.45, {0}), (0.55, {0, 1}), (0.75, {0, 1}), (0.85, {0, 1, 2})])
@@ -125,12 +114,6 @@ def test_noise_of_some_codes_is_that_of_all_at_these_codes(vocab_size: int) -> N
     codes = torch.randint(vocab_size, (2, 3, 11), generator=torch.Generator().manual_seed(0))
     everything = gumbel_noise(seeds, tokens, vocab_size)
     assert torch.equal(gumbel_noise(seeds, tokens, vocab_size, codes=codes), everything.gather(-1, codes))
-
-
-@pytest.mark.parametrize("top_k, top_p", [(0, 0.0), (0, 1.0), (4, 0.0), (900, 1.0)])
-def test_filters_that_are_off_or_wider_than_the_vocabulary_keep_everything(top_k: int, top_p: float) -> None:
-    logits = torch.randn(2, 3, 4)
-    assert torch.equal(filter_logits(logits, top_k, top_p), logits)
 
 
 def draw(probabilities: list[float], number: int) -> Tensor:

@@ -9,7 +9,6 @@ from torch.nn import functional as F
 
 from models.transformer import (
     AdaLNBlock,
-    FinalNorm,
     KVCache,
     LayerNormBlock,
     Modulation,
@@ -126,9 +125,3 @@ def test_the_cache_returns_everything_stored_so_far() -> None:
             torch.testing.assert_close(v, -torch.cat(parts[:stored], dim=2))
         cache.advance(part.shape[2])
     assert cache.position == 6
-
-
-def test_the_final_norm_starts_as_a_plain_layer_norm_for_a_zero_condition() -> None:
-    norm, x = FinalNorm(WIDTH), torch.randn(BATCH, TOKENS, WIDTH)
-    torch.nn.init.zeros_(norm.linear.bias)
-    torch.testing.assert_close(norm(x, torch.zeros(BATCH, WIDTH)), F.layer_norm(x, (WIDTH,), eps=1e-6))

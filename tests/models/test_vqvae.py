@@ -26,14 +26,6 @@ def images() -> torch.Tensor:
     return torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1)) * 2 - 1
 
 
-def test_images_become_codes_and_codes_become_images(tokenizer: VQVAE, images: torch.Tensor) -> None:
-    codes = tokenizer.encode(images)
-    assert codes.shape == (2, 21) and codes.dtype == torch.int64
-    assert codes.min() >= 0 and codes.max() < 16
-    decoded = tokenizer.decode(codes)
-    assert decoded.shape == images.shape and decoded.abs().max() <= 1
-
-
 def test_the_training_forward_reconstructs_what_decode_gives(tokenizer: VQVAE, images: torch.Tensor) -> None:
     reconstruction = tokenizer(images)
     assert torch.equal(reconstruction.codes, tokenizer.encode(images))
@@ -64,11 +56,6 @@ def test_the_dependency_of_tokens_is_attention_over_the_whole_feature_map(
     torch.testing.assert_close(dependency.sum(dim=-1), torch.ones(2, 16))
     with pytest.raises(ValueError, match=r"\(1, 3, 32, 32\)"):
         tokenizer.token_dependency(torch.zeros(1, 3, 32, 32))
-
-
-def test_image_size_is_downsampling_times_the_last_side() -> None:
-    assert CONFIG.image_size == 4 * 4
-    assert VQVAEConfig().image_size == 256
 
 
 def test_images_of_another_size_are_refused(tokenizer: VQVAE) -> None:

@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from deepspeed.utils import z3_leaf_module
+from torch import Tensor, nn
 
+from data_pipeline.loading.batches import Batch
 from data_pipeline.shards.index import Storage
 from launchers.setup.assembly import RunData
 from launchers.setup.command_line import end_process
@@ -194,8 +196,54 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
         results[f"{name}_initial_error"] = initial_error(make_stage(), world)
         results[name] = train(make_stage(), world, out / name, **codes)
         results[f"{name}_parts"] = train_in_parts(make_stage, world, out / f"{name}_parts", **codes)
+    for zero_stage, precision in ((0, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")):
+        engine = EngineConfig(zero_stage=zero_stage, precision=precision, micro_batch=4, reduce_bucket_size=1_000_000)
+        results[f"bad_step_{zero_stage}_{precision}"] = moved_by_steps(var_stage(world, engine), world)
+    results["leaves"] = leaves_of(var_stage(world, float32(3)).engines["model"].model)
+    results["validation"] = validate_pictures(world)
     results["error"] = shared_error(world)
     return results
+
+
+def moved_by_steps(stage: VARStage, world: World) -> list[float]:
+    """How far the weights move in a step whose loss is NaN on the last rank alone, and in a sound step after it."""
+    engine = stage.engines["model"]
+    batches = data_of(world, images=False).batches(0)
+
+    def weights() -> Tensor:
+        return torch.cat([tensor.flatten().clone() for _, tensor in engine.state.tensors()])
+
+    moved, before = [], weights()
+    for is_bad in (True, False):
+        for _ in range(engine.accumulation):
+            batch = next(batches)
+            inputs = stage.tokenizer.teacher_forcing_inputs(batch.data.long()).to(engine.config.dtype)
+            loss = engine(inputs, batch.labels).float().logsumexp(-1).mean()
+            engine.backward(loss * float("nan") if is_bad and world.rank == world.world_size - 1 else loss)
+            engine.step(learning_rate=1e-3, weight_decay=0.05)
+        after = weights()
+        moved.append(float((after - before).abs().max()))
+        before = after
+    return moved
+
+
+def leaves_of(model: nn.Module) -> list[str]:
+    """The modules that ZeRO-3 gathers as a whole."""
+    return [name for name, module in model.named_modules() if z3_leaf_module(module)]
+
+
+def validate_pictures(world: World) -> dict[str, Any]:
+    """Validate a tokenizer on two different pictures, shared out among the ranks; and, alone, on the first of them."""
+    noise = torch.rand(1, 3, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    pictures = (torch.full_like(noise, 0.9), noise)
+    batches = [Batch(picture, torch.zeros(1), torch.zeros(1), torch.ones(1)) for picture in pictures]
+    stage = tokenizer_stage(world, EngineConfig(zero_stage=0, precision="fp32", micro_batch=4))
+    stage.validation = lambda: batches[world.rank :: world.world_size]
+    found = {"both": stage.validate()}
+    if world.world_size == 1:
+        stage.validation = lambda: batches[:1]
+        found["first"] = stage.validate()
+    return found
 
 
 def initial_error(stage: VARStage, world: World) -> float:

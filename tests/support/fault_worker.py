@@ -14,6 +14,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+from seams import reach
 from tiny import VAR_CONFIG, PlainEngine
 from torch import Tensor, nn
 
@@ -23,7 +24,6 @@ from launchers import train as train_launcher
 from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, Retention, TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.losses import TokenScores, token_scores
-from training.seams import reach
 from training.supervision.bad_samples import BadSamples, TooManyBadSamples
 from training.var_loop import VARStage
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from training import seams
+import seams
 
 FOREVER = 3600.0  # seconds; longer than any test
 

@@ -8,11 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import seams
 import torch
 from faults import KINDS, Fault, Fired, fired, install, sites_reached
 from fork_world import FaultNeverFired, ForkServer
-
-from training import seams
 
 HELLO = "fault_worker:say_hello"
 

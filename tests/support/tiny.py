@@ -133,12 +133,6 @@ class PlainEngine:
         self.model.zero_grad()
         return norm
 
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        return parameter
-
-    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
-        parameter.data.copy_(value)
-
 
 def codes_of(sample_id: int, view: int) -> np.ndarray:
     """Codes that say whose they are: (L,)."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +21,10 @@ def make_logits(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return logits, torch.randint(CODES, (TOKENS,), generator=generator), weights
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("numbers_at_once", [1, 7 * CODES, 2**24])
+@pytest.mark.parametrize(
+    "dtype, numbers_at_once",
+    [(torch.float32, 1), (torch.float32, 7 * CODES), (torch.bfloat16, 7 * CODES), (torch.float16, 2**24)],
+)
 def test_losses_and_gradients_are_the_plain_ones(
     dtype: torch.dtype, numbers_at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -40,36 +40,6 @@ def test_losses_and_gradients_are_the_plain_ones(
     assert logits.grad.dtype == dtype and torch.equal(logits, before)
     tolerance = 1e-6 if dtype == torch.float32 else 1e-2  # the last bit of 16-bit numbers
     torch.testing.assert_close(logits.grad, plain_logits.grad, rtol=tolerance, atol=tolerance)
-
-
-def test_twenty_steps_take_the_losses_of_the_plain_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cross_entropy, "NUMBERS_AT_ONCE", 7 * CODES)
-
-    def losses(score: Callable[[Tensor, Tensor], Tensor]) -> list[float]:
-        logits, codes, _ = make_logits(torch.float32)
-        head = torch.nn.Linear(CODES, CODES, bias=False)
-        torch.nn.init.eye_(head.weight)
-        optimizer, found = torch.optim.SGD(head.parameters(), lr=0.5), []
-        for _ in range(20):
-            loss = score(head(logits.detach()), codes).mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            found.append(loss.item())
-        return found
-
-    plain = losses(F.cross_entropy)
-    assert losses(token_cross_entropy) == pytest.approx(plain, rel=1e-5) and plain[-1] < plain[0] / 2
-
-
-def test_the_gradient_is_that_of_finite_differences() -> None:
-    logits, codes, _ = make_logits(torch.float32)
-    shift = torch.zeros_like(logits)
-    shift[3, 4] = 1e-2
-    with torch.no_grad():
-        slope = (token_cross_entropy(logits + shift, codes) - token_cross_entropy(logits - shift, codes)).sum() / 2e-2
-    token_cross_entropy(logits, codes).sum().backward()
-    assert logits.grad[3, 4].item() == pytest.approx(slope.item(), abs=1e-3)
 
 
 class LargestFloat32(TorchDispatchMode):

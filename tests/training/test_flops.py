@@ -111,11 +111,6 @@ def test_accountings_differ_by_what_they_say(norm: str) -> None:
     assert flops[SIX_NT] == 6 * config.num_parameters * tokens
 
 
-def test_one_scale_has_no_pairs_to_mask() -> None:
-    flops = flops_per_image(VARConfig(depth=2, patch_nums=(4,)))
-    assert flops[DENSE_MASK] == flops[EXACT]
-
-
 @pytest.mark.parametrize("norm", ["adaln", "shared_adaln", "layer_norm"])
 def test_eq8_counts_the_matrices_of_the_blocks(norm: str) -> None:
     config = VARConfig(depth=6, norm=norm)

@@ -213,12 +213,6 @@ def flat_images(*values: float) -> Batch:
     return Batch(images, torch.zeros(len(values)), torch.arange(len(values)), torch.ones(len(values)))
 
 
-def test_psnr_has_its_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = validated(make_stage(validation=[flat_images(0.1, 0.2)]), monkeypatch, offset=0.2)
-    assert found["squared_error"] == pytest.approx(0.04)
-    assert found["psnr"] == pytest.approx(20)  # 10 log10(2^2 / 0.2^2)
-
-
 def test_psnr_is_averaged_over_images_not_over_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     # at 0.9, clamping to 1 leaves an error of 0.1: 26.02 dB
     batches = [flat_images(0.1, 0.2, 0.3), flat_images(0.9)]
@@ -254,10 +248,3 @@ def test_the_initial_weights_are_a_function_of_the_seed_alone() -> None:
 
 def parameters_equal(one: VQVAE, other: VQVAE) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
-
-
-def test_headlines_of_training_and_validation() -> None:
-    stage = make_stage()
-    trained = {"kind": "train", "loss": 1.5, "pixel_loss": 1.0, "quantization_loss": 0.5}
-    assert stage.headline(trained) == "loss 1.5000 (pixels 1.0000 codes 0.5000)"
-    assert stage.headline({"kind": "validation", "psnr": 20.0, "codebook_use_all": 1.0}).startswith("psnr 20.00 dB")

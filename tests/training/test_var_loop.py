@@ -15,7 +15,6 @@ from torch import Tensor
 from models.attention import MASKED
 from models.var import CHECKPOINTINGS, VAR, VARConfig
 from training.engine.engine import EngineConfig
-from training.flops import training_flops
 from training.losses import token_scores
 from training.stage import StepContext
 from training.var_loop import VARStage, build_var, drop_labels, step_draws, stochastic_depth
@@ -69,13 +68,6 @@ def test_labels_are_dropped_at_the_rate_asked_for_and_become_the_null_class() ->
     changed = dropped != labels
     assert (dropped[changed] == NULL_CLASS).all()
     assert abs(changed.double().mean() - 0.1) < 5 * math.sqrt(0.1 * 0.9 / 10_000)  # five standard errors
-
-
-@pytest.mark.parametrize("probability, share", [(0.0, 0.0), (1.0, 1.0)])
-def test_labels_are_never_or_always_dropped_at_the_ends(probability: float, share: float) -> None:
-    uniforms = torch.tensor([0.0, 0.5, 1 - 2**-24])
-    dropped = drop_labels(torch.zeros(3, dtype=torch.int64), uniforms, probability, NULL_CLASS)
-    assert (dropped == NULL_CLASS).double().mean() == share
 
 
 def test_stochastic_depth_skips_a_branch_or_makes_up_for_the_skipped_ones() -> None:
@@ -161,12 +153,6 @@ def labels_seen(stage: VARStage, monkeypatch: pytest.MonkeyPatch) -> list[Tensor
     return seen
 
 
-def test_training_lowers_the_loss_of_what_it_has_seen() -> None:
-    stage, batch = make_stage(label_drop=0.0), code_batch(GLOBAL_BATCH)
-    losses = [stage.train_step(iter([batch]), context()).pop("loss_avg").item() for _ in range(20)]
-    assert losses[-1] < losses[0] - 0.1
-
-
 def test_images_are_encoded_on_the_way_to_the_same_step_as_their_codes() -> None:
     images = image_batch(GLOBAL_BATCH)
     codes = Batch(make_tokenizer().encode(images.data), images.labels, images.positions, images.weights)
@@ -228,17 +214,6 @@ def test_the_tokenizer_stays_as_it_is() -> None:
     before = {name: value.clone() for name, value in stage.tokenizer.state_dict().items()}
     stage.train_step((code_batch(GLOBAL_BATCH) for _ in count()), context())
     assert all(torch.equal(value, before[name]) for name, value in stage.tokenizer.state_dict().items())
-
-
-def test_the_stage_knows_its_cost_and_its_tokens() -> None:
-    stage = make_stage()
-    assert stage.flops_per_image == training_flops(VAR_CONFIG)
-    assert stage.tokens_per_image == 5
-
-
-def test_the_headline_shows_losses_and_accuracies() -> None:
-    record = {"loss_avg": 2.5, "loss_last": 2.25, "error_avg": 0.75, "error_last": 0.9}
-    assert make_stage().headline(record) == "loss 2.5000 (last 2.2500) acc 25.00% (last 10.00%)"
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTINGS)

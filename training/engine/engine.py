@@ -1,18 +1,14 @@
 """DeepSpeed behind one door: a small strict config compiled to a full DeepSpeed config, and the engine the loops drive.
 
-Only this file imports deepspeed. The model is built and initialised as an ordinary module, the same on every rank, and
-partitioned afterwards: `zero.Init` would discard custom initialisation without a word (DeepSpeed issue 2650).
+Only this folder imports deepspeed. The model is built and initialised as an ordinary module, the same on every rank,
+and partitioned afterwards: `zero.Init` would discard custom initialisation without a word (DeepSpeed issue 2650).
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
-import io
 import logging
 import os
 import sys
-import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +19,12 @@ from torch import Tensor, nn
 
 from models.attention import ATTENTIONS, PER_SCALE
 from models.var import CHECKPOINTINGS, NO_CHECKPOINTING
-from training.engine.distributed import World, barrier
+from training.engine.cpu_communication import load_cpu_communication, unlink_shared_memory
+from training.engine.distributed import World
 from training.engine.unpickling import forbid_unpickling
 from training.engine.whole_state import WholeState
-from training.optim import set_schedule
 
 LIVE_ELEMENTS = 1_000_000_000  # weights gathered at once under ZeRO-3, and how far ahead a use keeps them gathered
-LOADING_SECONDS = 10.0  # more than loading a built extension takes
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # gathered whole under ZeRO-3: one collective per transformer block
 LEAF_CLASSES = ("models.transformer.AdaLNBlock", "models.transformer.LayerNormBlock")
@@ -172,46 +167,15 @@ def _import_deepspeed() -> Any:
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     if os.environ.get("DS_ACCELERATOR") == "cpu":
-        _load_cpu_communication()
+        load_cpu_communication()
     return deepspeed
 
 
-def _load_cpu_communication() -> None:
-    """Let DeepSpeed load its CPU communication, or build it the first time, in one process of this user at a time.
-
-    torch marks a build under way by a file `lock`. A process that is killed leaves it behind, and every later run would
-    wait for it without end. Whoever holds our own lock, which the system takes back from the dead, may remove it, once
-    it is too old to be that of another program that loads what is built already.
-    """
-    from deepspeed.accelerator import get_accelerator
-    from torch.utils.cpp_extension import _get_build_directory
-
-    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
-    if builder is None or not builder.is_compatible(verbose=False):
-        return
-    folder = Path(_get_build_directory(builder.name, verbose=False))
-    with (folder / "nextscale.lock").open("w") as ours:
-        fcntl.flock(ours, fcntl.LOCK_EX)
-        _remove_once_old(folder / "lock")
-        with contextlib.redirect_stdout(io.StringIO()):
-            builder.load(verbose=False)
-
-
-def _unlink_shared_memory(world: World) -> None:
-    """Take this rank's communication buffer (66 MB) out of /dev/shm, where DeepSpeed would leave it for good.
-
-    All ranks of the node have opened it by now, and it lives until the last of them has ended, whatever ends them.
-    """
-    barrier(world)
-    place = f"{os.environ['MASTER_ADDR']}_{os.environ['MASTER_PORT']}_{world.rank}"
-    Path(f"/dev/shm/deepspeed_allreduce_buffer_{os.getuid()}_{place}").unlink(missing_ok=True)
-
-
-def _remove_once_old(lock: Path) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        while time.time() - lock.stat().st_mtime < LOADING_SECONDS:
-            time.sleep(0.1)
-        lock.unlink()
+def set_schedule(optimizer: torch.optim.Optimizer, learning_rate: float, weight_decay: float) -> None:
+    """Write a step's learning rate and weight decay into every group that `build_optimizer` has made."""
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+        group["weight_decay"] = weight_decay * group["weight_decay_scale"]
 
 
 class Engine:
@@ -231,7 +195,7 @@ class Engine:
     ) -> None:
         self.config = config
         self.world = world
-        self.model = model
+        self.model: Any = model  # a VAR, a VQVAE or a discriminator: its stage knows which
         self.global_batch = global_batch
         compiled = compile_deepspeed_config(config, global_batch=global_batch, world_size=world.world_size)
         self.accumulation = compiled["gradient_accumulation_steps"]
@@ -241,7 +205,7 @@ class Engine:
             model=model, optimizer=optimizer, config=compiled, dist_init_required=False
         )[0]
         if world.device.type == "cpu":
-            _unlink_shared_memory(world)
+            unlink_shared_memory(world)
         if config.is_reduced_by_the_engine and world.world_size == 1:
             self._engine.enable_backward_allreduce = False
         self.state = WholeState(model, self._engine.optimizer, world)
@@ -250,12 +214,15 @@ class Engine:
             self.state.set_weight(parameter, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model forward."""
         return self._engine(*args, **kwargs)
 
     def train(self, mode: bool = True) -> None:
+        """Put the model into training mode, or out of it."""
         self._engine.train(mode)
 
     def backward(self, loss: Tensor) -> None:
+        """Add the gradients of a loss (), the mean over this rank's micro-batch, to those of the step."""
         self._engine.backward(loss)
 
     def step(self, *, learning_rate: float, weight_decay: float) -> Tensor:
@@ -290,11 +257,3 @@ class Engine:
         if 0 < self.config.gradient_clipping < norm:  # else all gradients would be multiplied by one
             torch.nn.utils.clip_grads_with_norm_(parameters, self.config.gradient_clipping, norm)
         return norm
-
-    def full_parameter(self, parameter: nn.Parameter) -> Tensor:
-        """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
-        return self.state.get_weight(parameter)
-
-    def set_full_parameter(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """Overwrite one parameter whole, its master copy too; `value` must be the same on all ranks."""
-        self.state.set_weight(parameter, value)

@@ -36,8 +36,12 @@ def read_place(environment: Environment) -> Place:
     tasks = tasks_per_node(_value("SLURM_STEP_TASKS_PER_NODE", environment))
     if node >= len(tasks):
         raise ValueError(f"SLURM_NODEID is {node}, but SLURM_STEP_TASKS_PER_NODE names {len(tasks)} nodes")
-    names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID")
-    return Place(*(_number(name, environment) for name in names), tasks[node])
+    return Place(
+        rank=_number("SLURM_PROCID", environment),
+        world_size=_number("SLURM_STEP_NUM_TASKS", environment),
+        local_rank=_number("SLURM_LOCALID", environment),
+        local_world_size=tasks[node],
+    )
 
 
 def tasks_per_node(text: str) -> list[int]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Iterator
 from itertools import count
 
 import pytest
@@ -14,14 +15,19 @@ from data_pipeline.loading.prefetch import Prefetcher, bytes_at_once
 from data_pipeline.shards.index import ShardEntry
 
 
+def needs() -> Iterator[Need]:
+    """Every tenth position of the stream needs another shard."""
+    return (Need(10 * shard, shard) for shard in count())
+
+
 def entry(number: int, samples: int, size: int) -> ShardEntry:
     return ShardEntry(f"shard-{number:06d}.tar", samples, size, "0" * 64, "0" * 64)
 
 
 def test_no_more_than_ahead_are_fetched_before_the_stream_is_there() -> None:
     fetched: list[int] = []
-    prefetcher = Prefetcher(fetched.append, (Need(10 * shard, shard) for shard in count()), ahead=3)
-    prefetcher.start()
+    prefetcher = Prefetcher(fetched.append, needs(), ahead=3)
+    prefetcher.reached(0)
     wait_for(lambda: fetched == [0, 1, 2])
     prefetcher.reached(11)  # shards 0 and 1 are needed before that
     wait_for(lambda: fetched == [0, 1, 2, 3, 4])
@@ -32,21 +38,17 @@ def test_no_more_than_ahead_are_fetched_before_the_stream_is_there() -> None:
 
 def test_what_the_stream_has_passed_is_left_to_the_readers() -> None:
     fetched: list[int] = []
-    prefetcher = Prefetcher(fetched.append, (Need(10 * shard, shard) for shard in count()), ahead=1)
+    prefetcher = Prefetcher(fetched.append, needs(), ahead=1)
     prefetcher.reached(1001)
-    prefetcher.start()
     wait_for(lambda: fetched == [101])
     prefetcher.close()
 
 
 def test_none_ahead_is_none() -> None:
-    fetched: list[int] = []
-    prefetcher = Prefetcher(fetched.append, (Need(shard, shard) for shard in count()), ahead=0)
-    prefetcher.start()
+    prefetcher = Prefetcher(lambda shard: pytest.fail("fetched"), needs(), ahead=0)
     prefetcher.reached(5)
     time.sleep(0.05)
     prefetcher.close()
-    assert fetched == []
 
 
 @pytest.mark.parametrize("error", [OSError("away"), ValueError("damaged")])
@@ -57,28 +59,24 @@ def test_errors_are_left_to_the_readers(error: Exception) -> None:
         fetched.append(shard)
         raise error
 
-    prefetcher = Prefetcher(fetch, (Need(shard, shard) for shard in count()), ahead=2)
-    prefetcher.start()
+    prefetcher = Prefetcher(fetch, needs(), ahead=2)
+    prefetcher.reached(0)
     wait_for(lambda: fetched == [0, 1])
     prefetcher.close()
 
 
-def test_closing_does_not_wait_for_a_download(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.loading.prefetch.CLOSE_SECONDS", 0.05)
-    never = threading.Event()
-    prefetcher = Prefetcher(lambda shard: never.wait(5), (Need(shard, shard) for shard in count()), ahead=2)
-    prefetcher.start()
+def test_closing_neither_waits_for_a_download_nor_begins_another() -> None:
+    fetched: list[int] = []
+    goes_on = threading.Event()
+    prefetcher = Prefetcher(lambda shard: fetched.append(shard) or goes_on.wait(5), needs(), ahead=2)
+    prefetcher.reached(0)
+    wait_for(lambda: fetched == [0])
     start = time.monotonic()
     prefetcher.close()
     assert time.monotonic() - start < 1
-    never.set()
-
-
-def test_an_idle_prefetcher_ends_when_closed() -> None:
-    prefetcher = Prefetcher(lambda shard: None, (Need(9, shard) for shard in count()), ahead=1)
-    prefetcher.start()
-    prefetcher.close()
-    assert not prefetcher._thread.is_alive()
+    goes_on.set()
+    wait_for(lambda: all(thread.name != "prefetch" for thread in threading.enumerate()))
+    assert fetched == [0]
 
 
 def test_room_for_a_window_and_what_is_ahead() -> None:

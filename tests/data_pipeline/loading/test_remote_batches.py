@@ -13,11 +13,13 @@ from remote_files import s3_server
 from shard_mutations import make_images
 from shard_server import ShardServer, faulty_relay, shard_server
 from tiny import VIEWS, open_codes, pack_codes
+from workers import wait_for
 
 from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.loading.loader import train_batches
+from data_pipeline.loading.plan import Plan
 from data_pipeline.remote import open as remote_open
 from data_pipeline.remote.cache import CacheConfig
 from data_pipeline.remote.open import RemoteError
@@ -45,8 +47,7 @@ def dataset(location: str | Path, cache: CacheConfig | None = None) -> ImageData
 def batches(data: ImageDataset, workers: int, steps: int = 24) -> list[Batch]:
     stream = train_batches(data, batch_size=2, rank=0, world_size=1, samples_seen=3, seed=0, workers=workers, window=8)
     found = list(islice(stream, steps))
-    if hasattr(stream, "close"):
-        stream.close()
+    stream.close()
     return found
 
 
@@ -104,6 +105,24 @@ def test_a_shard_that_stays_away_ends_the_run_in_one_line(server: ShardServer, t
     server.always["shard-000004.tar"] = "silent"
     with pytest.raises(RemoteError, match="shard-000004.tar: not delivered in 2 tries"):
         batches(data, workers=1)
+
+
+@pytest.mark.parametrize("samples_seen", [16, 48 * 10**12])
+@pytest.mark.parametrize("rank", [0, 1])
+def test_shards_are_fetched_early_from_where_all_ranks_together_are(
+    server: ShardServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, samples_seen: int
+) -> None:
+    """Both ranks take 8 samples in a first step, two shards here: the next one is early, also in a resumed run."""
+    server.files = {path.name: path.read_bytes() for path in pack_codes(tmp_path / "codes", 48).iterdir()}
+    data = open_codes(Storage(server.url(""), CacheConfig(folder=str(tmp_path / "cache"), ahead=1)))
+    early: list[str] = []
+    monkeypatch.setattr(Storage, "fetch_early", lambda self, shard: early.append(shard.name))
+    share = {"batch_size": 4, "world_size": 2, "samples_seen": samples_seen, "seed": 0, "window": 4}
+    stream = train_batches(data, rank=rank, **share)
+    wait_for(lambda: bool(early))
+    stream.close()
+    number = Plan(data.shard_sizes, seed=0, window=4).samples(samples_seen + 8, samples_seen + 9)[0][0] // 4
+    assert early[0] == data.index.shards[number].name
 
 
 @pytest.mark.faults

@@ -42,31 +42,28 @@ def finish(work: Claims, *names: str) -> None:
 
 
 def test_a_line_every_few_seconds_with_rate_and_time_left(work: Claims, clock: Clock) -> None:
-    said: list[str] = []
-    progress = Progress(work, SIZES, report=said.append, every_seconds=5.0)
-    progress.begin_shard()
-    for _ in range(40):
-        clock.now += 1.0
-        progress.add(10, 20_000)
-        if progress.images % 100 == 0:
-            finish(work, NAMES[progress.images // 100 - 1])
-            progress.begin_shard()
-    assert len(said) == 8
-    assert said[2].endswith("1 of 6 shards done, 150 of 600 images, 10 images/s and 0.0 MB/s here, about 45 s left")
-    assert progress.summary() == "400 images by this process in 40 s: 10 images/s and 0.0 MB/s here"
+    lines: list[str] = []
+    progress = Progress(work, SIZES, report=lines.append)
+    for name in NAMES[:4]:
+        for _ in progress.counted(range(100), lambda image: 2000):
+            clock.now += 0.125
+        finish(work, name)
+    assert len(lines) == 9 and "0 of 6 shards done, 41 of 600 images, " in lines[0]
+    assert lines[2].endswith("1 of 6 shards done, 121 of 600 images, 8 images/s and 0.0 MB/s here, about 59 s left")
+    assert progress.summary() == "400 images by this process in 50 s: 8 images/s and 0.0 MB/s here"
 
 
 def test_the_time_left_counts_what_others_do_and_not_what_was_there(work: Claims, clock: Clock) -> None:
     finish(work, *NAMES[:2])
-    progress = Progress(work, SIZES, report=print)
-    progress.begin_shard()
-    clock.now += 10.0
-    progress.add(50, 0)
+    lines: list[str] = []
+    images = Progress(work, SIZES, report=lines.append).counted(range(50), lambda image: 0)
+    next(images)
     finish(work, NAMES[5])  # by another
-    assert "3 of 6 shards done, 350 of 600 images, 5 images/s" in progress.line()
-    assert progress.line().endswith("about 17 s left")  # 150 in 10 s together, 250 to go
+    clock.now += 10.0
+    next(images)
+    assert "3 of 6 shards done, 302 of 600 images, 0 images/s" in lines[0]
+    assert lines[0].endswith("about 29 s left")  # 102 in 10 s together, 298 to go
 
 
-def test_nothing_done_yet_is_no_division_by_zero(work: Claims, clock: Clock) -> None:
-    line = Progress(work, SIZES, report=print).line()
-    assert "0 of 6 shards done, 0 of 600 images" in line
+def test_a_first_line_after_no_time_at_all_divides_by_nothing(work: Claims, clock: Clock) -> None:
+    assert "0 images by this process in 0 s: 0 images/s" in Progress(work, SIZES, report=print).summary()

@@ -17,7 +17,7 @@ from launchers.bench import sample, tokenizer, train
 from launchers.bench.config import BenchmarkConfig
 from launchers.bench.models import code_batch, image_batch, make_tokenizer, make_var, var_config
 from launchers.bench.sample import Drawing, as_the_launcher, benchmark_sample
-from launchers.bench.train import BARE, ENCODING, OURS_ON_CODES, PUBLIC, OurStep, bare_step, engine_config
+from launchers.bench.train import BARE, ENCODING, OURS_ON_CODES, PUBLIC, OurStep, bare_step
 from models.attention import MASKED
 from models.generation import check_configs_agree
 from models.sampling import Sampling
@@ -63,7 +63,7 @@ def test_a_step_stands_beside_a_bare_loop_and_both_steps_of_the_public_code(
 
 
 @pytest.mark.slow  # compiles
-@pytest.mark.parametrize("what, rows", [("switches", 7), ("tokenizer", 7), ("sample", 7)])
+@pytest.mark.parametrize("what, rows", [("tokenizer", 7), ("sample", 7)])
 def test_every_benchmark_of_models_runs(what: str, rows: int, tmp_path: Path, fork_server: ForkServer) -> None:
     found = run(fork_server, tmp_path, what, *["batches=[3]"] * (what == "sample"))
     assert len(found) == len({row["name"] for row in found}) == rows
@@ -81,7 +81,7 @@ def without_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_each_call_is_a_step_of_training(tmp_path: Path) -> None:
     frozen, model = make_tokenizer(CONFIG), make_var(CONFIG)
     batches = TimedIterator(train.read_batches(CONFIG, tmp_path, World()))
-    step = OurStep(CONFIG, engine_config(CONFIG), model, frozen, batches, World())
+    step = OurStep(CONFIG, model, frozen, batches, World())
     before = model.head.weight.detach().clone()
     assert step() == 2 and step() == 2 and step.samples_seen == 4
     assert not model.head.weight.equal(before)

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from repository import ROOT
 
 from data_pipeline.files.damage import DamagedData
-from data_pipeline.loading.read_ahead import WorkerFailed
+from data_pipeline.loading.ahead import WorkerFailed
 from data_pipeline.remote.open import RemoteError
 from launchers.setup import exit_codes
 from launchers.setup.exit_codes import EXIT_ERROR, EXIT_LOST_PEERS, describe, exit_code, lost_its_peers

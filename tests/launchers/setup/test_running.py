@@ -66,9 +66,11 @@ def checkpoint_of(config: TrainConfig) -> Path:
 def test_a_run_of_another_world_is_welcome_unless_its_batch_cannot_be_split(study: Study) -> None:
     config = study.train_config("alone", stop_after_steps=1)
     train_var(config)
-    assert open_checkpoints(config, World(world_size=2), **read_manifest(checkpoint_of(config))["identity"]).latest()
+    assert open_checkpoints(
+        config, config.model, World(world_size=2), **read_manifest(checkpoint_of(config))["identity"]
+    ).latest()
     with pytest.raises(ValueError, match="global_batch 4 is not divisible by the world size 3"):
-        open_checkpoints(config, World(world_size=3))
+        open_checkpoints(config, config.model, World(world_size=3))
 
 
 def test_a_checkpoint_knows_the_whole_config(study: Study) -> None:

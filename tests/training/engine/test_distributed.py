@@ -147,6 +147,27 @@ def test_the_discriminator_joins_after_its_start(results: dict[int, dict[str, An
     assert len(set(losses[2:])) == 4  # from then on it moves with every step
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("engine", ["0_fp32", "1_bf16", "2_bf16", "3_bf16"])
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing_on_any(
+    results: dict[int, dict[str, Any]], engine: str, world_size: int
+) -> None:
+    bad, sound = results[world_size][f"bad_step_{engine}"]
+    assert bad == 0 and 0 < sound < 0.1
+
+
+def test_zero_3_gathers_each_block_as_a_whole(results: dict[int, dict[str, Any]]) -> None:
+    assert results[2]["leaves"] == ["blocks.0", "blocks.1"]
+
+
+def test_a_validation_is_that_of_the_pictures_of_all_ranks(results: dict[int, dict[str, Any]]) -> None:
+    alone, shared = results[1]["validation"], results[2]["validation"]
+    for name, value in alone["both"].items():
+        assert shared["both"][name] == pytest.approx(value), name
+    for name in ("squared_error", "psnr"):  # which one picture would not have given
+        assert alone["both"][name] != pytest.approx(alone["first"][name], rel=1e-3), name
+
+
 def test_an_error_on_one_rank_becomes_the_same_line_on_all(worlds: dict[int, Path]) -> None:
     said = [json.loads((worlds[2] / f"rank{rank}.json").read_text())["error"] for rank in (0, 1)]
     assert said == ["rank 1: disk full"] * 2

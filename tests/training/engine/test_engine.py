@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from models.var import VARConfig
+from training.engine.cpu_communication import load_cpu_communication
 from training.engine.engine import (
     LEAF_CLASSES,
     EngineConfig,
-    _load_cpu_communication,
     accumulation_steps,
     compile_deepspeed_config,
 )
@@ -159,5 +159,5 @@ def test_a_build_that_was_killed_does_not_hold_up_later_runs(tmp_path: Path, mon
     accelerator = type("Accelerator", (), {"create_op_builder": lambda self, name: Builder()})()
     monkeypatch.setattr("deepspeed.accelerator.get_accelerator", lambda: accelerator)
     monkeypatch.setattr("torch.utils.cpp_extension._get_build_directory", lambda name, verbose: str(tmp_path))
-    _load_cpu_communication()
+    load_cpu_communication()
     assert loads == [False]

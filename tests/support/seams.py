@@ -1,7 +1,7 @@
-"""Named places at which a test can make the machine fail: a full disk, a killed process, a number that is not one.
+"""Named places of the test harness at which it makes the machine fail: a full disk, a killed process, a NaN.
 
-In production nothing is installed, and passing a seam costs one comparison. Tests install a function that is told the
-seam's name and the value that passes, and raises, kills, waits, or returns another value.
+The workers of tests/support wrap what the program does, a step or a call to the disk, with `reach`. A test installs a
+function that is told the seam's name and the value that passes, and raises, kills, waits, or returns another value.
 """
 
 from __future__ import annotations
