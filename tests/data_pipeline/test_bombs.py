@@ -1,17 +1,11 @@
-"""Small files that claim to be large: at most 256 MiB of memory above what the process has, whatever they are.
-
-Pictures have their own in test_images.py, weights in test_model_on_disk.py, servers in test_remote.py.
-"""
+"""Small files that claim to be large cost at most 256 MiB of memory above what the process has."""
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import gzip
 import hashlib
-import io
 import json
-import lzma
 import os
 import tarfile
 from collections.abc import Callable
@@ -23,7 +17,7 @@ from shard_mutations import make_images
 from tars import member, tar_of
 
 from data_pipeline.loading.datasets import CodeDataset
-from data_pipeline.making.indexing import index_shards
+from data_pipeline.making.indexing import expand_shards, index_shards
 from data_pipeline.making.verification import verify_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage, shard_name
@@ -156,8 +150,6 @@ BOMBS: dict[str, Bomb] = {
     "a pax header of 4 GiB": as_tar(member("x", b"x", 4 * GIB).tobuf(tarfile.GNU_FORMAT), hole=4 * GIB + 1024),
     "nothing for 16 GiB": as_tar(b"x" * 512, hole=16 * GIB),
     "a gzip of a tar of 512 MiB": as_tar(gzip.compress(bytes(512 * 2**20), 1)),
-    "a bzip2 of a tar of 256 MiB": as_tar(bz2.compress(bytes(256 * 2**20), 1)),
-    "an xz of a tar of 512 MiB": as_tar(lzma.compress(bytes(512 * 2**20), preset=0)),
     "members that inflate to 512 MiB": as_tar(compressed_members()),
     "a json of 20 million lists": as_tar(large_json()),
     "an index of 16 GiB": packed("index.json", 16 * GIB),
@@ -170,15 +162,9 @@ BOMBS: dict[str, Bomb] = {
     "codes that claim 100 million samples": claims_many_codes,
     "an index of 10 million lists": index_of("[" + "[]," * (10 * 2**20) + "[]]"),
     "a film between picture and class": film_between,
-    "letters for shards without end": lambda folder: lambda: index_shards(
-        ["/gone/" + "{a..z}" * 6 + ".tar"], folder / "out", num_classes=1, json_label="", decode=False,
-        cache=ShardCache(CacheConfig()),
-    ),
-    "a list of shards without end": lambda folder: lambda: index_shards(
-        ["/gone/{0..99999999}{0..99999999}.tar"], folder / "out", num_classes=1, json_label="", decode=False,
-        cache=ShardCache(CacheConfig()),
-    ),
-}  # fmt: skip
+    "letters for shards without end": lambda folder: lambda: expand_shards(["/gone/" + "{a..z}" * 6 + ".tar"]),
+    "numbers for shards without end": lambda folder: lambda: expand_shards(["/gone/{0..99999999}{0..99999999}.tar"]),
+}
 
 
 @pytest.mark.parametrize("name", BOMBS)
@@ -196,9 +182,3 @@ def test_memory_stays_bounded(tmp_path: Path, name: str) -> None:
 
 def test_the_measure_sees_memory() -> None:
     assert peak_memory(lambda: len(bytearray(os.urandom(1)) * (300 * 2**20))) > BOUND
-
-
-def test_tarfile_would_have_gone_off() -> None:
-    """The sparse member is one: tarfile believes its size."""
-    with tarfile.open(fileobj=io.BytesIO(sparse(8 * GIB - 1))) as tar:
-        assert tar.next().size == 8 * GIB - 1

@@ -42,15 +42,13 @@ def test_every_process_of_a_launcher_is_one_more_worker_and_the_first_speaks(
     assert ("train: complete, 12 images" in capsys.readouterr().out) == (rank == 0)
 
 
-@pytest.mark.parametrize("change", [{"batch": 3}, {"views": 3}, {"seed": 1}])
-def test_going_on_with_another_setting_is_refused_by_name(study: Study, tmp_path: Path, change: dict) -> None:
+def test_going_on_with_another_setting_is_refused_by_name(study: Study, tmp_path: Path) -> None:
     out = str(tmp_path / "codes")
     with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(encode_codes, "encode_on", interrupt)
         encode_codes.launch(command(study.encode_config(out=out)))
-    name, value = next(iter(change.items()))
-    with pytest.raises(ValueError, match=f"{name} .*, now it is {value}; go on with the same"):
-        encode_codes.launch(command(study.encode_config(out=out, **change)))
+    with pytest.raises(ValueError, match="batch .*, now it is 3; go on with the same"):
+        encode_codes.launch(command(study.encode_config(out=out, batch=3)))
     encode_codes.launch(command(study.encode_config(out=out)))
     assert content(tmp_path / "codes") == content(study.folder / "codes")
 

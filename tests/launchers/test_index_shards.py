@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from foreign_shards import theirs, write_theirs  # noqa: F401  a fixture
+from foreign_shards import write_two
 from tiny import command
 
 from launchers import index_shards
 from launchers.index_shards import IndexConfig
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    return write_two(tmp_path / "theirs")
 
 
 def test_indexing_is_said_and_not_repeated(
@@ -27,7 +32,7 @@ def test_indexing_is_said_and_not_repeated(
     assert "nothing to do" in capsys.readouterr().out
 
 
-def test_other_tars_are_not_indexed_over_these(theirs: Path, tmp_path: Path) -> None:  # noqa: F811
+def test_other_tars_are_not_indexed_over_these(theirs: Path, tmp_path: Path) -> None:
     index_shards.launch(command(IndexConfig(shards=(str(theirs),), out=str(tmp_path / "out"))))
     for change, what in (({"shards": (str(theirs / "part-000.tar"),)}, "other tars"), ({"classes": 5}, "classes 2")):
         config = IndexConfig(**{"shards": (str(theirs),), "out": str(tmp_path / "out")} | change)

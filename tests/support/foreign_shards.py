@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import pytest
 import webdataset
 from shard_mutations import make_images
 
@@ -22,9 +21,9 @@ def write_theirs(path: Path, samples: list[Sample], *, label: str = "cls") -> No
             writer.write({"__key__": sample.key, "jpeg": sample.members["jpg"], "txt": "a cat", **labels})
 
 
-@pytest.fixture
-def theirs(tmp_path: Path) -> Path:
+def write_two(folder: Path) -> Path:
+    """Write ten pictures of two classes into two tars."""
     samples = make_images(10)
     for number in range(2):
-        write_theirs(tmp_path / f"theirs/part-{number:03d}.tar", samples[5 * number : 5 * number + 5])
-    return tmp_path / "theirs"
+        write_theirs(folder / f"part-{number:03d}.tar", samples[5 * number : 5 * number + 5])
+    return folder

@@ -13,9 +13,11 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
-def encoded(pixels: np.ndarray, format: str = "PNG", **options) -> bytes:
+def encoded(image: np.ndarray | Image.Image, format: str = "PNG", **options) -> bytes:
+    """Return the file of a picture, or of its pixels (H, W, 3)."""
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format=format, **options)
+    picture = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    picture.save(buffer, format=format, **options)
     return buffer.getvalue()
 
 

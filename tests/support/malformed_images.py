@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import io
 import struct
 import zlib
 from collections.abc import Callable
 
-import numpy as np
+from image_folders import encoded, noise
 from PIL import Image
 
-
-def _image(height: int = 40, width: int = 60) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
-
-
-def encoded(format: str = "PNG", image: Image.Image | None = None, **options) -> bytes:
-    buffer = io.BytesIO()
-    (image or _image()).save(buffer, format=format, **options)
-    return buffer.getvalue()
+PICTURE = noise(40, 60)
 
 
 def chunk(kind: bytes, content: bytes) -> bytes:
@@ -42,7 +33,7 @@ def inflating(megabytes: int) -> bytes:
 
 def jpeg(width: int, height: int, marker: int = 0xC0) -> bytes:
     """A small picture that claims another size: only the first lines are there."""
-    data = bytearray(encoded("JPEG", progressive=marker == 0xC2))
+    data = bytearray(encoded(PICTURE, "JPEG", progressive=marker == 0xC2))
     frame = data.index(bytes([0xFF, marker]))
     data[frame + 5 : frame + 9] = struct.pack(">HH", height, width)
     return bytes(data)
@@ -74,14 +65,14 @@ def with_segments(data: bytes, marker: int, content: bytes) -> bytes:
 
 
 def _scan_bomb() -> bytes:
-    data = encoded("JPEG", _image(64, 64), progressive=True)
+    data = encoded(noise(64, 64), "JPEG", progressive=True)
     scan, end = data.rindex(b"\xff\xda"), len(data) - 2
     return jpeg(2000, 2000, 0xC2)[:-2] + data[scan:end] * 5_000 + data[end:]
 
 
 def _many_frames(format: str) -> bytes:
     first, second = (Image.new("RGB", (64, 64), colour) for colour in ("red", "blue"))
-    return encoded(format, first, save_all=True, append_images=[second, first] * 200)
+    return encoded(first, format, save_all=True, append_images=[second, first] * 200)
 
 
 def _text_bomb() -> bytes:
@@ -96,24 +87,24 @@ Content = Callable[[], tuple[bytes, str]]  # what is in the file, and what the e
 REFUSED: dict[str, Content] = {
     "empty image": lambda: (b"", "not a JPEG, PNG or WEBP image"),
     "text for an image": lambda: (b"<html>404</html>", "not a JPEG, PNG or WEBP image"),
-    "gif": lambda: (encoded("GIF"), "not a JPEG, PNG or WEBP image"),
-    "tiff": lambda: (encoded("TIFF"), "not a JPEG, PNG or WEBP image"),
-    "bmp": lambda: (encoded("BMP"), "not a JPEG, PNG or WEBP image"),
+    "gif": lambda: (encoded(PICTURE, "GIF"), "not a JPEG, PNG or WEBP image"),
+    "tiff": lambda: (encoded(PICTURE, "TIFF"), "not a JPEG, PNG or WEBP image"),
+    "bmp": lambda: (encoded(PICTURE, "BMP"), "not a JPEG, PNG or WEBP image"),
     "postscript": lambda: (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a JPEG, PNG or WEBP image"),
     "svg": lambda: (b"<svg xmlns='http://www.w3.org/2000/svg'/>", "not a JPEG, PNG or WEBP image"),
     "pickle for an image": lambda: (b"\x80\x04\x95\x10", "not a JPEG, PNG or WEBP image"),
-    "cut jpeg": lambda: (encoded("JPEG")[:1500], "truncated"),
-    "jpeg cut in its header": lambda: (encoded("JPEG")[:100], "damaged JPEG"),
-    "cut png": lambda: (encoded()[:3000], "truncated"),
-    "cut webp": lambda: (encoded("WEBP")[:300], "damaged WEBP"),
-    "png with a flipped bit": lambda: (encoded()[:500] + b"\xaa" + encoded()[501:], "damaged PNG"),
+    "cut jpeg": lambda: (encoded(PICTURE, "JPEG")[:1500], "truncated"),
+    "jpeg cut in its header": lambda: (encoded(PICTURE, "JPEG")[:100], "damaged JPEG"),
+    "cut png": lambda: (encoded(PICTURE)[:3000], "truncated"),
+    "cut webp": lambda: (encoded(PICTURE, "WEBP")[:300], "damaged WEBP"),
+    "png with a flipped bit": lambda: (encoded(PICTURE)[:500] + b"\xaa" + encoded(PICTURE)[501:], "damaged PNG"),
     "png without pixels": lambda: (png(), "damaged PNG"),
     "png of no width": lambda: (png(width=0), "damaged PNG"),
     "jpeg of no height": lambda: (jpeg(60, 0), "damaged JPEG"),
     "png of colour type 5": lambda: (png(colour=5), "damaged PNG"),
     "lossless jpeg": lambda: (jpeg(60, 40).replace(b"\xff\xc0", b"\xff\xc3"), "damaged JPEG"),
     "webp whose frame is not its canvas": lambda: (
-        webp(canvas(90, 90), (b"VP8L", encoded("WEBP", lossless=True)[20:])),
+        webp(canvas(90, 90), (b"VP8L", encoded(PICTURE, "WEBP", lossless=True)[20:])),
         "damaged WEBP",
     ),
 }
@@ -146,7 +137,7 @@ BOMBS: dict[str, Content] = {  # small files that take more than half a GiB wher
         "9000 x 6400 pixels take 551 MiB to decode, accepted are 512; scale it down",
     ),
     "jpeg of 5000 scans": lambda: (_scan_bomb(), "more than 100 scans"),
-    "jpeg with an exif bomb": lambda: (with_segments(encoded("JPEG"), 0xE1, exif_bomb()), ""),
+    "jpeg with an exif bomb": lambda: (with_segments(encoded(PICTURE, "JPEG"), 0xE1, exif_bomb()), ""),
     "webp of 268 megapixels": lambda: (
         webp((b"VP8L", b"\x2f" + struct.pack("<I", 16382 | 16382 << 14) + bytes(9))),
         "16383 x 16383 pixels, accepted are 64000000",

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import re
 import struct
 import threading
@@ -35,12 +34,6 @@ from data_pipeline.shards.members import Sample
 # red, green, blue, white: no two corners are alike, so that turns show
 CORNERS = np.array([[[255, 0, 0], [0, 255, 0]], [[0, 0, 255], [255, 255, 255]]], dtype=np.uint8)
 SQUARES = CORNERS.repeat(16, 0).repeat(24, 1)  # 32 x 48: colours that a JPEG keeps
-
-
-def stored(image: Image.Image, format: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def exif(orientation: int) -> Image.Exif:
@@ -182,11 +175,11 @@ def test_orientation_is_read_in_either_byte_order_as_short_or_long(order: str, k
     ],
 )
 def test_colours_of_the_first_picture_are_right_in_every_mode(format: str, mode: str, options: dict) -> None:
-    assert corners(decode_image(stored(Image.fromarray(SQUARES).convert(mode), format, **options))) == CORNERS.tolist()
+    assert corners(decode_image(encoded(Image.fromarray(SQUARES).convert(mode), format, **options))) == CORNERS.tolist()
 
 
 def test_the_inks_of_a_cmyk_jpeg_are_not_inverted_twice() -> None:
-    data = stored(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=100)
+    data = encoded(Image.new("CMYK", (16, 16), (255, 0, 0, 0)), "JPEG", quality=100)
     red, green, blue = decode_image(data).getpixel((8, 8))
     assert b"Adobe" in data and red < 5 and green > 250 and blue > 250
 
@@ -203,7 +196,7 @@ def test_grey_keeps_its_shades(mode: str, shades: list[int], orientation: int) -
         grey = Image.fromarray(np.array([shades], dtype=np.uint16) * 256)
     else:
         grey = Image.fromarray(np.array([shades], dtype=np.uint8)).convert(mode)
-    found = decode_image(stored(grey, "PNG", exif=exif(orientation)))
+    found = decode_image(encoded(grey, "PNG", exif=exif(orientation)))
     assert np.asarray(found).reshape(-1, 3).tolist() == [[shade] * 3 for shade in shades]
 
 
@@ -248,7 +241,7 @@ def test_a_jpeg_that_is_too_short_for_its_size_is_no_grey_picture() -> None:
     """The decoder would fill what is missing with grey, without a word."""
     with pytest.raises(ValueError, match="bytes cannot hold 4000 x 3000 pixels"):
         decode_image(jpeg(4000, 3000))
-    one_colour = stored(Image.new("RGB", (4000, 3000), "green"), "JPEG", quality=1, optimize=True)
+    one_colour = encoded(Image.new("RGB", (4000, 3000), "green"), "JPEG", quality=1, optimize=True)
     assert read_header(one_colour).width == 4000  # as short as a whole one can be
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import resource
 import time
 from collections.abc import Callable
 from functools import partial
@@ -14,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from PIL import Image
+from image_folders import encoded, noise
 from torch import Tensor
 from workers import content, ended_well, fork, kill
 
@@ -49,10 +47,7 @@ def never_called(images: Tensor) -> Tensor:
 
 
 def noise_png(seed: int, side: int = 6) -> bytes:
-    buffer = io.BytesIO()
-    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(buffer, format="PNG")
-    return buffer.getvalue()
+    return encoded(noise(side, side, seed))
 
 
 def pack_noise(folder: Path, num_images: int = 7) -> Index:
@@ -124,12 +119,6 @@ def test_more_views_than_fit_a_batch_are_encoded_in_parts(tmp_path: Path) -> Non
     assert encode(tmp_path / "images", tmp_path / "codes", views=12).num_samples == 7
 
 
-def test_encoding_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    pack_noise(tmp_path / "images")
-    first, second = (encode(tmp_path / "images", tmp_path / out, views=2) for out in ("a", "b"))
-    assert first.fingerprint == second.fingerprint
-
-
 def test_webdataset_reads_code_shards(tmp_path: Path) -> None:
     pack_noise(tmp_path / "images")
     index = encode(tmp_path / "images", tmp_path / "codes")
@@ -191,8 +180,6 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path: Path, change: dict, re
     "change, said",
     [
         ({"batch_size": 4}, "batch 5, now it is 4"),
-        ({"tokenizer_sha256": "b" * 64}, f"tokenizer_sha256 {SHA}, now it is {'b' * 64}"),
-        ({"views": 2}, "views 1, now it is 2"),
         ({"seed": 1}, "seed 0, now it is 1"),
         ({"device": "cuda 9.0"}, "device cpu, now it is cuda 9.0"),
         ({"transform": ImageTransform(image_size=4, resize_ratio=2.0)}, "resize_ratio 1.5, now it is 2.0"),
@@ -230,21 +217,7 @@ def test_killed_workers_and_several_at_once_make_the_same_codes(
         time.sleep(milliseconds / 1000)
         kill(child)
     children = [fork(work) for _ in range(2)]
-    assert all([ended_well(child) for child in children])
-    assert content(tmp_path / "codes") == content(tmp_path / "undisturbed")
-
-
-def test_a_full_disk_ends_a_worker_and_the_next_goes_on(tmp_path: Path) -> None:
-    pack_noise(tmp_path / "images", num_images=20)
-    encode(tmp_path / "images", tmp_path / "undisturbed")
-
-    def without_room() -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, 4000))  # bytes of a file; a shard is 10,240
-        encode(tmp_path / "images", tmp_path / "codes")
-
-    assert not ended_well(fork(without_room))
-    assert not list((tmp_path / "codes").glob("*shard-*"))
-    encode(tmp_path / "images", tmp_path / "codes")
+    assert [ended_well(child) for child in children] == 2 * [True]
     assert content(tmp_path / "codes") == content(tmp_path / "undisturbed")
 
 

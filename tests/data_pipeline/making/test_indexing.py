@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import webdataset
-from foreign_shards import theirs, write_theirs  # noqa: F401  a fixture
+from foreign_shards import write_theirs, write_two
 from shard_mutations import make_images
 from tars import member, tar_of
 
@@ -22,6 +22,11 @@ from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage
 from data_pipeline.shards.members import Sample
 from data_pipeline.shards.reader import ShardReader
+
+
+@pytest.fixture
+def theirs(tmp_path: Path) -> Path:
+    return write_two(tmp_path / "theirs")
 
 
 def index(patterns: list[str], out: Path, **options: Any) -> Index:

@@ -150,11 +150,3 @@ def test_shards_of_somebody_else_are_not_overwritten(tmp_path: Path, name: str) 
     with pytest.raises(ValueError, match=f"{name}: is there already, .* no work is under way; delete"):
         pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
     assert content(tmp_path / "packed") == {name: b"of somebody else"}
-
-
-def test_what_a_worker_leaves_that_is_killed_after_the_index_is_removed(tmp_path: Path) -> None:
-    source = str(make_folder(tmp_path / "images"))
-    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
-    (tmp_path / "packed/.work").mkdir()
-    pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
-    assert not (tmp_path / "packed/.work").exists()
