@@ -44,7 +44,7 @@ fuzz: install
 lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy models
+	$(BIN)/mypy models data_pipeline training launchers
 
 install: $(INSTALLED)
 

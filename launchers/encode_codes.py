@@ -1,4 +1,4 @@
-"""Image shards to code shards, with a trained tokenizer: stage 2 then never sees an image.
+"""Encode image shards into code shards with a trained tokenizer: stage 2 then never sees an image.
 
 `python launchers/encode_codes.py tokenizer=runs/tokenizer images=data/imagenet256/images out=data/imagenet256/codes`
 Every process that is started so, by hand, `srun`, `torchrun` or `deepspeed`, now or later, on any machine that sees the
@@ -39,6 +39,7 @@ class EncodeConfig:
 
 
 def launch(command: Command[EncodeConfig]) -> None:
+    """Encode train and val, unless the same codes are there already."""
     config, world = command.config, World.from_environment()
     report = say if world.is_rank_zero else say_nothing  # of workers that one launcher has started
     if world.device.type == "cpu":  # the processes of one node share its cores
@@ -66,6 +67,7 @@ def launch(command: Command[EncodeConfig]) -> None:
 
 
 def recipe_of(config: EncodeConfig, tokenizer: VQVAE, device: torch.device, *, sha256: str, views: int) -> Recipe:
+    """Return the recipe of a split by the settings and the tokenizer."""
     capability = ".".join(map(str, torch.cuda.get_device_capability(device))) if device.type == "cuda" else ""
     return Recipe(
         transform=image_transform(tokenizer.config, config.view),
@@ -80,6 +82,7 @@ def recipe_of(config: EncodeConfig, tokenizer: VQVAE, device: torch.device, *, s
 
 
 def encode_on(device: torch.device, tokenizer: VQVAE, images: Tensor) -> Tensor:
+    """Encode images (B, 3, S, S) in [-1, 1] into codes (B, L) on a device."""
     return tokenizer.encode(images.to(device))
 
 
@@ -88,6 +91,7 @@ def _num_cores() -> int:
 
 
 def main() -> None:
+    """Run the launcher."""
     run_launcher(EncodeConfig, launch, __doc__)
 
 

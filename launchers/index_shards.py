@@ -1,4 +1,4 @@
-"""An index for WebDataset tars that lie somewhere already: they are read once, and stay as they are.
+"""Index WebDataset tars that lie somewhere already: they are read once, and stay as they are.
 
 `python launchers/index_shards.py --shards '/data/imagenet/train-{0000..1281}.tar' --out data/imagenet/train`
 """
@@ -35,6 +35,7 @@ class IndexConfig:
 
 
 def launch(command: Command[IndexConfig]) -> None:
+    """Index the tars, unless the same is indexed there already, and say what was left out."""
     config = command.config
     out = Path(config.out)
     locations = expand_shards(config.shards)
@@ -79,6 +80,7 @@ def refuse_another(out: Path, config: IndexConfig, locations: list[str]) -> None
 
 
 def main() -> None:
+    """Run the launcher."""
     run_launcher(IndexConfig, launch, __doc__)
 
 

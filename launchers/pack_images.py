@@ -1,4 +1,4 @@
-"""A folder of images, or the word `digits`, to image shards.
+"""Pack a folder of images, or the word `digits`, into image shards.
 
 `python launchers/pack_images.py source=/data/imagenet out=data/imagenet256/images`
 
@@ -37,6 +37,7 @@ class PackConfig:
 
 
 def launch(command: Command[PackConfig]) -> None:
+    """Pack, unless the same is packed there already."""
     config, out = command.config, Path(command.config.out)
     if command.dry_run:
         say(f"would pack {config.source} into {config.out}/train and {config.out}/val")
@@ -52,6 +53,7 @@ def launch(command: Command[PackConfig]) -> None:
 
 
 def pack(config: PackConfig, out: Path) -> None:
+    """Pack beside other workers, and print the report where this is the first of its launcher."""
     speaks = place_of(os.environ).rank == 0  # of workers that one launcher has started
     report = pack_images(
         config.source,
@@ -69,7 +71,7 @@ def pack(config: PackConfig, out: Path) -> None:
 
 
 def options_of(config: PackConfig) -> dict[str, object]:
-    """What the indexes of a packed folder must say for there to be nothing to do."""
+    """Return what the indexes of a packed folder must say for there to be nothing to do."""
     return {
         "source": config.source,
         "seed": config.seed,
@@ -80,6 +82,7 @@ def options_of(config: PackConfig) -> dict[str, object]:
 
 
 def main() -> None:
+    """Run the launcher."""
     run_launcher(PackConfig, launch, __doc__)
 
 

@@ -28,6 +28,7 @@ class VerifyConfig:
 
 
 def launch(command: Command[VerifyConfig]) -> None:
+    """Check a folder or its splits. Raises DamagedData if there are faults, which have been said by then."""
     config = command.config
     folders = folders_of(config.folder)
     if command.dry_run:
@@ -39,7 +40,7 @@ def launch(command: Command[VerifyConfig]) -> None:
 
 
 def verify_folder(folder: str, config: VerifyConfig) -> int:
-    """Check one folder, with progress; how many faults were found and said."""
+    """Check one folder, with progress, say its faults, and return their number."""
     storage = Storage(folder, config.cache)
     try:
         index = Index.read(storage)
@@ -72,6 +73,7 @@ def verify_folder(folder: str, config: VerifyConfig) -> int:
 
 
 def main() -> None:
+    """Run the launcher."""
     run_launcher(VerifyConfig, launch, __doc__)
 
 

@@ -1,4 +1,4 @@
-"""The contact sheet of a packed folder: some pictures of every class, read back from the shards as training reads them.
+"""Draw the contact sheet of a packed folder: pictures of every class, read from the shards as training reads them.
 
 One glance shows whether colours, orientation and classes are right. Pictures keep their proportions; small ones are
 enlarged without smoothing.
@@ -31,7 +31,7 @@ INK, PALE, PAPER, EDGE = (0, 0, 0), (110, 110, 110), (255, 255, 255), (205, 205,
 
 
 def write_contact_sheet(packed: Path, *, seed: int) -> Path:
-    """Draw training pictures of a folder that pack_images filled, chosen by seed; the file, in that folder."""
+    """Draw training pictures of a folder that pack_images filled, chosen by seed; return the file in that folder."""
     folder, path = packed / "train", packed / SHEET_NAME
     index = Index.read(folder, kind="images")
     labels = np.fromiter((row["label"] for row in _rows(folder)), np.int64, index.num_samples)
@@ -48,9 +48,10 @@ def write_contact_sheet(packed: Path, *, seed: int) -> Path:
 
 
 def choose(labels: np.ndarray, count: int, *, seed: int) -> list[int]:
-    """At most `count` samples, by class: as many of each class as of any other, or of as many classes as there is room.
+    """Choose at most `count` samples at random, as equally many of each class as there are, and return their numbers.
 
-    labels: (samples,), the class of each -> sample numbers, by class
+    labels: (samples,), the class of each. The numbers come sorted by class. With more classes than `count`, as many
+    classes as there is room for have one sample each.
     """
     order = permutation(len(labels), seed, Stream.SHEET)
     by_class: dict[int, list[int]] = {}
@@ -64,7 +65,7 @@ def choose(labels: np.ndarray, count: int, *, seed: int) -> list[int]:
 
 
 def _rows(folder: Path) -> Iterator[dict[str, str | int]]:
-    """What packing noted of each sample, in the order of the samples."""
+    """Read what packing noted of each sample, in the order of the samples."""
     with open(folder / FILES_NAME, encoding="ascii") as file:
         yield from map(json.loads, file)
 
@@ -94,7 +95,7 @@ def _draw(sheet: Image.Image, cell: int, image: Image.Image, class_name: str, fi
 
 
 def _fitted(image: Image.Image) -> Image.Image:
-    """The picture as large as fits into a cell."""
+    """Scale a picture to be as large as fits into a cell."""
     longer = max(image.size)
     if longer > SIDE:
         size = (max(1, image.width * SIDE // longer), max(1, image.height * SIDE // longer))
@@ -106,7 +107,7 @@ def _fitted(image: Image.Image) -> Image.Image:
 def _write(
     draw: ImageDraw.ImageDraw, place: tuple[int, int], text: str, *, size: int, ink: tuple[int, int, int]
 ) -> None:
-    """One line of text, cut to the width of a cell."""
+    """Write one line of text, cut to the width of a cell."""
     font, text = ImageFont.load_default(size), printable(text)[:80]
     if draw.textlength(text, font=font) > SIDE:
         while draw.textlength(f"{text}...", font=font) > SIDE:

@@ -18,7 +18,7 @@ def theirs(tmp_path: Path) -> Path:
 
 
 def test_indexing_is_said_and_not_repeated(
-    theirs: Path,  # noqa: F811
+    theirs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -78,7 +78,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.startswith("to:"):
             return self.refuse(302, Location=fault[3:])
         if fault == "silent":
-            return self.hold()
+            self.hold()
+            return None
         try:
             self.deliver(shards.files.get(path, b""), fault)
             if path in shards.replacements:
@@ -91,7 +92,8 @@ class _Handler(BaseHTTPRequestHandler):
         if fault == "no-range" or first is None:
             status, body, headers = 200, content, {}
         elif first >= len(content):
-            return self.refuse(416, **{"Content-Range": f"bytes */{len(content)}"})
+            self.refuse(416, **{"Content-Range": f"bytes */{len(content)}"})
+            return
         else:
             status, body = 206, content[first : last + 1]
             headers = {"Content-Range": f"bytes {first}-{first + len(body) - 1}/{len(content)}"}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -28,10 +29,8 @@ def test_every_changed_or_missing_byte_is_noticed(tmp_path: Path) -> None:
     damaged += [whole[:i] + bytes([whole[i] ^ bit]) + whole[i + 1 :] for i in range(len(whole)) for bit in (1, 0x80)]
     for content in damaged:
         path.write_bytes(content)
-        try:
+        with suppress(ValueError):
             assert read_sealed(path) == CONTENT  # as a changed blank between two words would be
-        except ValueError:
-            pass
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{}", b"null", b"\xff", b'{"sha256": 3}', b"[" * 100_000])

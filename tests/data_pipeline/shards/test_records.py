@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,11 @@ def refuse(sample_id: int) -> bytes:
     raise AssertionError(f"sample {sample_id} is as it should be")
 
 
+def _remember(asked: list[int], number: int) -> bytes:
+    asked.append(number)
+    return bytes(12)
+
+
 def every_part(reader: ShardReader) -> dict[tuple[int, int], bytes | None]:
     """By sample and part what reading this part alone gives; None: it was given up."""
     found: dict[tuple[int, int], bytes | None] = {}
@@ -49,7 +55,7 @@ def every_part(reader: ShardReader) -> dict[tuple[int, int], bytes | None]:
         for part in range(PARTS):
             asked: list[int] = []
             place = (np.array([number]), np.array([part]))
-            row = reader.read_records(*place, KIND, otherwise=lambda number: asked.append(number) or bytes(12))
+            row = reader.read_records(*place, KIND, otherwise=partial(_remember, asked))
             found[number, part] = None if asked else row.tobytes()
     return found
 
