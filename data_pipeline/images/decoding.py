@@ -38,13 +38,14 @@ MAX_DECODING_BYTES = 512 * 2**20  # at the peak of decoding one image, a copy of
 MAX_PIXELS = 64_000_000  # of a decoded image
 MAX_SCALABLE_PIXELS = 200 * 2**20  # of a JPEG that is decoded at a half, a quarter or an eighth of its size
 BYTES_PER_PIXEL = {  # at the peak of decoding; Pillow keeps a pixel of RGB, RGBA or CMYK in four bytes
-    "JPEG": 8,  # the image before and after it is turned or made RGB
+    "JPEG": 8,  # the image before and after it is turned, or made RGB
     "PNG": 8,
-    "WEBP": 16,  # two canvases of libwebp, a copy of one, and the image
+    "WEBP": 16,  # two canvases of libwebp, and the image before and after it is turned
 }
 MAX_SIDE = 65_535  # pixels; what a JPEG can have
 MAX_SCANS = 100  # of a progressive JPEG, each of which goes over the whole picture; encoders make about 10
-PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"eXIf")  # of a PNG
+PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"IDAT", b"IEND")  # of a PNG
+PNG_HEADER = 33  # bytes: the signature and IHDR
 ORIENTATION, SHORT, LONG = 0x0112, 3, 4  # the tag of EXIF, and the types in which it is written
 UPRIGHT = 1
 TURNS = {  # orientation by EXIF -> what turns the image upright
@@ -130,43 +131,38 @@ def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
 class StoredImage:
     """An image file whose header has been read, and no pixel yet.
 
-    format: "JPEG", "PNG" or "WEBP". width, height: pixels, as stored. num_bytes: what decoding takes at its peak.
+    format: "JPEG", "PNG" or "WEBP". width, height: pixels, as stored. orientation: by EXIF; 1 is upright.
     scale: 1, or 2, 4 or 8 for a camera's JPEG that is too large to be decoded at its full size.
+    num_bytes: the memory that decoding takes at its peak.
     """
 
     format: str
     width: int
     height: int
+    orientation: int
     scale: int
     num_bytes: int
-    _file: ImageFile
+    _data: bytes
+
+    @property
+    def upright_size(self) -> tuple[int, int]:
+        """The width and height in pixels of the stored image when it is shown upright."""
+        return (self.width, self.height) if self.orientation < 5 else (self.height, self.width)
 
     def decode(self) -> Image.Image:
-        """Decode the pixels into RGB, upright by EXIF, the colours under transparency kept.
-
-        Raises ValueError if the file is damaged. May be called once.
-        """
-        image: Image.Image = self._file
+        """Decode the pixels into RGB, upright, the colours under transparency kept. Raises ValueError for damage."""
         try:
+            image: Image.Image = READERS[self.format](io.BytesIO(self._data))
             if self.scale > 1:
-                self._file.draft(None, (max(1, self.width // self.scale), max(1, self.height // self.scale)))
+                image.draft(None, (max(1, self.width // self.scale), max(1, self.height // self.scale)))
             image.load()
-            if self.format == "WEBP":
-                image = image.copy()  # the decoder holds two pictures, as long as its own is there
-            if (orientation := self._orientation()) != UPRIGHT:
-                image = image.transpose(TURNS[orientation])
+            if self.orientation != UPRIGHT:
+                image = image.transpose(TURNS[self.orientation])
             if image.mode.startswith("I"):  # 16-bit grey: keep the high byte; Pillow's conversion would clip to white
                 image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
             return image if image.mode == "RGB" else image.convert("RGB")
         except DECODING_ERRORS as error:
             raise _damaged(self.format, error) from error
-
-    def upright_size(self) -> tuple[int, int]:
-        """The width and height in pixels of the stored image when it is shown upright; known after decoding."""
-        return (self.width, self.height) if self._orientation() < 5 else (self.height, self.width)
-
-    def _orientation(self) -> int:
-        return exif_orientation(self._file.info.get("exif", b""))
 
 
 def read_header(data: bytes) -> StoredImage:
@@ -175,10 +171,11 @@ def read_header(data: bytes) -> StoredImage:
     Raises ValueError with a reason if it is none, is damaged, or takes more than MAX_DECODING_BYTES. A JPEG that the
     decoder reads line by line, as cameras write them, is accepted up to MAX_SCALABLE_PIXELS, and scaled down.
     """
-    kind, reader = _reader(data)
-    stream = io.BytesIO(_pixel_chunks(data) if kind == "PNG" else data)
+    kind = _format_of(data)
+    pixels = _pixel_chunks(data) if kind == "PNG" else data
+    stream = io.BytesIO(pixels)
     try:
-        file = reader(stream)
+        file = READERS[kind](stream)
     except DECODING_ERRORS as error:
         raise _damaged(kind, error) from error
     bytes_per_pixel, is_scalable = BYTES_PER_PIXEL[kind], False
@@ -190,15 +187,14 @@ def read_header(data: bytes) -> StoredImage:
     most = MAX_SCALABLE_PIXELS if is_scalable else MAX_PIXELS
     if max(width, height) > MAX_SIDE or width * height > most:
         raise ValueError(f"{width} x {height} pixels, accepted are {most} and {MAX_SIDE} a side; scale it down")
+    orientation = exif_orientation(file.info.get("exif", b""))
     for scale in (1, 2, 4, 8) if is_scalable else (1,):
         num_pixels = -(-width // scale) * -(-height // scale)
-        num_bytes = num_pixels * bytes_per_pixel + len(data)
+        num_bytes = num_pixels * bytes_per_pixel + len(pixels)
         if num_pixels <= MAX_PIXELS and num_bytes <= MAX_DECODING_BYTES:
-            return StoredImage(kind, width, height, scale, num_bytes, file)
+            return StoredImage(kind, width, height, orientation, scale, num_bytes, pixels)
     needed, most = -(-num_bytes // 2**20), MAX_DECODING_BYTES // 2**20
-    raise ValueError(
-        f"{width} x {height} pixels take {needed} MiB to decode, at most {most} are accepted; scale it down"
-    )
+    raise ValueError(f"{width} x {height} pixels take {needed} MiB to decode, accepted are {most}; scale it down")
 
 
 def decode_image(data: bytes) -> Image.Image:
@@ -213,14 +209,17 @@ class _Jpeg(JpegImageFile):
         return Image.Exif()
 
 
-def _reader(data: bytes) -> tuple[str, type[ImageFile]]:
-    """Choose Pillow's reader by the first bytes. Image.open would hand a JPEG to the reader of another format."""
+# Named one by one: Image.open would try dozens of formats, and hand a JPEG to the reader of another.
+READERS: dict[str, type[ImageFile]] = {"JPEG": _Jpeg, "PNG": PngImageFile, "WEBP": WebPImageFile}
+
+
+def _format_of(data: bytes) -> str:
     if data.startswith(b"\xff\xd8\xff"):
-        return "JPEG", _Jpeg
+        return "JPEG"
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
-        return "PNG", PngImageFile
+        return "PNG"
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WEBP", WebPImageFile
+        return "WEBP"
     raise ValueError("not a JPEG, PNG or WEBP image")
 
 
@@ -232,6 +231,8 @@ def _pixel_chunks(png: bytes) -> bytes:
         end = place + 12 + length  # behind the checksum
         if kind in PIXEL_CHUNKS:
             kept += png[place:end]
+        elif kind == b"eXIf":
+            kept[PNG_HEADER:PNG_HEADER] = png[place:end]  # in front of the pixels, if it is not there already
         place = end
     return bytes(kept)
 

@@ -208,7 +208,7 @@ class _Packing:
         stored = read_header(data)
         with self.budget.decoded(stored) as image:
             if self.resize_to is None or min(image.size) <= self.resize_to:
-                return SUFFIXES[stored.format], data, *stored.upright_size()
+                return SUFFIXES[stored.format], data, *stored.upright_size
             image = resize_short_side(image, self.resize_to)
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=JPEG_QUALITY)

@@ -62,7 +62,7 @@ def image(content: bytes) -> None:
     except ValueError as error:
         assert "\n" not in str(error) and str(error)
         return
-    assert picture.mode == "RGB" and picture.size == stored.upright_size()
+    assert picture.mode == "RGB" and picture.size == stored.upright_size
     assert np.asarray(picture).shape == (picture.height, picture.width, 3)
 
 

@@ -134,7 +134,7 @@ BOMBS: dict[str, Content] = {  # small files that take more than half a GiB wher
     "jpeg of 200 megapixels, most of them missing": lambda: (jpeg(14400, 14400), "cannot hold 14400"),
     "progressive jpeg of 58 megapixels": lambda: (
         jpeg(9000, 6400, 0xC2)[:-2] + bytes(10**6) + b"\xff\xd9",
-        "9000 x 6400 pixels take 551 MiB to decode, at most 512 are accepted; scale it down",
+        "9000 x 6400 pixels take 551 MiB to decode, accepted are 512; scale it down",
     ),
     "jpeg of 5000 scans": lambda: (_scan_bomb(), "more than 100 scans"),
     "jpeg with an exif bomb": lambda: (with_segments(encoded(PICTURE, "JPEG"), 0xE1, exif_bomb()), ""),

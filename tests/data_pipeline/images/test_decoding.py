@@ -128,7 +128,7 @@ def test_decoding_turns_images_upright(format: str, orientation: int) -> None:
         8: np.rot90(CORNERS),
     }
     assert (header.format, header.width, header.height) == (format, 48, 32)
-    assert image.mode == "RGB" and image.size == header.upright_size() == ((48, 32) if orientation < 5 else (32, 48))
+    assert image.mode == "RGB" and image.size == header.upright_size == ((48, 32) if orientation < 5 else (32, 48))
     assert corners(image) == turned[orientation].tolist()
 
 
@@ -207,7 +207,7 @@ def test_a_large_photograph_comes_scaled_down_and_others_are_refused(
     monkeypatch.setattr(decoding, "MAX_PIXELS", most := 48 * 32 // scale**2)
     header = read_header(encoded(SQUARES, "JPEG", exif=exif(6)))
     image = header.decode()
-    assert image.size == size[::-1] and header.scale == scale and header.upright_size() == (32, 48)
+    assert image.size == size[::-1] and header.scale == scale and header.upright_size == (32, 48)
     for options in ({"format": "JPEG", "progressive": True}, {"format": "PNG"}, {"format": "WEBP"}):
         with pytest.raises(ValueError, match=f"48 x 32 pixels, accepted are {most} .*; scale it down"):
             decode_image(encoded(SQUARES, **options))
@@ -220,15 +220,21 @@ def test_a_cameras_200_megapixels_are_decoded_within_the_memory() -> None:
     assert found[0].size == (8160, 6120)
 
 
+@pytest.mark.parametrize(
+    "format, channels, options", [("WEBP", 4, {}), ("PNG", 4, {}), ("JPEG", 3, {"progressive": True})]
+)
+def test_decoding_and_turning_take_the_memory_that_the_header_says(format: str, channels: int, options: dict) -> None:
+    header = read_header(encoded(np.zeros((1500, 2000, channels), np.uint8), format, exif=exif(6), **options))
+    assert 0.4 * header.num_bytes < peak_memory(header.decode) < header.num_bytes + 2**22
+
+
 def test_a_jpeg_whose_colours_come_one_after_the_other_counts_as_held_whole() -> None:
     data = encoded(SQUARES, "JPEG", subsampling=0)
     scan = data.index(b"\xff\xda")
     first_colour = b"\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00"  # the header of a scan of the first component alone
     by_lines, whole = read_header(data), read_header(data[:scan] + first_colour + bytes(2000))
-    per_pixel = [
-        (header.num_bytes - size) / (48 * 32) for header, size in [(by_lines, len(data)), (whole, scan + 2010)]
-    ]
-    assert per_pixel == [8, 4 + 2 * 3]
+    assert by_lines.num_bytes == 48 * 32 * 8 + len(data)
+    assert whole.num_bytes == 48 * 32 * (4 + 2 * 3) + scan + 2010
 
 
 def test_a_jpeg_that_is_too_short_for_its_size_is_no_grey_picture() -> None:
