@@ -6,7 +6,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,19 @@ def save_checkpoints(root: str, saves: int) -> dict[str, Any]:
     return outcome
 
 
+class NothingAhead(Iterator[Any]):
+    """Asks for an item when it is asked for one; in the place of ThreadAhead."""
+
+    def __init__(self, items: Iterator[Any], **_: Any) -> None:
+        self._items = items
+
+    def __next__(self) -> Any:
+        return next(self._items)
+
+    def close(self) -> None:
+        """Nothing is to be ended."""
+
+
 def train(arguments: list[str], attempt: int, samples: str) -> None:
     """launchers/train.py with a command line. Notes which samples this rank reads in `samples`, before each step.
 
@@ -102,7 +115,7 @@ def train(arguments: list[str], attempt: int, samples: str) -> None:
         return read(dataset, ids, epochs)
 
     CodeDataset.read_narrow = noting_read
-    loader._in_thread = lambda batches, device, workers, ahead: batches  # what is read ahead is not what a step takes
+    loader.ThreadAhead = NothingAhead  # what is read ahead is not what a step takes
     CodeDataset.read_together = 1  # nor what is read with it
     CodeDataset.try_one = lambda dataset: None  # reads a sample that no step sees
     VARStage.train_step = faulty(VARStage.train_step)
