@@ -36,7 +36,9 @@ def launch(command: Command[VerifyConfig]) -> None:
         return
     faults = sum(verify_folder(folder, config) for folder in folders)
     if faults:
-        raise DamagedData(f"{config.folder}: {faults} faults, named above; copy or pack these shards again")
+        raise DamagedData(
+            f"{config.folder}: {faults} fault{'s' if faults > 1 else ''}, named above; copy or pack these shards again"
+        )
 
 
 def verify_folder(folder: str, config: VerifyConfig) -> int:
@@ -60,14 +62,14 @@ def verify_folder(folder: str, config: VerifyConfig) -> int:
             said = time.monotonic()
             rate = num_bytes / (said - start)
             say(
-                f"{storage}: {number} of {len(index.shards)} shards, {rate / 1e6:.0f} MB/s, {num_faults} faults, "
+                f"{storage}: {number} of {len(index.shards)} shards, {rate / 1e6:.0f} MB/s, {num_faults} fault(s), "
                 f"{(total - num_bytes) / rate:.0f} s left"
             )
     seconds = max(time.monotonic() - start, 1e-9)
     depth = "every sample decoded" if config.decode else "every byte read"
     say(
         f"{storage}: {index.num_samples} samples in {len(index.shards)} shards, {num_bytes / 1e6:.1f} MB, {depth},"
-        f" {num_bytes / seconds / 1e6:.0f} MB/s: {num_faults or 'no'} faults"
+        f" {num_bytes / seconds / 1e6:.0f} MB/s: {num_faults or 'no'} fault{'s' if num_faults != 1 else ''}"
     )
     return num_faults
 

@@ -154,7 +154,8 @@ def parse(schema: type[Config], arguments: Sequence[str], description: str | Non
         raise ValueError(f"--world-size is {known.world_size}; it is a number of GPUs, 1 or more, for --dry-run")
     layers = read_layers(Path(known.config)) if known.config else []
     layers += settings_given(schema, rest)
-    config = build_config(schema, layers, source=known.config or "command line")
+    sources = ([known.config] if known.config else []) + (["command line"] if rest or not known.config else [])
+    config = build_config(schema, layers, source=" or ".join(sources))
     if known.print_config:
         if _place().rank == 0:
             print(to_yaml(config), end="")

@@ -45,7 +45,7 @@ def find_whole(path: str, kind: str) -> ModelOnDisk:
         names = [f"{found.folder.name}/{name}" for name in (CONFIG, WEIGHTS)]
         damage = content_damage(checkpoint, read_manifest(checkpoint), names)
         if damage:
-            raise DamagedCheckpoint(f"{damage}; name another checkpoint of {run_of(checkpoint)}")
+            raise DamagedCheckpoint(f"{damage}; name another folder of {checkpoint.parent}")
     return found
 
 

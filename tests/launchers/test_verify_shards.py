@@ -25,10 +25,10 @@ def test_faults_are_said_with_progress(
 ) -> None:
     monkeypatch.setattr(verify_shards, "PROGRESS_SECONDS", -1.0)
     SHARDS["a bit of a header flipped"][0](copy_codes(study.folder / "codes/train", tmp_path))
-    with pytest.raises(DamagedData, match="1 faults, named above"):
+    with pytest.raises(DamagedData, match="1 fault, named above"):
         verify_shards.launch(command(VerifyConfig(folder=str(tmp_path / "data"))))
     said = capsys.readouterr().out
-    assert "fault: " in said and "MB/s, 1 faults, " in said and "s left" in said
+    assert "fault: " in said and "MB/s, 1 fault(s), " in said and "s left" in said
 
 
 def test_a_damaged_index_is_a_fault_among_the_others(
@@ -37,7 +37,7 @@ def test_a_damaged_index_is_a_fault_among_the_others(
     for split in ("train", "val"):
         copy_codes(study.folder / "codes" / split, tmp_path).rename(tmp_path / split)
     (tmp_path / "val/index.json").write_text("[]")
-    with pytest.raises(DamagedData, match="1 faults, named above"):
+    with pytest.raises(DamagedData, match="1 fault, named above"):
         verify_shards.launch(command(VerifyConfig(folder=str(tmp_path))))
     said = capsys.readouterr().out
     assert "val/index.json: malformed index" in said and "train: " in said and "no faults" in said

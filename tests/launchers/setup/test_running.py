@@ -204,5 +204,5 @@ def test_a_damaged_checkpoint_is_not_sampled_exported_or_built_upon(study: Study
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged .sha256.; name another checkpoint of"):
+    with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged .sha256.; name another folder of"):
         load_var(config.run)
