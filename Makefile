@@ -65,5 +65,5 @@ $(INSTALLED): setup.cfg pyproject.toml constraints.txt
 
 # keeps runs/ and data/: those are yours
 clean:
-	rm -rf .venv build *.egg-info .pytest_cache
+	rm -rf .venv build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -103,23 +103,6 @@ class Recipe:
         return {**self.meta(source), **how, "index_version": VERSIONS["codes"]}
 
 
-def write_codes(
-    images: str | Path,
-    out: Path,
-    recipe: Recipe,
-    *,
-    encode: Callable[[Tensor], Tensor],
-    report: Callable[[str], None] = print,
-) -> Index:
-    """Encode a packed image split, together with whoever else does; return the index when all is done.
-
-    encode: (B, 3, S, S) float32 in [-1, 1], on the CPU, B <= recipe.batch_size -> (B, L) codes on any device.
-    Raises ValueError if `out` holds codes made otherwise, finished or not, or the codes do not fit patch_nums or
-    vocab_size; DamagedData if an image is damaged.
-    """
-    return Encoding(images, out, recipe, encode=encode, report=report).finish()
-
-
 def is_encoded(out: Path, wanted: dict[str, Any]) -> bool:
     """Tell whether `out` is complete, with these values in its index's meta.
 
@@ -196,7 +179,7 @@ class _Encoder:
 
 
 class Encoding:
-    """The encoding of one folder by this process, beside others: `write_codes` in two steps, `work` and `finish`."""
+    """The encoding of a packed image split by this process, together with whoever else encodes it."""
 
     def __init__(
         self,
@@ -207,8 +190,9 @@ class Encoding:
         encode: Callable[[Tensor], Tensor],
         report: Callable[[str], None] = print,
     ) -> None:
-        """Lay down the work, or join it. Takes the arguments of `write_codes`.
+        """Lay down the work, or join it.
 
+        encode: (B, 3, S, S) float32 in [-1, 1], on the CPU, B <= recipe.batch_size -> (B, L) codes on any device.
         Raises ValueError if `out` holds, or is to hold, other codes, and for more views than a shard has room for.
         """
         source = Index.read(images, kind="images")
@@ -231,12 +215,15 @@ class Encoding:
         self._progress = Progress(self._claims, sizes, report=report)
 
     def work(self) -> None:
-        """Encode what nobody works on. Raises what `write_codes` raises."""
+        """Encode what nobody works on. Raises as `finish` does."""
         if not is_complete(self._out):
             self._claims.work(self._make)
 
     def finish(self) -> Index:
-        """Encode, and take over what others drop, until all is done. Raises what `write_codes` raises."""
+        """Encode, and take over what others drop, until all is done; return the index.
+
+        Raises ValueError if the codes do not fit patch_nums or vocab_size, and DamagedData if an image is damaged.
+        """
         self._claims.finish(self._make, self._merge)
         self._report(f"{self._out}: {self._progress.summary()}")
         is_encoded(self._out, self._meta)  # by others, perhaps, who did not wait for us

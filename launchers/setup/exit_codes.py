@@ -2,7 +2,8 @@
 
 code  meaning                                                          worth trying again?
 0     done
-1     an error of the program itself; its traceback is shown
+1     an error of the program itself; its traceback is shown. Or a
+      rank hung while C code held the interpreter
 64    the command line, a config, or a file it names is wrong          no
 65    data or a checkpoint is damaged, or too many samples are         no
 69    a service that is needed is absent: tracker, server of shards    yes

@@ -15,9 +15,9 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 
     return "\n".join(_aligned(line, widths, left) for line in lines)
 
 
-def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, left: int = 1) -> str:
-    """Write rows of text as a Markdown table; alignment is that of `table`."""
-    rule = ["---" if place < left else "---:" for place in range(len(columns))]
+def markdown_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Write rows of text as a Markdown table: the first column to the left, the others, numbers, to the right."""
+    rule = ["---", *["---:"] * (len(columns) - 1)]
     return "\n".join(f"| {' | '.join(line)} |" for line in [columns, rule, *rows])
 
 

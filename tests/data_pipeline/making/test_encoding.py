@@ -22,7 +22,7 @@ from data_pipeline.images.tensors import floats_of, pixels_of
 from data_pipeline.loading.datasets import CodeDataset
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making import claims
-from data_pipeline.making.encoding import Encoding, Recipe, write_codes
+from data_pipeline.making.encoding import Encoding, Recipe
 from data_pipeline.making.indexing import index_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.codes import CodeFormat
@@ -61,7 +61,7 @@ def recipe(views: int = 1, **changes: Any) -> Recipe:
 
 
 def encode(images: Path, out: Path, *, encode: Callable[[Tensor], Tensor] = encode_pixels, **changes: Any) -> Index:
-    return write_codes(images, out, recipe(**changes), encode=encode, report=lambda line: None)
+    return Encoding(images, out, recipe(**changes), encode=encode, report=lambda line: None).finish()
 
 
 def test_one_view_is_the_centre_crop_of_each_image_in_order(tmp_path: Path) -> None:
