@@ -141,6 +141,7 @@ def test_a_job_near_its_time_limit_saves_is_requeued_and_ends_as_if_nothing_had_
     assert is_whole(stopped_at) and 3 <= int(stopped_at.name.removeprefix("step-")) < NUM_STEPS
     assert History(home.folder / run).events(STOP)[0]["reason"].startswith("SIGUSR1 on rank")
     assert f"job {job.number} is requeued" in job.log
+    time.sleep(3)  # Slurm refuses what starts anew in the second in which it was killed
     job.update("TimeLimit=60", "StartTime=now")  # Slurm would wait for two minutes
 
     assert job.wait_for_state(*ENDED) == "COMPLETED", job.log[-3000:]
