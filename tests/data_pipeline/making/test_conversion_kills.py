@@ -118,7 +118,7 @@ def test_killed_conversions_end_with_the_same_bytes(prepared: Project, figures: 
     prepared.succeed(*command(whole))
     seconds = time.monotonic() - started
     undisturbed = content(prepared.folder / whole)
-    some_shards = 5 * seconds / shards(prepared.folder / whole)
+    some_shards = max(1.5, 5 * seconds / shards(prepared.folder / whole))  # the first shard takes longer: imports
     found = kill_again_and_again(prepared, undisturbed, some_shards, *command("killed_" + whole))
     assert found > 0  # what was done was kept
     prepared.succeed(*command("killed_" + whole))
