@@ -62,7 +62,7 @@ def verify_folder(folder: str, config: VerifyConfig) -> int:
             said = time.monotonic()
             rate = num_bytes / (said - start)
             say(
-                f"{storage}: {number} of {len(index.shards)} shards, {rate / 1e6:.0f} MB/s, {num_faults} fault(s), "
+                f"{storage}: {number} of {len(index.shards)} shards, {rate / 1e6:.0f} MB/s, faults: {num_faults}, "
                 f"{(total - num_bytes) / rate:.0f} s left"
             )
     seconds = max(time.monotonic() - start, 1e-9)

@@ -41,7 +41,7 @@ class AutoencoderConfig:
 
     @property
     def level_widths(self) -> tuple[int, ...]:
-        """Channels of each level, from full resolution to the lowest."""
+        """The channels of each level, from full resolution to the lowest."""
         return tuple(self.width * multiplier for multiplier in self.multipliers)
 
 

@@ -43,7 +43,7 @@ class Sampling:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether nothing is left to chance."""
+        """Tell whether nothing is left to chance."""
         return self.top_k == 1
 
     def schedule(self, num_scales: int) -> tuple[float, ...]:

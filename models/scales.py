@@ -59,7 +59,7 @@ class Scales:
 
     @property
     def slices(self) -> tuple[slice, ...]:
-        """Where each scale lies in a joined sequence of L tokens."""
+        """The places of the scales in a joined sequence of L tokens."""
         ends = tuple(accumulate(self.scale_sizes))
         return tuple(slice(end - size, end) for end, size in zip(ends, self.scale_sizes))
 

@@ -102,7 +102,7 @@ class VARConfig:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether there are classes besides the null class."""
+        """Tell whether there are classes besides the null class."""
         return self.num_classes > 0
 
     @property

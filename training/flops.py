@@ -43,12 +43,12 @@ def forward_macs(config: VARConfig) -> int:
 
 
 def training_flops(config: VARConfig) -> int:
-    """FLOPs of one training image: 2 per MAC, three times the forward pass. Recomputed activations are not counted."""
+    """Count the FLOPs of one training image: 2 per MAC, three times the forward pass, without any recomputation."""
     return 6 * forward_macs(config)
 
 
 def flops_per_image(config: VARConfig) -> dict[str, int]:
-    """Operations of training on one image, by each of ACCOUNTINGS.
+    """Count the operations of training on one image, by each of ACCOUNTINGS.
 
     exact: `training_flops`, the default everywhere.
     dense_mask: the same with all L^2 pairs, which a kernel with a dense mask computes and then throws away.
@@ -67,7 +67,7 @@ def flops_per_image(config: VARConfig) -> dict[str, int]:
 
 
 def block_weights(config: VARConfig) -> int:
-    """Weights of the blocks that act on every token: qkv, projection, and two of the feed-forward."""
+    """Count the weights of the blocks that act on every token: qkv, projection, and two of the feed-forward."""
     return config.depth * (4 * config.width**2 + 2 * config.width * config.hidden_width)
 
 
@@ -81,13 +81,13 @@ def _forward_macs(config: VARConfig, *, pairs: int) -> int:
 
 
 def modulation_weights(config: VARConfig) -> int:
-    """Weights of AdaLN's maps, that of the final norm included: they act on the class, once per image."""
+    """Count the weights of AdaLN's maps, that of the final norm included: they act on the class, once per image."""
     num_maps = {ADALN: config.depth * 6 + 2, SHARED_ADALN: 6 + 2, LAYER_NORM: 0}[config.norm]
     return num_maps * config.width * config.width
 
 
 def generation_flops(config: VARConfig, guidance: Sequence[float]) -> int:
-    """FLOPs of drawing the codes of one image, with guidance of these strengths at the K scales, and its feature map.
+    """Count the FLOPs of drawing one image's codes, with guidance of these strengths at the K scales, and feature map.
 
     The unconditional half runs up to the last guided scale; its logits are made where guidance is not 0. phi acts on
     the whole feature map at every scale. What no product is in is not counted: noise, filters, resizing.
@@ -123,7 +123,7 @@ def encoding_flops(config: VQVAEConfig) -> int:
 
 @torch.no_grad()
 def _counted(module: nn.Module, channels: int, side: int) -> int:
-    """FLOPs of a module on the meta device on one square map, counted by torch."""
+    """Count the FLOPs of a module on the meta device on one square map, counted by torch."""
     with FlopCounterMode(display=False) as counter:
         module(torch.empty(1, channels, side, side, device="meta"))
     return counter.get_total_flops()
@@ -137,7 +137,7 @@ def _quantizer_macs(config: VQVAEConfig, *, num_convolutions: int) -> int:
 
 
 def tokenizer_training_flops(config: VQVAEConfig) -> int:
-    """FLOPs of one training image of stage 1, without LPIPS and discriminator.
+    """Count the FLOPs of one training image of stage 1, without LPIPS and discriminator.
 
     Encoder and decoder are counted by torch on the meta device; the quantiser is the code search and one phi a scale.
     """

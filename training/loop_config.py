@@ -48,7 +48,7 @@ class LoopConfig:
         return frozenset(max(1, round(share * total_steps)) for share in self.keep_at)
 
     def validation_is_due(self, step: int, *, total_steps: int, num_samples: int) -> bool:
-        """Whether step 1, 2, ... is followed by a validation: a function of the step alone, true of the last one."""
+        """Tell whether a validation follows step 1, 2, ...: a function of the step alone, true of the last step."""
         if self.validate_per_decade:
             return step in self.log_spaced_steps(total_steps)
         every = self.validate_every * num_samples

@@ -50,7 +50,7 @@ class Run:
 
     @cached_property
     def first_start(self) -> float:
-        """When the run was first started, in seconds since the epoch."""
+        """The time of the run's first start, in seconds since the epoch."""
         return self.history.first_start() or wall_time()
 
     def resume(self, engines: Mapping[str, Engine], *, config_yaml: str, init_from: str) -> TrainState:
@@ -121,7 +121,7 @@ class Run:
         self.report(f"saved {path}")
 
     def newest_checkpoint(self) -> str:
-        """Where somebody who mends the run can go on from, in words."""
+        """Say in words from where somebody who mends the run can go on."""
         return f"the newest checkpoint is {self.checkpoints.latest() or 'none yet'}"
 
     def recent_records(self, count: int) -> list[Record]:

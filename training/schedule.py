@@ -24,12 +24,12 @@ class Schedule:
 
     @property
     def global_batch(self) -> int:
-        """Images of one step, over all ranks."""
+        """The images of one step, over all ranks."""
         return self.loop.global_batch
 
     @cached_property
     def total_steps(self) -> int:
-        """Steps of the whole run."""
+        """The steps of the whole run."""
         return self.loop.total_steps(self.num_samples)
 
     @property
@@ -42,23 +42,23 @@ class Schedule:
         return self.loop.kept_steps(self.total_steps)
 
     def keeps(self, step: int) -> bool:
-        """Whether the checkpoint of this step is never forgotten."""
+        """Tell whether the checkpoint of this step is never forgotten."""
         return step in self._kept_steps
 
     def saves(self, step: int) -> bool:
-        """Whether a checkpoint follows this step."""
+        """Tell whether a checkpoint follows this step."""
         return step % self.loop.checkpoint_every == 0 or step == self.last_step or self.keeps(step)
 
     def validates(self, step: int) -> bool:
-        """Whether a validation follows this step."""
+        """Tell whether a validation follows this step."""
         return self.loop.validation_is_due(step, total_steps=self.total_steps, num_samples=self.num_samples)
 
     def logs(self, step: int) -> bool:
-        """Whether metrics are fetched after this step, besides before a validation or a checkpoint."""
+        """Tell whether metrics are fetched after this step, besides before a validation or a checkpoint."""
         return step % self.loop.log_every == 0
 
     def context(self, state: TrainState) -> StepContext:
-        """Where the step that follows `state` stands, and its learning rate and weight decay."""
+        """Return the place of the step that follows `state`, and its learning rate and weight decay."""
         progress = state.step / self.total_steps
         peak = self.optimizer.peak_lr(self.global_batch)
         return StepContext(

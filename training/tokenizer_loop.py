@@ -49,7 +49,7 @@ class CodebookCareConfig:
     restart_until: float = 0.2  # share of the run
 
     def is_due(self, step_progress: float, samples_seen: int, global_batch: int) -> bool:
-        """Whether the step that starts at a stream position ends with a restart of unused codes."""
+        """Tell whether the step that starts at a stream position ends with a restart of unused codes."""
         if self.restart_every == 0 or step_progress >= self.restart_until:
             return False
         return (samples_seen // global_batch) % self.restart_every == 0
@@ -103,7 +103,7 @@ class TokenizerStage:
         self._hits = self._no_hits()
 
     def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
-        """See `Stage.train_step`."""
+        """Take one optimiser step; see `Stage.train_step`."""
         self.engine.train()
         opponent = self.discriminator if context.progress >= self.loss.adversarial_start else None
         restarting = self.care.is_due(context.progress, context.samples_seen, self.engine.global_batch)
@@ -214,7 +214,7 @@ class TokenizerStage:
         return {"squared_error": squared_error / count, "psnr": psnr / count} | use
 
     def headline(self, record: Record) -> str:
-        """See `Stage.headline`."""
+        """Write the stage's part of a progress line; see `Stage.headline`."""
         if record["kind"] == "validation":
             return f"psnr {record['psnr']:.2f} dB | codes in use {record['codebook_use_all']:.0%}"
         return f"loss {record['loss']:.4f} (pixels {record['pixel_loss']:.4f} codes {record['quantization_loss']:.4f})"

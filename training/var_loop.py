@@ -50,7 +50,7 @@ class VARStage:
         self.tokens_per_image = self.scales.num_tokens
 
     def train_step(self, batches: Iterator[Batch], context: StepContext) -> dict[str, Tensor]:
-        """See `Stage.train_step`."""
+        """Take one optimiser step; see `Stage.train_step`."""
         draws = step_draws(self.seed, context.samples_seen, self.engine.global_batch, 1 + 2 * self.config.depth)
         losses, errors = [], []
         for _ in range(self.engine.accumulation):
@@ -91,7 +91,7 @@ class VARStage:
         }
 
     def window_metrics(self) -> dict[str, Any]:
-        """See `Stage.window_metrics`; there are none."""
+        """Return no metrics; see `Stage.window_metrics`."""
         return {}
 
     @torch.no_grad()
@@ -109,7 +109,7 @@ class VARStage:
         return {name: value.tolist() for name, value in self._summary(loss, error).items()}
 
     def headline(self, record: Record) -> str:
-        """See `Stage.headline`."""
+        """Write the stage's part of a progress line; see `Stage.headline`."""
         return (
             f"loss {record['loss_avg']:.4f} (last {record['loss_last']:.4f}) "
             f"acc {1 - record['error_avg']:.2%} (last {1 - record['error_last']:.2%})"

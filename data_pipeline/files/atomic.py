@@ -1,4 +1,7 @@
-"""Files and folders that appear complete or not at all, and their sha256."""
+"""Files and folders that appear complete or not at all, and their sha256.
+
+Python's os.replace promises neither that the content is on disk before the name, nor that the name is.
+"""
 
 from __future__ import annotations
 

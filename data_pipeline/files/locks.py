@@ -1,4 +1,8 @@
-"""Locks that end with the process that holds them, whatever ends it: the kernel's flock."""
+"""Locks that end with the process that holds them, whatever ends it: the kernel's flock.
+
+The library filelock gives out no descriptor that a child process could inherit. Where a file system has no locks it
+takes a file for one, which stays when its process is killed and then blocks everybody.
+"""
 
 from __future__ import annotations
 

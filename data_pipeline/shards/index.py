@@ -104,7 +104,7 @@ class Storage:
 
     @property
     def is_remote(self) -> bool:
-        """Whether the folder is behind a URL."""
+        """Tell whether the folder is behind a URL."""
         return is_url(self.location)
 
     def place_of(self, file: str | ShardEntry) -> str:
@@ -122,7 +122,7 @@ class Storage:
         return path.read_bytes()
 
     def is_remote_shard(self, shard: ShardEntry) -> bool:
-        """Whether a shard is behind a URL, so that it is read from a copy in the cache."""
+        """Tell whether a shard is behind a URL, so that it is read from a copy in the cache."""
         return is_url(self._address(shard))
 
     def open(self, shard: ShardEntry) -> int:

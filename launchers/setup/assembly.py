@@ -168,7 +168,7 @@ class RunData:
 
     @property
     def kinds(self) -> set[str]:
-        """What the shards hold: "codes", "images", or one each."""
+        """Return what the shards hold: "codes", "images", or one each."""
         return {self.training.index.kind, self.validation.index.kind}
 
     def batches(self, samples_seen: int) -> Iterator[Batch]:

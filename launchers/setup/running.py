@@ -109,7 +109,7 @@ class Supervision:
 
 @contextmanager
 def supervise(run: Path, watch: WatchConfig, world: World) -> Iterator[Supervision]:
-    """From here on signals ask the run in this folder to stop, and a rank that hangs or loses its launcher ends."""
+    """Let signals ask the run in this folder to stop, and end a rank that hangs or loses its launcher."""
     stopping = Stopping(run, world)
     stopping.install()
     heartbeat = Heartbeat.start(watch, world, run, stopping)

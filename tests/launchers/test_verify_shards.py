@@ -28,7 +28,7 @@ def test_faults_are_said_with_progress(
     with pytest.raises(DamagedData, match="1 fault, named above"):
         verify_shards.launch(command(VerifyConfig(folder=str(tmp_path / "data"))))
     said = capsys.readouterr().out
-    assert "fault: " in said and "MB/s, 1 fault(s), " in said and "s left" in said
+    assert "fault: " in said and "MB/s, faults: 1, " in said and "s left" in said
 
 
 def test_a_damaged_index_is_a_fault_among_the_others(

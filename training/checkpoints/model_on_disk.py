@@ -102,7 +102,7 @@ class ModelOnDisk:
 
     @property
     def is_whole(self) -> bool:
-        """Whether both files are there."""
+        """Tell whether both files are there."""
         return (self.folder / CONFIG).is_file() and (self.folder / WEIGHTS).is_file()
 
     @property

@@ -75,12 +75,12 @@ def join_world(world: World | None = None, *, timeout_seconds: float = 600.0) ->
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor of the host on `device`. A GPU copies it by itself, from pinned memory, and nobody waits for it."""
+    """Copy a tensor of the host to `device`. A GPU copies it by itself, from pinned memory, and nobody waits for it."""
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def _export_meeting_point(world: World, by_srun: bool) -> None:
-    """See to MASTER_ADDR and MASTER_PORT, where rank 0 listens; what is set already stays."""
+    """Set MASTER_ADDR and MASTER_PORT, where rank 0 listens, unless they are set already."""
     if world.world_size == 1:
         address, port = slurm.THIS_HOST, 0
     elif by_srun:
@@ -134,7 +134,7 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:
-    """What every rank passed as `value`, plain data, in the order of ranks."""
+    """Return what every rank passed as `value`, plain data, in the order of ranks."""
     if world.world_size == 1:
         return [value]
     values: list[Any] = [None] * world.world_size

@@ -74,7 +74,7 @@ class EngineConfig:
 
     @property
     def is_reduced_by_the_engine(self) -> bool:
-        """Whether DeepSpeed's engine adds up the ranks' gradients, as it does where no ZeRO optimiser of its own does.
+        """Tell whether DeepSpeed's engine adds up the ranks' gradients, which otherwise its ZeRO optimiser does.
 
         One rank can then leave it out: all gradients would be copied twice, and rounded to bf16, to add up one.
         """

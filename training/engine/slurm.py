@@ -26,7 +26,7 @@ class Place(NamedTuple):
 
 
 def is_srun_task(environment: Environment) -> bool:
-    """Whether srun started this process as one of several; an allocation or a batch script alone has no step."""
+    """Tell whether srun started this process as one of several; an allocation or a batch script alone has no step."""
     return "SLURM_STEP_NUM_TASKS" in environment and _number("SLURM_STEP_NUM_TASKS", environment) > 1
 
 
@@ -64,7 +64,7 @@ def first_node(nodes: str) -> str:
 
 
 def meeting_address(environment: Environment) -> str:
-    """An address of the node that rank 0 runs on.
+    """Return an address of the node that rank 0 runs on.
 
     SLURM_LAUNCH_NODE_IPADDR is no such thing: from `salloc` on a login node it is the login node.
 
@@ -86,7 +86,7 @@ def meeting_address(environment: Environment) -> str:
 
 
 def meeting_port(environment: Environment) -> int:
-    """A port of this job, step and attempt: others on the same node have another, as far as ports suffice."""
+    """Choose a port for this job, step and attempt: others on the same node have another, as far as ports suffice."""
     job, step = _number("SLURM_JOB_ID", environment), _number("SLURM_STEP_ID", environment)
     attempt = int(environment.get("SLURM_RESTART_COUNT") or 0)
     return FIRST_PORT + (101 * job + 10 * step + attempt) % NUM_PORTS

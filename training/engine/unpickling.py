@@ -6,6 +6,6 @@ import os
 
 
 def forbid_unpickling() -> None:
-    """From here on, in this process and its children, `torch.load` never unpickles objects, whoever calls it."""
+    """Keep every later `torch.load` in this process and its children from unpickling objects."""
     os.environ.pop("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", None)
     os.environ["TORCH_FORCE_WEIGHTS_ONLY_LOAD"] = "1"

@@ -55,7 +55,7 @@ class WholeState:
         self._finish_writing()
 
     def get_weight(self, parameter: nn.Parameter) -> Tensor:
-        """One parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
+        """Return one parameter whole and in float32, from DeepSpeed's master copy where it keeps one."""
         return self._get(parameter, WEIGHT)
 
     def set_weight(self, parameter: nn.Parameter, value: Tensor) -> None:

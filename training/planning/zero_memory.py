@@ -74,12 +74,12 @@ class Sizes:
 
     @property
     def states(self) -> int:
-        """Bytes of AdamW's moments of one parameter, and of its moving average."""
+        """Count the bytes of AdamW's moments of one parameter, and of its moving average."""
         return FLOAT32 * (ADAMW_MOMENTS + self.averages)
 
     @property
     def update_copy(self) -> int:
-        """Bytes of the largest copy of gradients in an update of stages 1 and 2.
+        """Count the bytes of the largest copy of gradients in an update of stages 1 and 2.
 
         DeepSpeed takes their norm tensor by tensor in float64, and flattens this rank's share if it is in float32.
         """

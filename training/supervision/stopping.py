@@ -69,7 +69,7 @@ class Stopping:
 
     @property
     def is_asked(self) -> bool:
-        """Whether this rank itself was asked to stop by a signal."""
+        """Tell whether this rank itself was asked to stop by a signal."""
         return self._signal != 0
 
     def ask(self, number: int) -> None:
