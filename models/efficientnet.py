@@ -39,8 +39,8 @@ class SameConv(nn.Conv2d):
         """Convolve (B, inputs, H, W): -> (B, outputs, ceil(H / stride), ceil(W / stride))."""
         kernel, stride = self.kernel_size[0], self.stride[0]
         rows, columns = (max((-(-side // stride) - 1) * stride + kernel - side, 0) for side in x.shape[-2:])
-        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-        return super().forward(x)
+        x = F.pad(x, (0, columns % 2, 0, rows % 2))
+        return F.conv2d(x, self.weight, None, self.stride, (rows // 2, columns // 2), groups=self.groups)
 
 
 def batch_norm(channels: int) -> nn.BatchNorm2d:
