@@ -26,7 +26,7 @@ ROOMS = {
         ".accounting", ".flops", ".cross_entropy", ".optim",
         "engine", "checkpoints", "supervision", "tracking", "planning", "laws", "evaluation", "post", "",
     ),
-    "launchers": ("setup", "figures", "sampling", "study", "bench", ""),
+    "launchers": ("setup", "figures", "sampling", "evaluation", "study", "bench", ""),
 }  # fmt: skip
 DOORS = {
     "deepspeed": {"training/engine"},
