@@ -57,7 +57,7 @@ def _verify_shard(storage: Storage, index: Index, shard: ShardEntry, *, decode: 
     place = storage.place_of(shard)
     try:
         faults = list(_faults(storage, index, shard, decode=decode))
-    except (ValueError, OSError) as error:
+    except (ValueError, FileNotFoundError) as error:  # another failure to read says nothing of the shard
         faults = [str(error) if place in str(error) else f"{place}: {error}"]
     return ShardReport(place, shard.samples, shard.bytes, faults)
 

@@ -10,7 +10,8 @@ code  meaning                                                          worth try
 70    training diverged                                                with other settings
 71    a process that reads data failed                                 yes
 73    there is no room, or no right, to write                          after making some
-74    checkpoints cannot be written: several in a row, or the last     after making room
+74    storage or a connection failed in the middle of the work, or     yes, once it is well
+      checkpoints could not be written: several in a row, or the last
 75    stopped as asked, everything saved                               yes: the same command goes on
 76    no progress, or another rank is lost                             yes, if the rank that ended first agrees
 130, 138, 143   ended at once, by a second SIGINT, SIGUSR1 or SIGTERM  yes, from the checkpoint before
@@ -29,10 +30,17 @@ from pathlib import Path
 EXIT_ERROR = 1
 EXIT_BAD_INPUT = 64
 EXIT_CANNOT_CREATE = 73
+EXIT_FAILING = 74
 EXIT_STOPPED = 75
 EXIT_LOST_PEERS = 76
 EXIT_INTERRUPTED = 130
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+# An OSError with one of these numbers tells of storage, a network or limits, not of a path that somebody has typed.
+FAILING = (
+    *(errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EBUSY, errno.EREMOTEIO),
+    *(errno.EPIPE, errno.ECONNRESET, errno.ECONNABORTED, errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN),
+    *(errno.ENETDOWN, errno.ENETUNREACH, errno.EHOSTDOWN, errno.EHOSTUNREACH),
+)
 # What gloo and NCCL say when another process has closed the connection, reset it, or been silent for too long.
 LOST_PEERS = re.compile(
     r"gloo/transport/|connection (closed|reset) by peer|timed out waiting|socket timeout"
@@ -49,8 +57,11 @@ def exit_code(error: BaseException) -> int:
         return EXIT_LOST_PEERS
     if isinstance(code := getattr(error, "exit_code", None), int):
         return code
-    if isinstance(error, OSError) and error.errno in NO_ROOM:
+    number = getattr(error, "errno", None)  # also of an error that another rank had
+    if number in NO_ROOM:
         return EXIT_CANNOT_CREATE
+    if number in FAILING:
+        return EXIT_FAILING
     if isinstance(error, (ValueError, OSError)) or _port_is_taken(error):
         return EXIT_BAD_INPUT
     return EXIT_INTERRUPTED if isinstance(error, KeyboardInterrupt) else EXIT_ERROR

@@ -24,7 +24,7 @@ from torch import Tensor
 from data_pipeline.files.atomic import fsync
 from data_pipeline.files.nested import flatten
 from training.checkpoints import commit
-from training.checkpoints.commit import DamagedCheckpoint, Entry, read_manifest
+from training.checkpoints.commit import DamagedCheckpoint, Entry, UnreadableCheckpoint, read_manifest
 from training.checkpoints.model_on_disk import WEIGHTS, describe, model_files
 from training.checkpoints.random_state import random_state, set_random_state
 from training.checkpoints.weights import check_header
@@ -109,11 +109,11 @@ class Checkpoints:
             CheckpointFailed: on all ranks alike, with what each rank said. The checkpoints are as they were.
         """
         final = self.root / commit.folder_name(state.step)
-        if not self._damage(final):  # it is there already: the state of a step is a function of the run
-            return final
         temporary = self.root / f"{commit.TEMPORARY}{final.name}"
         facts = {**asdict(state), **(notes or {})}
         try:
+            if not self._damage(final):  # it is there already: the state of a step is a function of the run
+                return final
             self._write_and_commit(engines, temporary, final, facts, is_kept=is_kept)
         except (OSError, ValueError) as problem:
             if self.world.is_rank_zero:
@@ -183,6 +183,7 @@ class Checkpoints:
 
         Raises:
             DamagedCheckpoint: there are checkpoints, but none is whole.
+            UnreadableCheckpoint: one could not be read, on all ranks; nothing was renamed.
             ValueError: the one found is of another model, tokenizer, data or seed, or of another version.
         """
         names = [path.name for path in commit.candidates(self.root)]
@@ -205,13 +206,24 @@ class Checkpoints:
         return None
 
     def _damage(self, path: Path) -> str:
-        """Return what is wrong with a checkpoint, or "": the same on all ranks, which share the reading."""
-        damage = commit.structural_damage(path)
-        if not damage:
-            manifest = read_manifest(path)
-            mine = list(manifest["files"])[self.world.rank :: self.world.world_size]
-            damage = commit.content_damage(path, manifest, mine)
-        return next(filter(None, gather_objects(damage, self.world)), "")
+        """Return what is wrong with a checkpoint, or "": the same on all ranks, which share the reading.
+
+        Raises:
+            UnreadableCheckpoint: a rank could not read it; on all ranks.
+        """
+        damage, failure = "", ""
+        try:
+            damage = commit.structural_damage(path)
+            if not damage:
+                manifest = read_manifest(path)
+                mine = list(manifest["files"])[self.world.rank :: self.world.world_size]
+                damage = commit.content_damage(path, manifest, mine)
+        except UnreadableCheckpoint as error:
+            failure = str(error)
+        damages, failures = zip(*gather_objects((damage, failure), self.world), strict=True)
+        if failure := next(filter(None, failures), ""):
+            raise UnreadableCheckpoint(failure)
+        return next(filter(None, damages), "")
 
     def _load(self, path: Path, engines: Mapping[str, Engine]) -> TrainState:
         manifest = read_manifest(path)
@@ -299,8 +311,10 @@ class SavedTensors:
             try:
                 check_header(folder / name)
                 file = safe_open(folder / name, framework="pt")
-            except (OSError, SafetensorError, ValueError) as error:
-                raise DamagedCheckpoint(f"{folder / name} cannot be read ({error})") from None
+            except (SafetensorError, ValueError) as error:
+                raise DamagedCheckpoint(f"{folder / name} is no file of tensors ({error})") from None
+            except OSError as error:
+                raise UnreadableCheckpoint.of(folder / name, error) from None
             prefix = next((prefix for prefix, model in MODELS.items() if name == f"{model}/{WEIGHTS}"), "")
             self._places |= {f"{prefix}{inside}": (file, inside) for inside in list(file.keys())}
 

@@ -35,15 +35,29 @@ FACTS: dict[str, type] = {  # what every manifest says
     "engines": dict,
     "files": dict,
 }
+NAME = re.compile(r"step-\d{8,}")
 FILE_NAME = re.compile(r"(?:\w[\w.-]*/){0,2}\w[\w.-]*")  # in this folder or below it, never above
 SHA256 = re.compile(r"[0-9a-f]{64}")
 Entry = dict[str, Any]  # of a manifest: {"bytes": ..., "sha256": ...}
 
 
 class DamagedCheckpoint(ValueError):
-    """A checkpoint that is not as it was written, or is gone."""
+    """A checkpoint that was read and is not as it was written, or is gone."""
 
     exit_code: ClassVar[int] = 65
+
+
+class UnreadableCheckpoint(OSError):
+    """A checkpoint that could not be read: storage failed, which says nothing of what the checkpoint holds."""
+
+    exit_code: ClassVar[int] = 74
+
+    @classmethod
+    def of(cls, path: Path, error: OSError) -> UnreadableCheckpoint:
+        """Name the file and what to do."""
+        return cls(
+            f"{path} cannot be read ({error.strerror}); no checkpoint was renamed: try again when the storage is well"
+        )
 
 
 def folder_name(step: int) -> str:
@@ -52,13 +66,23 @@ def folder_name(step: int) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Return all folders that claim to be checkpoints, the newest first."""
-    return sorted((path for path in root.glob("step-*") if path.is_dir()), reverse=True)
+    """Return all folders with the name of a checkpoint, the newest first. What people put beside them is none."""
+    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and is_own_folder(path)]
+    return sorted(found, key=_step_of, reverse=True)
+
+
+def is_own_folder(path: Path) -> bool:
+    """Tell whether a path is a folder and not a link to one."""
+    return path.is_dir() and not path.is_symlink()
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
 
 
 def committed_checkpoints(root: Path) -> list[Path]:
     """Return the checkpoints that have a manifest, oldest first; their contents are not verified."""
-    return sorted(path.parent for path in root.glob(f"step-*/{MANIFEST}"))
+    return [path for path in reversed(candidates(root)) if (path / MANIFEST).is_file()]
 
 
 def latest_checkpoint(root: Path) -> Path | None:
@@ -112,17 +136,26 @@ def set_aside(folder: Path) -> Path:
 
 
 def forget_old(root: Path, *, keep: int, keep_every: int) -> None:
-    """Remove all but the newest `keep` checkpoints, kept ones, and those of every `keep_every`-th step (0: none)."""
-    passing = [path for path in candidates(root) if not _stays(path, keep_every)]
+    """Remove all but the newest `keep` checkpoints, kept ones, and those of every `keep_every`-th step (0: none).
+
+    A folder whose manifest is not sealed, or is that of another step, is not counted and not removed.
+    """
+    passing = [path for path in candidates(root) if _is_sealed(path) and not _stays(path, keep_every)]
     for old in passing[keep:]:
         doomed = old.with_name(f"{DOOMED}{old.name}")
         os.rename(old, doomed)
         shutil.rmtree(doomed)
 
 
+def _is_sealed(folder: Path) -> bool:
+    try:
+        return read_manifest(folder)["step"] == _step_of(folder)
+    except ValueError:
+        return False
+
+
 def _stays(folder: Path, keep_every: int) -> bool:
-    step = folder.name.removeprefix("step-")
-    return (folder / KEEP).exists() or (keep_every > 0 and step.isdigit() and int(step) % keep_every == 0)
+    return (folder / KEEP).exists() or (keep_every > 0 and _step_of(folder) % keep_every == 0)
 
 
 def sealed(manifest: dict[str, Any]) -> bytes:
@@ -139,18 +172,19 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
     Raises:
         DamagedCheckpoint: it is missing, or not what was written.
+        UnreadableCheckpoint: storage failed while it was read.
         ValueError: another version of this program wrote it.
     """
     path = folder / MANIFEST
     try:
         content = read_regular_file(path, max_bytes=MAX_BYTES, follow_links=False)
         manifest = parse_json(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise DamagedCheckpoint(f"{path} is missing") from None
     except ValueError as error:
         raise DamagedCheckpoint(f"{path} {error}") from None
     except OSError as error:
-        raise DamagedCheckpoint(f"{path} cannot be read ({error.strerror})") from None
+        raise UnreadableCheckpoint.of(path, error) from None
     if not isinstance(manifest, dict):
         raise DamagedCheckpoint(f"{path} holds no manifest")
     if SEAL not in manifest and manifest.get("format") == 1:
@@ -186,7 +220,12 @@ def _nonsense(manifest: dict[str, Any]) -> str:
 
 
 def structural_damage(folder: Path) -> str:
-    """Return what is wrong with a checkpoint apart from the contents of its listed files, or ""."""
+    """Return what is wrong with a checkpoint apart from the contents of its listed files, or "".
+
+    Raises:
+        UnreadableCheckpoint: storage failed.
+        ValueError: another version of this program wrote it.
+    """
     try:
         manifest = read_manifest(folder)
     except DamagedCheckpoint as damage:
@@ -194,7 +233,7 @@ def structural_damage(folder: Path) -> str:
     if folder.name != folder_name(manifest["step"]):
         return f"{folder / MANIFEST} is that of step {manifest['step']}"
     listed = set(manifest["files"])
-    inside = sorted(path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    inside = _files_in(folder)
     for path in inside:
         if path.is_symlink() or not path.is_file():
             return f"{path} is no regular file"
@@ -206,8 +245,25 @@ def structural_damage(folder: Path) -> str:
     return ""
 
 
+def _files_in(folder: Path) -> list[Path]:
+    """List all that is below a folder and is no folder itself; a link to a folder counts as a file."""
+
+    def fail(error: OSError) -> None:  # os.walk and Path.rglob would take an unreadable folder for an empty one
+        raise UnreadableCheckpoint.of(Path(error.filename), error)
+
+    found: list[Path] = []
+    for place, folders, files in os.walk(folder, onerror=fail):
+        links = [name for name in folders if (Path(place) / name).is_symlink()]
+        found += [Path(place) / name for name in [*files, *links]]
+    return sorted(found)
+
+
 def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> str:
-    """Return what is wrong with the contents of some of the listed files, or ""."""
+    """Return what is wrong with the contents of some of the listed files, or "".
+
+    Raises:
+        UnreadableCheckpoint: storage failed.
+    """
     for name in names:
         entry, file = manifest["files"].get(name), folder / name
         if entry is None:
@@ -217,6 +273,8 @@ def content_damage(folder: Path, manifest: dict[str, Any], names: list[str]) -> 
                 return f"{file} has {file.stat().st_size} bytes instead of {entry['bytes']}"
             if file_sha256(file) != entry["sha256"]:
                 return f"{file} is damaged (sha256)"
+        except (FileNotFoundError, NotADirectoryError):
+            return f"{file} is missing"
         except OSError as error:
-            return f"{file} cannot be read ({error.strerror})"
+            raise UnreadableCheckpoint.of(file, error) from None
     return ""

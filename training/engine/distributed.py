@@ -142,21 +142,38 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     return values
 
 
+class RankFailure(ValueError):
+    """An error of one or several ranks, raised on all of them; where it came from is kept of the first one's.
+
+    errno: the number of an OSError. exit_code: of an error that carries one.
+    """
+
+    errno: int | None = None
+
+    def __init__(self, text: str, errno: int | None, exit_code: int | None) -> None:
+        super().__init__(text)
+        self.errno = errno
+        if exit_code is not None:
+            self.exit_code = exit_code
+
+
 def agree_on_error(error: Exception | None, world: World) -> None:
     """Turn an error on any rank into the same one-line error on all, so that nobody waits for a rank that has left.
 
     Raises:
-        ValueError: naming the ranks and what they said.
+        RankFailure: naming the ranks and what they said.
     """
     if world.world_size == 1:
         if error is not None:
             raise error
         return
-    said = gather_objects(None if error is None else str(error), world)
-    failures = {rank: text for rank, text in enumerate(said) if text is not None}
+    origin = (str(error), getattr(error, "errno", None), getattr(error, "exit_code", None))
+    said = gather_objects(None if error is None else origin, world)
+    failures = {rank: told for rank, told in enumerate(said) if told is not None}
     if failures:
-        texts = sorted(set(failures.values()))
-        raise ValueError(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}")
+        texts = sorted({text for text, _, _ in failures.values()})
+        _, errno, exit_code = next(iter(failures.values()))
+        raise RankFailure(f"rank {', '.join(map(str, failures))}: {'; '.join(texts)}", errno, exit_code)
 
 
 @contextmanager

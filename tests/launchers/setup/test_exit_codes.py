@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 import subprocess
 import sys
@@ -20,8 +21,8 @@ from data_pipeline.remote.open import RemoteError
 from launchers.setup import exit_codes
 from launchers.setup.exit_codes import EXIT_ERROR, EXIT_LOST_PEERS, describe, exit_code, lost_its_peers
 from training.checkpoints.checkpoint import CheckpointsFailing
-from training.checkpoints.commit import DamagedCheckpoint
-from training.engine.distributed import World, sum_over_ranks
+from training.checkpoints.commit import DamagedCheckpoint, UnreadableCheckpoint
+from training.engine.distributed import RankFailure, World, sum_over_ranks
 from training.supervision.bad_samples import TooManyBadSamples
 from training.supervision.divergence import TrainingDiverged
 from training.supervision.stopping import Stopped
@@ -44,6 +45,13 @@ ENDINGS: list[tuple[BaseException, int]] = [
     (WorkerFailed("x"), 71),
     (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 73),
     (OSError(errno.EROFS, "Read-only file system", "runs/a"), 73),
+    (UnreadableCheckpoint("x"), 74),
+    *((OSError(number, os.strerror(number), "runs/a"), 74) for number in (errno.EIO, errno.ESTALE, errno.EMFILE)),
+    *((OSError(number, os.strerror(number)), 74) for number in (errno.ECONNRESET, errno.ETIMEDOUT, errno.EPIPE)),
+    (RankFailure("rank 1: stale file handle", errno.ESTALE, None), 74),
+    (RankFailure("rank 1: no space left", errno.ENOSPC, None), 73),
+    (RankFailure("rank 1: damaged shard", None, 65), 65),
+    (RankFailure("rank 1: no such file", errno.ENOENT, None), 64),
     (CheckpointsFailing(errno.ENOSPC, "No space left on device", "runs/a"), 74),
     (Stopped("SIGUSR1 on rank 1", Path("runs/a/checkpoints/step-7")), 75),
     (RuntimeError(CLOSED), 76),

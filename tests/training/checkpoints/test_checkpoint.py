@@ -27,6 +27,7 @@ from training.checkpoints.checkpoint import (
 )
 from training.checkpoints.commit import (
     DamagedCheckpoint,
+    UnreadableCheckpoint,
     committed_checkpoints,
     latest_checkpoint,
     read_manifest,
@@ -288,5 +289,34 @@ def test_a_tensor_that_is_not_there_and_a_file_that_is_none_are_named(tmp_path: 
     with pytest.raises(DamagedCheckpoint, match="has no model/exp_avg/other"):
         SavedTensors(tmp_path, names).read("model", "exp_avg/other")
     (tmp_path / "weights" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(DamagedCheckpoint, match="weights/model.safetensors cannot be read"):
+    with pytest.raises(DamagedCheckpoint, match="weights/model.safetensors is no file of tensors"):
         SavedTensors(tmp_path, names)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
+@pytest.mark.parametrize("what", ["manifest.json", "weights/model.safetensors", "folder"])
+def test_what_cannot_be_read_is_not_taken_for_damage(
+    root: Path, saved: Path, what: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start on storage that fails renames nothing; the next start finds the same checkpoint."""
+    newer = make_checkpoints(root).save({"model": make_engine(4.0)}, TrainState(step=6))
+    open_descriptor, open_file, scan = os.open, open, os.scandir
+    suffix = str(newer) if what == "folder" else f"{newer.name}/{what}"
+
+    def failing(function: Any) -> Any:
+        def call(path: Any, *arguments: Any, **options: Any) -> Any:
+            if str(path).endswith(suffix):
+                raise OSError(number, os.strerror(number), str(path))
+            return function(path, *arguments, **options)
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", failing(open_descriptor))
+        patch.setattr("builtins.open", failing(open_file))
+        patch.setattr(os, "scandir", failing(scan))
+        with pytest.raises(UnreadableCheckpoint, match=f"{os.strerror(number)}.*no checkpoint was renamed: try again"):
+            make_checkpoints(root).resume({"model": make_engine()})
+    assert sorted(path.name for path in root.iterdir()) == [saved.name, newer.name]
+    state = make_checkpoints(root).resume({"model": make_engine()})
+    assert state is not None and state.step == 6

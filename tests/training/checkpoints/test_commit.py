@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -139,3 +140,20 @@ def test_files_of_a_manifest_never_lead_out_of_its_folder(tmp_path: Path, name: 
     (folder / "manifest.json").write_bytes(sealed(manifest_of(1, {name: {"bytes": 1, "sha256": "0" * 64}})))
     with pytest.raises(DamagedCheckpoint, match="is sealed, but lists a file"):
         read_manifest(folder)
+
+
+def test_what_people_put_beside_checkpoints_is_neither_counted_nor_removed(tmp_path: Path) -> None:
+    """A copy, a back-up, a link, a folder without a seal: keep=1 leaves them, and the newest of the run."""
+    run = [write(tmp_path, step) for step in (1, 2, 3)]
+    theirs = ["step-best", "step-00000003.bak", "step-00000002-copy"]
+    for name in theirs:
+        shutil.copytree(run[1], tmp_path / name)
+    (tmp_path / "step-99999999").symlink_to(run[2])
+    (tmp_path / "step-00000007").mkdir()
+    (tmp_path / "step-00000007" / "weights.bin").write_bytes(CONTENT)
+    shutil.copytree(run[0], tmp_path / "step-00000009")  # the seal is that of step 1
+    forget_old(tmp_path, keep=1, keep_every=0)
+    stay = [*theirs, "step-99999999", "step-00000007", "step-00000009", run[2].name]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
+    assert run[2] in candidates(tmp_path)
+    assert not {tmp_path / name for name in [*theirs, "step-99999999"]} & set(candidates(tmp_path))
