@@ -4,4 +4,5 @@ from __future__ import annotations
 
 import signal
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)  # the last is what schedulers send ahead of a time limit
+# SIGUSR1 is what schedulers send ahead of a time limit, SIGHUP what a closed terminal or a lost ssh sends
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)

@@ -1,8 +1,8 @@
 """Stopping with a checkpoint: a signal to any rank, or a file, stops all ranks after the same step.
 
-SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (what schedulers send ahead of a time limit) and a file named `stop` in the run folder
-ask for it. The request of one rank reaches the others by a reduction that is read one step after it was started, so
-that nobody waits for it.
+SIGTERM, SIGINT (Ctrl-C), SIGUSR1 (what schedulers send ahead of a time limit), SIGHUP (a closed terminal) and a file
+named `stop` in the run folder ask for it. The request of one rank reaches the others by a reduction that is read one
+step after it was started, so that nobody waits for it.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ class Stopping:
     _earlier: dict[int, Any] = field(default_factory=dict)  # handlers, by signal
 
     def install(self) -> None:
-        """Let signals ask for a stop, from now on; also those that were ignored, as under nohup. In the main thread."""
+        """Let signals ask for a stop, from now on, in the main thread.
+
+        One that was ignored, as a shell does with SIGINT behind `&`, is heard; but not SIGHUP, which nohup ignores so
+        that the run outlives its terminal.
+        """
         for number in STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                continue
             self._earlier[number] = signal.signal(number, self._receive)
 
     def remove(self) -> None:

@@ -19,6 +19,7 @@ from training.supervision.stopping import Stopping
 
 @pytest.fixture
 def stopping(tmp_path: Path) -> Iterator[Stopping]:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup may stand above these tests
     installed = Stopping(tmp_path, World())
     installed.install()
     yield installed
@@ -91,6 +92,17 @@ def test_signals_that_a_parent_had_ignored_are_heard(tmp_path: Path) -> None:
         stopping.install()
         os.kill(os.getpid(), signal.SIGUSR1)
         os._exit(0 if stopping.agreed() == "SIGUSR1 on rank 0" else 1)
+
+    assert ended(ignored) == 0
+
+
+def test_a_run_under_nohup_outlives_its_terminal(tmp_path: Path) -> None:
+    def ignored() -> None:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        stopping = Stopping(tmp_path, World())
+        stopping.install()
+        os.kill(os.getpid(), signal.SIGHUP)
+        os._exit(0 if stopping.agreed() == "" else 1)
 
     assert ended(ignored) == 0
 
