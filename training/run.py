@@ -8,19 +8,27 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from data_pipeline.files.atomic import atomic_file
-from training.checkpoints.checkpoint import Checkpoints, TrainState
+from training.checkpoints.checkpoint import CheckpointFailed, Checkpoints, TrainState
 from training.checkpoints.commit import folder_name, read_manifest
 from training.engine.distributed import World, barrier, failing_together, gather_objects
 from training.engine.engine import Engine
 from training.supervision.bad_samples import BadSamples, NoBadSamples
-from training.supervision.history import CHECKPOINT, START, STOP, History
+from training.supervision.history import CHECKPOINT, LOST_OUTPUT, START, STOP, History
 from training.supervision.stopping import Stopped, Stopping
 from training.supervision.watch import Heartbeat
 from training.tracking.follow import LivePage
 from training.tracking.record import Record, RunRecord, wall_time
+from training.tracking.redaction import lost_output
+
+
+class RunFolderGone(OSError):
+    """The run folder is no longer where this run began: it was moved, deleted or unmounted."""
+
+    exit_code: ClassVar[int] = 74
+
 
 CLOSING_SECONDS = 180.0  # more than an MLflow page is waited for
 
@@ -37,6 +45,8 @@ class Run:
     report: Callable[[str], None]  # silent on all ranks but 0
     page: LivePage | None = None  # on rank 0, where MLflow is on
     bad_samples: BadSamples | NoBadSamples = field(default_factory=NoBadSamples)
+    place: tuple[int, int] | None = None  # what identifies the folder, from the start on
+    noted_lost_output: bool = False
 
     @cached_property
     def record(self) -> RunRecord:
@@ -85,11 +95,31 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with atomic_file(self.folder / "config.yaml") as file:
             file.write(config_yaml.encode())
+        self.place = self._place_now()
         self.history.note(START, step=step, world_size=self.world.world_size, changed=changes)
         takes_steps_again = any(record["step"] > step for record, _ in self.record.read_after())
         self.record.forget_after(step)
+        if missing := self.record.missing_steps(step):
+            some = ", ".join(map(str, missing[:8])) + (f" and {len(missing) - 8} more" if len(missing) > 8 else "")
+            self.report(f"warning: {self.record.path} has no records of {len(missing)} steps before this one: {some}")
         if self.page is not None and takes_steps_again and changes:  # they may get other values than MLflow has
             self.page.start_over()
+
+    def _place_now(self) -> tuple[int, int] | None:
+        """Return what identifies the folder, whatever its name; None if there is none."""
+        try:
+            found = self.folder.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def refuse_gone(self) -> None:
+        """Raise RunFolderGone, on rank 0, if the folder is not the one that the run began in."""
+        if self.world.is_rank_zero and self.place is not None and self._place_now() != self.place:
+            raise RunFolderGone(
+                f"{self.folder}: is no longer the folder in which this run began; it was moved, deleted or unmounted. "
+                "Nothing was written in its place; put it back, and the same command goes on from its checkpoint"
+            )
 
     def goodput(self, useful_seconds: float) -> float:
         """Return the share of the time since the first start that went into steps that survive, in [0, 1]."""
@@ -97,11 +127,23 @@ class Run:
         return useful_seconds / seconds if seconds else 0.0
 
     def publish(self, records: list[Record]) -> None:
-        """Append records to metrics.jsonl, from where its page in MLflow takes them."""
+        """Append records to metrics.jsonl, from where its page in MLflow takes them.
+
+        Raises:
+            RunFolderGone: the folder is no longer there, on rank 0.
+        """
         if self.world.is_rank_zero and records:
+            self.refuse_gone()
             self.record.write(records)
+            self._note_lost_output()
         if self.page is not None:
             self.page.notify()
+
+    def _note_lost_output(self) -> None:
+        """Note once in the history that nobody hears this run any more."""
+        if (lost := lost_output()) and not self.noted_lost_output:
+            self.noted_lost_output = True
+            self.history.note(LOST_OUTPUT, reason=lost)
 
     def note(self, event: str, **facts: Any) -> None:
         """Append an event to the history."""
@@ -109,12 +151,21 @@ class Run:
             self.history.note(event, **facts)
 
     def save(self, engines: Mapping[str, Engine], state: TrainState, *, is_kept: bool) -> None:
-        """Commit a checkpoint. A collective.
+        """Commit a checkpoint, once all that it covers is recorded. A collective.
 
         Raises:
             CheckpointFailed: on all ranks; the earlier checkpoints are as they were.
+            RankFailure, RunFolderGone: the folder is no longer there.
         """
         self.heartbeat.beat(f"saving step {state.step}")
+        with failing_together(self.world):
+            self.refuse_gone()
+        try:
+            with failing_together(self.world):
+                if self.world.is_rank_zero:
+                    self.record.flush()
+        except (OSError, ValueError) as error:
+            raise CheckpointFailed(f"step {state.step} is not saved, its records are not on disk: {error}") from None
         notes = {"mlflow_run_id": self.page.run_id if self.page is not None else None}
         path = self.checkpoints.save(engines, state, is_kept=is_kept, notes=notes)
         self.note(CHECKPOINT, step=state.step)
@@ -147,6 +198,8 @@ class Run:
         status = "FAILED"
         try:
             yield
+            if self.world.is_rank_zero:
+                self.record.flush()
             status = "FINISHED"
         except Stopped as stopped:
             status = "KILLED"

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import json
+import os
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from counted_runs import GLOBAL_BATCH, CountedRun
+from torch import Tensor
 
+from training.checkpoints.checkpoint import CheckpointsFailing
 from training.engine.distributed import World
 from training.optim import OptimizerConfig, learning_rate_factor
+from training.run import Run, RunFolderGone
+from training.stage import StepContext
+from training.supervision.history import LOST_OUTPUT
+from training.tracking import record as record_module
+from training.tracking.record import Record
+from training.tracking.redaction import RedactingStream
 
 
 @pytest.mark.parametrize("log_every", [1, 3, 100])
@@ -108,3 +121,83 @@ def test_only_rank_zero_writes_the_record(tmp_path: Path) -> None:
     run = CountedRun(tmp_path, world=World(rank=1))  # world_size stays 1: no process group is needed
     run.go()
     assert run.run.record.read() == []
+
+
+def start(run: CountedRun) -> None:
+    run.run.resume({}, config_yaml="", init_from="")
+
+
+def test_no_checkpoint_covers_what_the_disk_did_not_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Records wait in memory while the disk refuses them; checkpoints wait too, and the run's end is no success."""
+    run = CountedRun(tmp_path, checkpoint_every=2)
+    append = record_module.append_lines
+
+    def refusing(path: Path, records: list[Record]) -> None:
+        if path.name == "metrics.jsonl" and records[-1]["step"] > 4:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        append(path, records)
+
+    monkeypatch.setattr(record_module, "append_lines", refusing)
+    with pytest.raises(CheckpointsFailing, match="step 10 is not saved, its records are not on disk"):
+        run.go()
+    assert run.checkpoints.steps == [2, 4] == run.steps()[1::2]
+
+
+def test_a_disk_that_comes_back_gets_every_record_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, append = CountedRun(tmp_path, checkpoint_every=2), record_module.append_lines
+
+    def refusing(path: Path, records: list[Record]) -> None:
+        if path.name == "metrics.jsonl" and 4 < records[-1]["step"] < 8:
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        append(path, records)
+
+    monkeypatch.setattr(record_module, "append_lines", refusing)
+    run.go()
+    assert run.steps() == list(range(1, 11)) and run.checkpoints.steps == [2, 4, 8, 10]
+
+
+def test_a_record_with_a_hole_before_the_checkpoint_is_said_at_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = CountedRun(tmp_path, stop_after_steps=6)
+    run.go()
+    run.checkpoints.root = tmp_path
+    monkeypatch.setattr(Run, "_changes_since", lambda self, checkpoint: [])
+    path = run.run.record.path
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if '"step": 5,' not in line))
+    start(run)
+    assert run.lines[-1] == f"warning: {path} has no records of 1 steps before this one: 5"
+
+
+@pytest.mark.parametrize("becomes", ["gone", "another"])
+def test_a_folder_that_is_moved_under_a_run_ends_it_and_nothing_takes_its_place(tmp_path: Path, becomes: str) -> None:
+    folder = tmp_path / "run"
+    run = CountedRun(folder, checkpoint_every=4)
+    start(run)
+    step = run.stage.train_step
+
+    def moving(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
+        if len(run.stage.contexts) == 5:
+            folder.rename(tmp_path / "moved")
+            if becomes == "another":
+                folder.mkdir()
+        return step(batches, context)
+
+    run.stage.train_step = moving
+    with pytest.raises(RunFolderGone, match="moved, deleted or unmounted") as ended:
+        run.go()
+    assert ended.value.exit_code == 74
+    assert not folder.exists() or not list(folder.iterdir())
+    moved = [json.loads(line)["step"] for line in (tmp_path / "moved" / "metrics.jsonl").read_text().splitlines()]
+    assert sorted(set(moved)) == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_nobody_hears_goes_on_and_says_so_in_its_folder(tmp_path: Path) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    run = CountedRun(tmp_path)
+    run.run.report = print
+    with os.fdopen(writer, "w", buffering=1) as stream, contextlib.redirect_stdout(RedactingStream(stream, [])):
+        run.go()
+    assert run.steps() == list(range(1, 11)) and run.checkpoints.steps[-1] == 10
+    assert [event["reason"] for event in run.run.events(LOST_OUTPUT)] == ["standard output: Broken pipe"]

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.files.json_lines import append_lines, read_lines
 
-CHECKPOINT, START, STOP, ROLL_BACK = "checkpoint", "start", "stop", "roll_back"
+CHECKPOINT, START, STOP, ROLL_BACK, LOST_OUTPUT = "checkpoint", "start", "stop", "roll_back", "lost_output"
 
 
 class History:

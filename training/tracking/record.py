@@ -59,6 +59,18 @@ class RunRecord:
         """Tell whether the folder is that of a training run."""
         return (folder / "metrics.jsonl").is_file()
 
+    def flush(self) -> None:
+        """Write the records that wait in memory, if any do. Raises OSError if the disk refuses them."""
+        if self._unwritten:
+            append_lines(self.path, self._unwritten)
+            print(f"{self.path}: written again, with {len(self._unwritten)} records", flush=True)
+            self._unwritten.clear()
+
+    def missing_steps(self, step: int) -> list[int]:
+        """List the steps up to `step` of which there is no training record."""
+        recorded = {record["step"] for record, _ in self.read_after() if record["kind"] == "train"}
+        return [number for number in range(1, step + 1) if number not in recorded]
+
     def write(self, records: list[Record]) -> None:
         """Append records and force them to disk.
 
@@ -70,16 +82,16 @@ class RunRecord:
         was_failing = bool(self._unwritten)
         self._unwritten += records
         try:
-            append_lines(self.path, self._unwritten)
+            if was_failing:
+                self.flush()
+            else:
+                append_lines(self.path, records)
+                self._unwritten.clear()
         except OSError as error:
             if len(self._unwritten) > MAX_UNWRITTEN:
                 raise
             if not was_failing:
                 print(f"{self.path}: {error.strerror or error}; records wait in memory until it takes them", flush=True)
-            return
-        if was_failing:
-            print(f"{self.path}: written again, with {len(self._unwritten)} records", flush=True)
-        self._unwritten.clear()
 
     def read(self) -> list[Record]:
         """Read all records."""

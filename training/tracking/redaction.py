@@ -10,7 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any, TextIO
 
 HIDDEN = "***"
@@ -89,15 +89,36 @@ def _hide(match: re.Match[str]) -> str:
 
 
 class RedactingStream:
-    """The text stream that hides secrets in what is written to it, and is its `stream` in all else."""
+    """The text stream that hides secrets in what is written to it, and is its `stream` in all else.
+
+    A stream that can no longer be written, a pipe without a reader or a log on a full disk, is silent from then on:
+    nobody's work ends for want of somebody to tell of it. `lost` then says why.
+    """
 
     def __init__(self, stream: TextIO, values: list[str]) -> None:
         self._stream = stream
         self._values = values
+        self.lost = ""
 
     def write(self, text: str) -> int:
-        self._stream.write(_redacted(text, self._values))
+        with self._outliving():
+            self._stream.write(_redacted(text, self._values))
         return len(text)
+
+    def flush(self) -> None:
+        with self._outliving():
+            self._stream.flush()
+
+    @contextmanager
+    def _outliving(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            self.lost = error.strerror or str(error)
+            with suppress(OSError, ValueError):  # what is still buffered goes nowhere too, instead of failing again
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, self._stream.fileno())
+                os.close(nowhere)
 
     def writelines(self, lines: Iterator[str]) -> None:
         for line in lines:
@@ -105,6 +126,13 @@ class RedactingStream:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
+
+
+def lost_output() -> str:
+    """Say which of this process's standard streams can no longer be written, and why; empty if both can."""
+    streams = {"standard output": sys.stdout, "standard error": sys.stderr}
+    lost = {name: getattr(stream, "lost", "") for name, stream in streams.items()}
+    return "; ".join(f"{name}: {why}" for name, why in lost.items() if why)
 
 
 @contextmanager
