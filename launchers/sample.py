@@ -25,7 +25,14 @@ from launchers.setup.settings import refuse_unknown
 from models.sampling import Sampling
 from models.var import VARConfig
 from training.checkpoints.model_on_disk import ModelOnDisk
-from training.engine.distributed import World, agree_on_error, agree_on_value, join_world, leave_world
+from training.engine.distributed import (
+    World,
+    agree_on_error,
+    agree_on_value,
+    join_world,
+    leave_world,
+    owned_by_rank_zero,
+)
 from training.engine.engine import PRECISIONS
 from training.tracking.mlflow import log_picture
 
@@ -78,16 +85,17 @@ def launch(command: Command[SampleConfig]) -> None:
         world = join_world()
     settings = what_defines_images(models, sampling, config, plan) if world.is_rank_zero else {}
     files = open_files(folder, plan, format=config.format)
-    pending = claim(folder, settings, files, world)
     report = say if world.is_rank_zero else say_nothing
-    if not pending and files.is_finished():
-        report(f"{folder} has all {plan.num_images:,} images; nothing to do")
-    else:
-        var, tokenizer = models.var.to(world.device), models.tokenizer.to(world.device)
-        speed_up(var, tokenizer, config.precision, compiles=config.compile)
-        draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, report)
-        if world.is_rank_zero:
-            finish(folder, files, config)
+    with owned_by_rank_zero(folder, world):
+        pending = claim(folder, settings, files, world)
+        if not pending and files.is_finished():
+            report(f"{folder} has all {plan.num_images:,} images; nothing to do")
+        else:
+            var, tokenizer = models.var.to(world.device), models.tokenizer.to(world.device)
+            speed_up(var, tokenizer, config.precision, compiles=config.compile)
+            draw_all(Sampler(var, tokenizer, sampling, plan), files, pending, world, report)
+            if world.is_rank_zero:
+                finish(folder, files, config)
     leave_world()
 
 

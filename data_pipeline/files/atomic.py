@@ -17,6 +17,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from data_pipeline.files.claim import claimed
 from data_pipeline.files.strict_json import parse_json
 
 SEAL = "sha256"  # the key under which a sealed file states its own hash
@@ -55,22 +56,25 @@ def refuse_occupied(folder: Path) -> None:
 def atomic_folder(folder: Path) -> Iterator[Path]:
     """Make a folder to be filled that appears as `folder` only when complete and on disk, or not at all.
 
-    Raises ValueError if there is something at `folder` already.
+    Raises:
+        ValueError: there is something at `folder` already.
+        Claimed: another process is making it.
     """
     refuse_occupied(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder = folder.absolute()  # "." has no name
     temporary = folder.with_name(f".{folder.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
-    try:
-        temporary.mkdir()
-        yield temporary
-        for path in [*temporary.rglob("*"), temporary]:
-            fsync(path)
-        os.rename(temporary, folder)  # takes the place of an empty folder, never of another
-        fsync(folder.parent)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with claimed(folder.with_name(f".{folder.name}.owner"), folder):
+        shutil.rmtree(temporary, ignore_errors=True)  # of one that was killed
+        try:
+            temporary.mkdir()
+            yield temporary
+            for path in [*temporary.rglob("*"), temporary]:
+                fsync(path)
+            os.rename(temporary, folder)  # takes the place of an empty folder, never of another
+            fsync(folder.parent)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def file_sha256(path: Path) -> str:

@@ -9,12 +9,14 @@ code  meaning                                                          worth try
 69    a service that is needed is absent: tracker, server of shards    yes
 70    training diverged                                                with other settings
 71    a process that reads data failed                                 yes
-73    there is no room, or no right, to write                          after making some
+73    there is no room, or no right, to write; or another command      after making some, or
+      writes this folder                                               when it has ended
 74    storage or a connection failed in the middle of the work, or     yes, once it is well
       checkpoints could not be written: several in a row, or the last
 75    stopped as asked, everything saved                               yes: the same command goes on
 76    no progress, or another rank is lost                             yes, if the rank that ended first agrees
-130, 138, 143   ended at once, by a second SIGINT, SIGUSR1 or SIGTERM  yes, from the checkpoint before
+130, 138, 143, 129   ended at once, by a second SIGINT, SIGUSR1,     yes, from the checkpoint before
+                     SIGTERM or SIGHUP
 
 An exception that ends a command carries its number as `exit_code`, so this module imports none of ours, and no torch.
 """

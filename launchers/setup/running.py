@@ -18,7 +18,7 @@ from models.var import VARConfig
 from models.vqvae import VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints, Retention, TrainState
 from training.checkpoints.commit import DAMAGED, DamagedCheckpoint, candidates, read_manifest, structural_damage
-from training.engine.distributed import World
+from training.engine.distributed import World, owned_by_rank_zero
 from training.engine.engine import accumulation_steps
 from training.loop import Loop
 from training.run import Run
@@ -143,7 +143,7 @@ def run_stage(
         else NoBadSamples(),
     )
     schedule = Schedule(config.loop, config.optimizer, data.num_samples)
-    with run.closing():
+    with owned_by_rank_zero(folder, world), run.closing():
         state = run.resume(stage.engines, config_yaml=to_yaml(config), init_from=config.init_from)
         state = Loop(stage, data, run, schedule, config.divergence).train(state)
     run.report(f"done: step {state.step}, {state.samples_seen} samples seen; record in {run.record.path}")

@@ -13,12 +13,12 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from launchers.setup.command_line import Command, refuse_several_ranks, say
 from data_pipeline.files.atomic import atomic_file
+from data_pipeline.files.claim import claimed_folder
 from data_pipeline.files.locks import take_lock
 from launchers.setup.config_files import to_yaml
 from launchers.setup.tables import table
@@ -46,7 +46,7 @@ from training.engine.distributed import World
 from training.supervision.stopping import STOP_FILE, Stopped, Stopping
 
 TRAIN = Path(__file__).resolve().parents[1] / "train.py"
-LOG, STUDY_LOCK = "log.txt", ".study.lock"  # in a run's folder, in the study's
+LOG = "log.txt"  # in a run's folder
 HEADING = "=== "  # of each start in the log
 LAST_BYTES = 4096  # of the log, in which a run says why it has ended
 LOOK_SECONDS = 0.2
@@ -75,7 +75,7 @@ def launch_run(command: Command[StudyConfig]) -> None:
         for run in study.unfinished():
             say(shlex.join(command_line(config.start, run)))
         return
-    with hold(Path(config.folder)):
+    with claimed_folder(Path(config.folder)):
         refuse_queued(Path(config.folder))
         with atomic_file(Path(config.folder) / STUDY) as file:
             file.write(to_yaml(config).encode())
@@ -92,18 +92,6 @@ def launch_run(command: Command[StudyConfig]) -> None:
             raise
         finally:
             close_parent(config, status)
-
-
-@contextmanager
-def hold(folder: Path) -> Iterator[None]:
-    """Keep others from training a study here at the same time."""
-    lock = take_lock(folder / STUDY_LOCK)
-    if lock is None:
-        raise BlockingIOError(f"{folder}: another scaling_study.py trains this study; wait for it, or stop it")
-    try:
-        yield
-    finally:
-        os.close(lock)
 
 
 def command_line(start: Sequence[str], run: PlannedRun) -> list[str]:

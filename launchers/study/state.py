@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.files.claim import is_claimed
 from data_pipeline.files.locks import take_lock
 from data_pipeline.files.nested import flatten
 from launchers.setup.config_files import load_config, nearest, read_settings
@@ -181,6 +182,8 @@ def saved_step(run: PlannedRun) -> int:
 
 def is_being_trained(run: PlannedRun) -> bool:
     """Return whether a process trains the run, which may be one that outlived the study that started it."""
+    if is_claimed(run.folder):  # perhaps started by hand
+        return True
     if not (run.folder / LOCK).exists():
         return False
     descriptor = take_lock(run.folder / LOCK)

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data_pipeline.files.claim import claimed_folder
 from training.engine import slurm
 from training.engine.host_memory import keep_freed_memory
 from training.engine.place import place_of
@@ -185,6 +187,20 @@ def failing_together(world: World) -> Iterator[None]:
     except (OSError, ValueError) as error:
         problem = error
     agree_on_error(problem, world)
+
+
+@contextmanager
+def owned_by_rank_zero(folder: Path, world: World) -> Iterator[None]:
+    """Own the folder that all ranks write, for as long as the block runs. A collective.
+
+    Raises:
+        Claimed, RankFailure: another command owns it.
+    """
+    with ExitStack() as stack:
+        with failing_together(world):
+            if world.is_rank_zero:
+                stack.enter_context(claimed_folder(folder))
+        yield
 
 
 def agree_on_value(value: Any, what: str, world: World) -> None:

@@ -15,6 +15,7 @@ import torch
 import torch.distributed as dist
 from repository import ROOT
 
+from data_pipeline.files.claim import Claimed
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.loading.ahead import WorkerFailed
 from data_pipeline.remote.open import RemoteError
@@ -44,6 +45,7 @@ ENDINGS: list[tuple[BaseException, int]] = [
     (TrainingDiverged("x"), 70),
     (WorkerFailed("x"), 71),
     (OSError(errno.ENOSPC, "No space left on device", "runs/a"), 73),
+    (Claimed("x"), 73),
     (OSError(errno.EROFS, "Read-only file system", "runs/a"), 73),
     (UnreadableCheckpoint("x"), 74),
     *((OSError(number, os.strerror(number), "runs/a"), 74) for number in (errno.EIO, errno.ESTALE, errno.EMFILE)),

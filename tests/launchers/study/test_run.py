@@ -15,11 +15,11 @@ import pytest
 from study_training import StudyTraining, write_run
 from tiny import command
 
-from data_pipeline.files.locks import take_lock
+from data_pipeline.files.claim import Claimed, claimed_folder
 from launchers.setup.config_files import load_config
 from launchers.study import run as study_run
 from launchers.study.config import StudyConfig
-from launchers.study.run import STUDY_LOCK, Display, command_line, launch_run, start_training
+from launchers.study.run import Display, command_line, launch_run, start_training
 from launchers.study.state import FAILED, LOCK, RUNNING, WAITING, is_being_trained, plan_runs
 from training.supervision.stopping import Stopped
 
@@ -155,11 +155,19 @@ def test_a_run_that_is_left_behind_is_asked_to_save_and_end(
 
 
 def test_a_study_is_trained_by_one_command_at_a_time(training: StudyTraining) -> None:
-    lock = take_lock(training.folder / "study" / STUDY_LOCK)
-    assert lock is not None
-    with pytest.raises(BlockingIOError, match="study: another scaling_study.py trains this study"):
+    with (
+        claimed_folder(training.folder / "study"),
+        pytest.raises(Claimed, match=f"study is being written by process {os.getpid()}"),
+    ):
         go(training)
-    os.close(lock)
+
+
+def test_a_run_that_was_started_by_hand_counts_as_being_trained(training: StudyTraining) -> None:
+    run = plan_runs(training.config)[0]
+    assert not is_being_trained(run)
+    with claimed_folder(run.folder):
+        assert is_being_trained(run)
+    assert not is_being_trained(run)
 
 
 def test_a_dry_run_shows_table_and_commands_and_starts_nothing(
