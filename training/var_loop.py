@@ -61,19 +61,27 @@ class VARStage:
             batch = batch.to(self.engine.world.device)
             labels = drop_labels(self._labels(batch), rows[:, 0], self.label_drop, self.config.null_class)
             residual_scale = stochastic_depth(rows[:, 1:], self.config.drop_path_rate)
-            scores = self._scores(batch, labels, residual_scale.to(self.engine.config.dtype))
+            dtype = self.engine.config.dtype
+            scores = self._scores(self.engine, dtype, batch, labels, residual_scale.to(dtype))
             losses.append(scores.loss.detach().mean(0))
             errors.append(scores.error.mean(0))
             self.engine.backward(average_over_tokens(scores.loss, self.scales).mean())
             norm = self.engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
         return self._summary(torch.stack(losses).mean(0), torch.stack(errors).mean(0)) | {"gradient_norm": norm}
 
-    def _scores(self, batch: Batch, labels: Tensor, residual_scale: Tensor | None) -> TokenScores:
-        """Score the model on one micro-batch; residual_scale (depth, 2, B) is None without stochastic depth."""
+    def _scores(
+        self,
+        model: Callable[..., Tensor],
+        dtype: torch.dtype,
+        batch: Batch,
+        labels: Tensor,
+        residual_scale: Tensor | None = None,
+    ) -> TokenScores:
+        """Score a model of a type on one micro-batch; residual_scale (depth, 2, B) is for stochastic depth."""
         with torch.no_grad():
             codes = batch.data if batch.data.ndim == 2 else self.tokenizer.encode(batch.data)  # (B, L)
-            inputs = self.tokenizer.teacher_forcing_inputs(codes).to(self.engine.config.dtype)  # (B, L - p_1^2, C)
-        logits = self.engine(inputs, labels, residual_scale=residual_scale)  # (B, L, V)
+            inputs = self.tokenizer.teacher_forcing_inputs(codes).to(dtype)  # (B, L - p_1^2, C)
+        logits = model(inputs, labels, residual_scale=residual_scale)  # (B, L, V)
         return token_scores(logits, codes, self.scales)
 
     def _labels(self, batch: Batch) -> Tensor:
@@ -96,17 +104,31 @@ class VARStage:
 
     @torch.no_grad()
     def validate(self, beat: Callable[[str], None] = lambda doing: None) -> dict[str, Any]:
-        """Measure loss and error over the validation set, every image once, with its true label. A collective."""
+        """Measure loss and error over the validation set, every image once, with its true label. A collective.
+
+        Whatever precision trains, the weights are the float32 ones and so is the arithmetic, as in the public trainer.
+        """
+        model = self.engine if self.engine.config.dtype == torch.float32 else self._float32_model()
         sums = torch.zeros(2, self.scales.num_scales, dtype=torch.float64, device=self.engine.world.device)
         count = torch.zeros((), dtype=torch.float64, device=self.engine.world.device)
         for batch in TimedIterator(iter(self.validation()), beat):
             batch = batch.to(self.engine.world.device)
-            scores = self._scores(batch, self._labels(batch), None)
+            scores = self._scores(model, torch.float32, batch, self._labels(batch))
             weights = batch.weights.double()
             sums += torch.stack([weights @ scores.loss.double(), weights @ scores.error.double()])
             count += weights.sum()
         loss, error = sum_over_ranks(sums, self.engine.world) / sum_over_ranks(count, self.engine.world)
         return {name: value.tolist() for name, value in self._summary(loss, error).items()}
+
+    def _float32_model(self) -> VAR:
+        """Return a copy of the model on this rank, whole, with the optimiser's float32 weights. A collective."""
+        with torch.device("meta"):
+            model = VAR(self.config)
+        weights = self.engine.state.weights()
+        whole = {name: tensor.to(self.engine.world.device, copy=True) for name, tensor in weights}
+        model.load_state_dict(whole, assign=True)
+        model.attention = self.engine.config.attention
+        return model.eval().requires_grad_(False)
 
     def headline(self, record: Record) -> str:
         """Write the stage's part of a progress line; see `Stage.headline`."""

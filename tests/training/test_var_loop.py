@@ -201,6 +201,23 @@ def test_validation_is_the_mean_over_images_however_they_are_batched() -> None:
     assert found["loss_avg"] == pytest.approx((found["loss"][0] + 4 * found["loss"][1]) / 5)
 
 
+def test_validation_is_in_float32_whatever_trains() -> None:
+    """A bf16 engine's master weights, and not the rounded ones, are measured, as a float32 run would measure them."""
+    batches = [code_batch(5)]
+    exact = make_stage(validation=batches)
+    expected = exact.validate()
+    rounded = make_stage(validation=batches)
+    engine = rounded.engines["model"]
+    engine.state = exact.engines["model"].state
+    engine.model.to(torch.bfloat16)
+    engine.config = EngineConfig(zero_stage=1, precision="bf16")
+    found = rounded.validate()
+    assert all(found[name] == pytest.approx(expected[name], rel=1e-6) for name in expected)
+    logits = engine(*(rounded.tokenizer.teacher_forcing_inputs(batches[0].data).bfloat16(), batches[0].labels))
+    loss = token_scores(logits, batches[0].data, VAR_CONFIG.scales).loss.mean(0).tolist()
+    assert loss != pytest.approx(expected["loss"], rel=1e-6)
+
+
 def test_validation_leaves_no_gradients_and_changes_no_weight() -> None:
     stage = make_stage(validation=[code_batch(3)])
     before = [parameter.clone() for parameter in weights_of(stage)]

@@ -44,6 +44,12 @@ class WholeState:
             for name, parameter in self.parameters.items():
                 yield f"{kind}/{name}", self._get(parameter, kind)
 
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        """Each persistent buffer and each parameter in float32, whole, by its name in the model; as in `tensors`."""
+        yield from self.buffers.items()
+        for name, parameter in self.parameters.items():
+            yield name, self.get_weight(parameter)
+
     def load(self, read: Callable[[str], Tensor]) -> None:
         """Set everything from `read(name)`, which returns the same whole tensor on every rank."""
         self._make_moments()
