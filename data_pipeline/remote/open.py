@@ -149,7 +149,9 @@ class RemoteFiles:
         try:
             system = self._system("s3")
         except ImportError:
-            raise _Fault("S3 needs a library that is not installed: pip install nextscale[s3]") from None
+            raise _Fault(
+                "S3 needs a library that is not installed: run pip install -e '.[s3]' in the checkout"
+            ) from None
         from botocore.exceptions import BotoCoreError, NoCredentialsError
 
         try:

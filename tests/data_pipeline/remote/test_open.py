@@ -204,7 +204,7 @@ def test_a_process_that_has_read_ends_quietly(server: ShardServer) -> None:
 
 def test_without_s3fs_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(RemoteError, match=r"s3://bucket/a: S3 needs .*: pip install nextscale\[s3\]$"):
+    with pytest.raises(RemoteError, match=r"s3://bucket/a: S3 needs .*: run pip install -e '.\[s3\]' in the checkout$"):
         hasty().size_of("s3://bucket/a")
 
 
