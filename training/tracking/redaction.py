@@ -1,7 +1,8 @@
 """Passwords and tokens, which must not be printed and which no setting may hold.
 
-A secret is known by its form (a URL with a password, a signed URL, the tokens of well-known services), by the name
-before a "=" or a colon, or as the value of an environment variable whose name says that it is secret.
+A secret is known by its form (a URL with a password or a query, the tokens of well-known services), by the name before
+a "=" or a colon, or as the value of an environment variable whose name says that it is secret. One rule serves both:
+what is hidden in prints is refused in settings.
 """
 
 from __future__ import annotations
@@ -24,15 +25,19 @@ REMEDY = (
 FORMS = {
     "a password in a URL": r"\b[a-zA-Z][\w+.-]{0,20}://(?P<secret>[^\s'\"/?#@:]{0,200}:[^\s'\"]{0,1000})@",
     "a user or token in a URL": r"\bhttps?://(?P<secret>[^\s'\"/?#@]{1,1000})@",
-    "a signed URL": (
-        r"[?&](?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|Signature|sig"
-        r"|(?:access_|auth_|id_|refresh_)?token|api_?key|password)=(?P<secret>[^\s&'\"#]+)"
+    "a query in a URL": r"\b[a-zA-Z][\w+.-]{0,20}://[^\s'\"?#]{0,1000}\?(?P<secret>[^\s'\"#]+)",  # it may be signed
+    "a signed address": (
+        r"(?i:[?&](?:X-(?:Amz|Goog)-(?:Signature|Credential|Security-Token)|AWSAccessKeyId|signature|sig"
+        r"|(?:access_|auth_|id_|refresh_)?token|(?:api_?)?key|password|pwd|secret|auth|sas|jwt)=)"
+        r"(?P<secret>[^\s&'\"#]+)"
     ),
     "an AWS access key": r"\b(?:AKIA|ASIA)[0-9A-Z]{16}\b",
     "a Hugging Face token": r"\bhf_[A-Za-z0-9]{16,}",
     "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{16,}|github_pat_\w{16,})",
     "a GitLab token": r"\bglpat-[\w-]{16,}",
     "an API key": r"\b(?:sk-(?:[a-z0-9]{1,10}-){0,3}[A-Za-z0-9_]{20,}|AIza[\w-]{30,}|dapi[0-9a-f]{32})",
+    "an npm token": r"\bnpm_[A-Za-z0-9]{16,}",
+    "a PyPI token": r"\bpypi-[\w-]{16,}",
     "a Slack token": r"\bxox[abprs]-[\w-]{10,}",
     "a JSON web token": r"\beyJ[\w-]{8,2000}\.[\w-]{8,4000}\.[\w-]*",
     "a private key": r"-----BEGIN [A-Z ]{0,20}PRIVATE KEY-----(?:[^-]{0,9999}-----END [A-Z ]{0,20}PRIVATE KEY-----)?",
@@ -60,7 +65,9 @@ _PATTERNS = {name: re.compile(pattern) for name, pattern in FORMS.items()}
 
 def secret_in(text: str) -> str:
     """Name the kind of secret that a text seems to hold; empty if it holds none."""
-    return next((name for name, pattern in _PATTERNS.items() if pattern.search(text)), "")
+    if found := next((name for name, pattern in _PATTERNS.items() if pattern.search(text)), ""):
+        return found
+    return "a value that is named as a secret" if NAMED.search(text) else ""
 
 
 def redact(text: str, environment: Mapping[str, str] = os.environ) -> str:

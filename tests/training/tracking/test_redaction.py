@@ -17,7 +17,7 @@ from training.tracking.redaction import redact, redacted_output, secret_in, secr
 ORDINARY = [
     "tokenizer=runs/tokenizer is missing; write tokenizer=PATH",
     "tokens_per_second: 680, num_tokens=680",
-    "see https://host.example:8080/path?user=1#top",
+    "see https://host.example:8080/path#/runs?compareRunsMode=CHART",
     "sqlite:///runs/mlflow.db and http://127.0.0.1:5000/#/experiments/1/runs/2",
     "postgresql://anna@db.example:5432/mlflow",
     "s3://bucket/key@2x.png",
@@ -41,6 +41,7 @@ def test_a_secret_is_recognised_by_its_form_and_hidden(name: str) -> None:
 @pytest.mark.parametrize("text", NAMED)
 def test_what_is_named_as_a_secret_is_hidden(text: str) -> None:
     assert not visible(redact(text, {})) and "***" in redact(text, {})
+    assert secret_in(text)
 
 
 @pytest.mark.parametrize("text", ORDINARY)
@@ -50,7 +51,8 @@ def test_ordinary_text_stays_as_it_is(text: str) -> None:
 
 def test_the_rest_of_a_url_can_still_be_read() -> None:
     assert redact("http://anna:Kanarie1@mlflow.example:5000/x", {}) == "http://***@mlflow.example:5000/x"
-    assert redact("https://b/k?X-Amz-Signature=Kanarie1&a=1", {}) == "https://b/k?X-Amz-Signature=***&a=1"
+    assert redact("https://b/k?X-Amz-Signature=Kanarie1&a=1#top", {}) == "https://b/k?***#top"
+    assert redact("b/k?X-Amz-Signature=Kanarie1&a=1", {}) == "b/k?X-Amz-Signature=***&a=1"
 
 
 def test_values_of_secret_variables_are_hidden_whatever_they_look_like() -> None:
