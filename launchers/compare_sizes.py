@@ -47,7 +47,7 @@ class CompareSizesConfig:
     out: str  # the PNG to write
     tokenizer: str = ""  # empty: the one the runs were trained with
     patch_nums: tuple[int, ...] = ()  # for public files with a schedule of their own
-    mlflow: bool = True  # log the figure to the first run's MLflow run
+    tracking_uri: str = ""  # of the tracker whose page of the first run gets it; empty: none, whatever the folder names
     data: str = ""  # validation shards to force tokens from; empty: those of the first run's config.yaml
     forced_scales: int = 1  # how many scales are those of a real image of the class; 0: none
     cfg: float = 1.5
@@ -99,8 +99,7 @@ def launch(command: Command[CompareSizesConfig]) -> None:
         names.append(f"d{models.var.config.depth}, {models.var.config.num_parameters / 1e6:,.1f}M parameters")
     out = Path(config.out)
     draw_table(out, rows, rows=names, columns=[f"{stage:.0%} of training tokens" for stage in config.stages])
-    if config.mlflow:
-        log_picture(config.runs[0], out)
+    log_picture(config.runs[0], out, config.tracking_uri)
     say(f"wrote {out}")
 
 

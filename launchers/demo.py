@@ -101,6 +101,7 @@ def plan_stages(config: DemoConfig) -> dict[str, list[str]]:
             *[*python, str(LAUNCHERS / "sample.py"), f"run={run}", f"out={generated_folder(config)}"],
             *["format=npz", "batch=250", f"per_class={config.per_class}"],
             *[f"cfg={config.cfg}", f"top_k={config.top_k}", f"top_p={config.top_p}"],
+            f"tracking_uri={load_config(TrainConfig, config.transformer).tracking.uri}",
         ],
     }
 

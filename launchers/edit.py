@@ -65,7 +65,7 @@ class EditConfig:
     precision: str = "fp32"  # of the transformer, or bf16 or fp16
     batch: int = 8  # results at once; memory limits it
     seed: int = 0
-    mlflow: bool = True  # log the panel to the run's MLflow run
+    tracking_uri: str = ""  # of the tracker whose page of the run gets the panel; empty: none, whatever it names
 
     def __post_init__(self) -> None:
         refuse_unknown(EDIT_TASKS, task=self.task)
@@ -127,8 +127,7 @@ def launch(command: Command[EditConfig]) -> None:
     original = floats_of(pixels_of(transform.center_crop(picture)))[None]
     reconstruction, results = draw_results(config, models, original, keep_mask, label)
     save_results(config, original, reconstruction, results, keep_mask, out)
-    if config.mlflow:
-        log_picture(config.run, out / "panel.png", group=out.name)
+    log_picture(config.run, out / "panel.png", config.tracking_uri, group=out.name)
 
 
 def read_picture(path: str) -> Image.Image:

@@ -40,7 +40,7 @@ class DependencyConfig:
     out: str  # the PNG to write; the numbers go beside it as JSON
     views: ViewConfig = field(default_factory=ViewConfig)
     seed: int = 0  # of the choice of images
-    mlflow: bool = True  # log the figure to the tokenizer's MLflow run
+    tracking_uri: str = ""  # of the tracker whose page of the tokenizer gets it; empty: none, whatever the folder names
 
     def __post_init__(self) -> None:
         if not 1 <= self.num_images <= MAX_DEPENDENCY_IMAGES:
@@ -69,8 +69,7 @@ def launch(command: Command[DependencyConfig]) -> None:
     draw(out, images, attention, report)
     with atomic_file(out.with_suffix(".json")) as file:
         file.write(json.dumps(report, indent=1).encode() + b"\n")
-    if config.mlflow:
-        log_picture(config.tokenizer, out)
+    log_picture(config.tokenizer, out, config.tracking_uri)
     say(f"mean bidirectionality {report['mean_bidirectionality']:.4f} of {len(ids)} images; {out}")
 
 

@@ -59,7 +59,7 @@ class SampleConfig:
     compile: bool = False  # compile the transformer's steps, and a GPU's decoder: a slow start, for many images
     batch: int = 50  # images at once; memory limits it: in fp32 50 take 8 GiB of cache at d16, 29 at d30, 138 at 512 px
     seed: int = 0
-    mlflow: bool = True  # log the grid to the run's MLflow run
+    tracking_uri: str = ""  # of the tracker whose page of the run gets the grid; empty: none, whatever the folder names
 
     def __post_init__(self) -> None:
         refuse_unknown(SAMPLE_FORMATS, format=self.format)
@@ -170,8 +170,7 @@ def finish(folder: Path, files: SampleFiles, config: SampleConfig) -> None:
     picture = draw_grid(files, folder)
     place = files.commit()
     say(f"{files.plan.num_images:,} images in {place}, some of them in {picture}")
-    if config.mlflow:
-        log_picture(config.run, picture, group=folder.name)
+    log_picture(config.run, picture, config.tracking_uri, group=folder.name)
 
 
 def main() -> None:

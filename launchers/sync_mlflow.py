@@ -1,11 +1,12 @@
 """Send to MLflow what it lacks of a run: after an outage, to another tracker, or because its page was deleted.
 
-`python launchers/sync_mlflow.py runs/d16`, and `--uri http://HOST:5000` for another tracker than the run's own. A run
+`python launchers/sync_mlflow.py runs/d16`, and `--uri http://HOST:5000` for a server, also for the run's own. A run
 that the tracker does not know is made there. What is there already is not sent again: doing it twice changes nothing.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,7 +17,7 @@ from launchers.setup.config_files import read_settings
 from training.tracking.curves import points_of
 from training.tracking.follow import send
 from training.tracking.mlflow import RunPage, how_it_ended, read_state
-from training.tracking.record import RunRecord, TrackingConfig, absolute_uri
+from training.tracking.record import ENVIRONMENT_URI, RunRecord, TrackingConfig, absolute_uri, database_file
 
 OF_THE_RUN = ("uri", "experiment", "every", "curve_unit", "study")  # settings
 
@@ -26,7 +27,7 @@ class SyncConfig:
     """The settings of a sync: which run, and which tracker instead of the run's own."""
 
     run: str = field(metadata={"is_bare": True})
-    uri: str = ""  # of the tracker; empty: the one that the run's mlflow.json names, else that of its config.yaml
+    uri: str = ""  # of the tracker; empty: the database file that the run names, or MLFLOW_TRACKING_URI
     experiment: str = ""  # empty: likewise
 
 
@@ -62,6 +63,11 @@ def where_to(config: SyncConfig, state: Mapping[str, str], settings: Mapping[str
         if value := asked or state.get(name):
             known[name] = value
     tracking = TrackingConfig(**known)
+    if not config.uri and database_file(tracking.uri) is None and tracking.uri != os.environ.get(ENVIRONMENT_URI):
+        raise ValueError(
+            f"{config.run} names the tracker {tracking.uri}; a folder of somebody else could send your token anywhere, "
+            f"so say that you trust it: add --uri {tracking.uri}"
+        )
     return replace(tracking, uri=absolute_uri(tracking.uri))
 
 

@@ -83,7 +83,7 @@ def test_the_papers_figures_are_drawn_of_a_run_and_its_tokenizer(trained: Forked
     stages = ["--stages", "0.2", "0.6", "1.0", "--classes", "0", "1", "2", "3"]
     said = trained.forked("compare_sizes", "--runs", "runs/whole", *stages, "--out", "figures/7.png")
     assert [name in said for name in ("step-00000005", "step-00000014", "step-00000023")] == [True] * 3
-    images = ["--images", "data/digits/images/val", "--num-images", "2"]
+    images = ["--images", "data/digits/images/val", "--num-images", "2", "--tracking-uri", "sqlite:///runs/mlflow.db"]
     trained.forked("plot_dependencies", "--tokenizer", "runs/digits/tokenizer", *images, "--out", "figures/9.png")
     assert sorted(path.name for path in (trained.folder / "figures").iterdir()) == ["7.png", "9.json", "9.png"]
     [logged] = (trained.folder / "runs" / "mlflow_artifacts").rglob("pictures/9.png")  # the tokenizer's run is tracked

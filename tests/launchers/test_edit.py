@@ -39,7 +39,7 @@ def settings(run: str, tmp_path: Path) -> Settings:
     def make(**changes: Any) -> EditConfig:
         box = () if "mask" in changes else (0.0, 4.0, 8.0, 8.0)
         given = {"run": run, "image": str(tmp_path / "photo.png"), "task": "inpaint", "box": box}
-        return EditConfig(**(given | {"out": str(tmp_path / "out"), "variants": 3, "mlflow": False} | changes))
+        return EditConfig(**(given | {"out": str(tmp_path / "out"), "variants": 3} | changes))
 
     return make
 

@@ -46,7 +46,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 def launch(run: str, out: Path | str, **settings: Any) -> None:
     """9 images in 3 units, unless `settings` say otherwise."""
-    given = {"per_class": 3, "batch": 4, "mlflow": False} | settings
+    given = {"per_class": 3, "batch": 4} | settings
     sample.launch(command(SampleConfig(run=run, out=str(out), **given)))
 
 
@@ -169,13 +169,11 @@ def test_the_images_of_a_run_lie_in_it_unless_told_otherwise(run: str, tmp_path:
     assert sample.out_folder(SampleConfig(run=str(tmp_path / "var_d16.pth"))) == Path("samples/var_d16")
 
 
-def test_the_grid_is_logged_unless_told_otherwise(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    logged: list[tuple[str, Path]] = []
-    monkeypatch.setattr(sample, "log_picture", lambda folder, picture, group: logged.append((folder, picture)))
-    launch(run, tmp_path / "quiet")
-    assert not logged
-    launch(run, tmp_path / "out", mlflow=True)
-    assert logged == [(run, tmp_path / "out" / "samples.png")]
+def test_the_grid_goes_to_the_tracker_that_is_named(run: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged: list[tuple[str, Path, str]] = []
+    monkeypatch.setattr(sample, "log_picture", lambda *given, group: logged.append(given))
+    launch(run, tmp_path / "out", tracking_uri="http://tracker")
+    assert logged == [(run, tmp_path / "out" / "samples.png", "http://tracker")]
 
 
 def test_a_dry_run_writes_nothing(run: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

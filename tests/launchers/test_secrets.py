@@ -149,7 +149,7 @@ def test_what_trackers_say_and_are_told_shows_no_secret(
         follow(page, Mock(side_effect=["RUNNING", *["FINISHED"] * 3]), print)
     update_state(tmp_path, uri=url, run_id="1")
     monkeypatch.setattr("training.tracking.mlflow.open_client", fail)
-    log_picture(tmp_path, tmp_path / "a.png")
+    log_picture(tmp_path, tmp_path / "a.png", url)
     said = "".join(capsys.readouterr())
     assert said.count("mlflow: ") == 2 and not visible(said + str(caught.value))
 

@@ -20,6 +20,7 @@ from training.tracking.record import TrackingConfig
 @pytest.fixture
 def client(monkeypatch: pytest.MonkeyPatch) -> FakeMLflow:
     monkeypatch.setattr(follow, "pause_after", lambda failures: 0.0)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", URI)  # of whoever types the command
     return connect(FakeMLflow(), monkeypatch)
 
 
@@ -71,7 +72,8 @@ def test_another_tracker_is_named_on_the_command_line_and_stays_the_runs(
 ) -> None:
     sync(run, capsys)
     assert "http://other/#/" in sync(run, capsys, uri="http://other", experiment="moved")
-    assert "http://other/#/" in sync(run, capsys)
+    with pytest.raises(ValueError, match="names the tracker http://other; .* add --uri http://other$"):
+        sync(run, capsys)  # the folder alone must not say where the token goes
     assert client.experiments.keys() == {"study", "moved"}
 
 

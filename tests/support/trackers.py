@@ -99,7 +99,9 @@ class FakeMLflow:
             info = {"run_id": run_id, "run_name": run_name, "status": "RUNNING", "experiment_id": experiment_id}
             info |= {"lifecycle_stage": "active", "start_time": len(self.runs)}
             data = SimpleNamespace(metrics={}, params={}, tags=dict(tags))
-            self.runs[run_id] = SimpleNamespace(info=SimpleNamespace(**info), data=data)
+            self.runs[run_id] = SimpleNamespace(
+                info=SimpleNamespace(**info, artifact_uri="mlflow-artifacts:/"), data=data
+            )
         return self.runs[run_id]
 
     def get_run(self, run_id: str) -> Any:

@@ -37,7 +37,7 @@ from training.tracking.mlflow import (
     unavailable,
     update_state,
 )
-from training.tracking.record import TrackingConfig, absolute_uri
+from training.tracking.record import ENVIRONMENT_URI, TrackingConfig, absolute_uri, database_file
 from training.tracking.redaction import redacted_output
 
 PR_SET_PDEATHSIG = 1  # of Linux's prctl: a signal for when the parent dies
@@ -119,6 +119,8 @@ class LivePage:
     def __init__(self, folder: Path, config: TrackingConfig, parameters: Mapping[str, Any]) -> None:
         self.folder = folder
         self.uri = absolute_uri(config.uri)
+        if config.uri == os.environ.get(ENVIRONMENT_URI):
+            print(f"mlflow: the tracker is {self.uri}, as {ENVIRONMENT_URI} says", flush=True)
         self._order = {
             "config": asdict(replace(config, uri=self.uri)),
             "parameters": {name: str(value) for name, value in parameters.items()},
@@ -176,7 +178,7 @@ class LivePage:
         if code not in (0, TrackerUnavailable.exit_code):
             with suppress(OSError):  # a full disk: the record tells nearly as much
                 update_state(self.folder, status=status)
-            print(f"mlflow: {problem}; send the rest later: {_command(self.folder)}", flush=True)
+            print(f"mlflow: {problem}; send the rest later: {_command(self.folder, self.uri)}", flush=True)
 
     def _start(self) -> None:
         """Start the process in a session of its own, deaf to what a terminal or a scheduler signals to all."""
@@ -243,7 +245,7 @@ def _serve(folder: Path, order: dict[str, Any], orders: FileIO) -> None:
     try:
         follow(page, wait, _report)
     except TrackerUnavailable as error:
-        _report(f"mlflow: {error}: {_command(folder)}")
+        _report(f"mlflow: {error}: {_command(folder, page.config.uri)}")
         sys.exit(error.exit_code)
 
 
@@ -252,8 +254,9 @@ def _report(line: str) -> None:
         print(line, flush=True)
 
 
-def _command(folder: Path) -> str:
-    return f"`python launchers/sync_mlflow.py {folder}`"
+def _command(folder: Path, uri: str) -> str:
+    server = "" if database_file(uri) else f" --uri {uri}"  # a server has to be named
+    return f"`python launchers/sync_mlflow.py {folder}{server}`"
 
 
 if __name__ == "__main__":

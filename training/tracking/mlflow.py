@@ -43,10 +43,11 @@ from training.tracking.record import (
 from training.tracking.redaction import redact
 
 STATE, LOCK, START_OVER = "mlflow.json", "mlflow.lock", "mlflow.start_over"  # files of a run folder
-OF_A_TRACKER = ("run_id", "experiment_id", "replaces")  # values in mlflow.json that mean nothing to another tracker
+OF_A_TRACKER = ("run_id", "experiment_id", "replaces", "copied_from")  # values in mlflow.json of one tracker
 ENDED = ("FINISHED", "FAILED", "KILLED")
 # tags of MLflow runs
 RECORD_TAG = "nextscale.record"  # whose record it shows, should mlflow.json get lost
+COPIED_TAG = "nextscale.copied_from"  # of a run whose folder is a copy: the MLflow run of the original
 REPLACES_TAG = "nextscale.replaces"  # of a run that was started over: the MLflow run that was deleted for it
 UNIT_TAG = "curve_unit"  # of the steps of `curve/*`, which stay what they were at first
 STUDY_TAG, ROLE_TAG = "study", "role"  # the name of the study, and what the run is in it
@@ -78,8 +79,10 @@ def unavailable(page: Page, error: Exception) -> TrackerUnavailable:
 class Page:
     """The MLflow run that shows a folder, and the folder's own note of it, mlflow.json.
 
-    The note holds `uri` and `experiment` of the tracker, `run_id` and `experiment_id` of the MLflow run, the `status`
-    of what is shown (RUNNING, FINISHED, FAILED or KILLED) and, as `git`, the commit of the code. It may get lost.
+    The note holds `uri` and `experiment` of the tracker, `run_id` and `experiment_id` of the MLflow run, the `place`
+    that it was written for, the `status` of what is shown (RUNNING, FINISHED, FAILED or KILLED) and, as `git`, the
+    commit of the code. It may get lost. People copy folders, and the note with them: `copied_from` is then the MLflow
+    run of the original.
     """
 
     def __init__(self, folder: Path, config: TrackingConfig) -> None:
@@ -143,6 +146,19 @@ class Page:
             place = artifact_folder(self.config.uri)
             self._experiment_id = self.client.create_experiment(name, artifact_location=place)
 
+    def _leave_the_original(self) -> None:
+        """Take leave of the MLflow run that the note names, if the note came here by copying the folder.
+
+        It did if the folder that it was written for is still there and shows the same MLflow run. A folder that was
+        moved keeps its MLflow run.
+        """
+        noted = self._noted() or {}
+        original, run_id = Path(noted.get("place") or self.folder), noted.get("run_id")
+        if not run_id or not original.is_dir() or original.samefile(self.folder):
+            return
+        if read_state(original).get("run_id") == run_id:
+            self.note(run_id=None, experiment_id=None, replaces=None, copied_from=run_id, place=None)
+
     def _find(self, tags: Mapping[str, str], *, search: bool = True) -> Any:
         """Find the MLflow run that mlflow.json names, else one with these tags; None where there is neither."""
         noted = (self._noted() or {}).get("run_id")
@@ -156,7 +172,12 @@ class Page:
     def _take(self, run: Any) -> None:
         """Let this be the MLflow run, and note it."""
         self.run, self._status = run, run.info.status
-        self.note(run_id=run.info.run_id, experiment_id=run.info.experiment_id, replaces=None)
+        self.note(
+            run_id=run.info.run_id,
+            experiment_id=run.info.experiment_id,
+            replaces=None,
+            place=str(self.folder.absolute()),
+        )
 
     def _set_tags(self, run: Any, tags: Mapping[str, str]) -> None:
         for name, value in tags.items():
@@ -206,6 +227,7 @@ class RunPage(Page):
     def _open(self) -> None:
         """Find the MLflow run, or make it, and ask what it has."""
         self._connect()
+        self._leave_the_original()
         run = self._find({RECORD_TAG: self._record_key()})
         if (self.folder / START_OVER).exists():
             if run is not None:
@@ -227,8 +249,9 @@ class RunPage(Page):
 
     def _make(self) -> Any:
         tags = {RECORD_TAG: self._record_key(), UNIT_TAG: self.config.curve_unit}
-        if replaced := (self._noted() or {}).get("replaces"):
-            tags[REPLACES_TAG] = replaced
+        noted = self._noted() or {}
+        of_notes = {REPLACES_TAG: noted.get("replaces"), COPIED_TAG: noted.get("copied_from")}
+        tags |= {tag: value for tag, value in of_notes.items() if value}
         name = self.folder.name if self.config.study else "/".join(self.folder.absolute().parts[-2:])
         return self.client.create_run(self._experiment_id, run_name=name, tags=tags)
 
@@ -244,9 +267,11 @@ class RunPage(Page):
         return tags
 
     def _record_key(self) -> str:
-        """Tell this record from all others by its first entry, which holds a time."""
+        """Tell this record from all others by its first entry, which holds a time; that of a copy by its origin too."""
         first = [record for record, _ in islice(self.record.read_after(), 1)]
-        return hashlib.sha256(json.dumps(first).encode()).hexdigest()[:32]
+        key = hashlib.sha256(json.dumps(first).encode()).hexdigest()[:32]
+        origin = (self._noted() or {}).get("copied_from")
+        return f"{key}-copy-of-{origin}" if origin else key
 
     def _log_parameters(self) -> None:
         from mlflow.entities import Param
@@ -296,6 +321,7 @@ class StudyPage(Page):
             Exception: whatever MLflow raises.
         """
         self._connect()
+        self._leave_the_original()
         tags = {STUDY_TAG: self.config.study, ROLE_TAG: OF_STUDY}
         run = self._find(tags, search=search)
         self._take(run or self.client.create_run(self._experiment_id, run_name=self.config.study, tags=tags))
@@ -313,6 +339,7 @@ class StudyPage(Page):
 
     def attach(self, files: Sequence[Path]) -> None:
         """Put files on the study's page; one of the same name is replaced."""
+        refuse_local_artifacts(self.config.uri, self.run.info.artifact_uri)
         for file in files:
             self.client.log_artifact(self.run.info.run_id, str(file))
 
@@ -409,23 +436,36 @@ def how_it_ended(folder: Path, settings: Mapping[str, Any]) -> str:
     return "FINISHED" if last >= settings.get("loop.epochs", math.inf) else "KILLED"
 
 
-def log_picture(run: str | Path, picture: Path, *, group: str = "") -> None:
-    """Put a picture on the page of the MLflow run that RUN/mlflow.json names, under "pictures/group".
+def log_picture(run: str | Path, picture: Path, uri: str, *, group: str = "") -> None:
+    """Put a picture on the page that the tracker at `uri` has of a run folder, under "pictures/group".
 
-    Nothing is raised, since the picture itself is on disk: one line says why it is not on the page. Of a model that was
-    not trained here, nothing is said.
+    The folder may be somebody else's, so it only says which page is its own: the tracker is the caller's word. With an
+    empty `uri` nothing is sent. Nothing is raised, since the picture itself is on disk: one line says why it is not on
+    the page. Of a model that was not trained here, nothing is said.
     """
+    if not uri or not RunRecord.exists(Path(run)):
+        return
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "2")  # nobody else repeats it
-    state = read_state(Path(run))
-    if not (state.get("uri") and state.get("run_id")):
-        if RunRecord.exists(Path(run)):
-            print(f"mlflow: {run}/{STATE} names no MLflow run, so {picture} is on disk only", flush=True)
+    uri, state = absolute_uri(uri), read_state(Path(run))
+    if state.get("uri") != uri or not state.get("run_id"):
+        print(f"mlflow: {run}/{STATE} names no page of {uri}, so {picture} is on disk only", flush=True)
         return
     try:
+        client = open_client(uri)
+        refuse_local_artifacts(uri, client.get_run(state["run_id"]).info.artifact_uri)
         place = f"pictures/{group}" if group else "pictures"
-        open_client(state["uri"]).log_artifact(state["run_id"], str(picture), artifact_path=place)
+        client.log_artifact(state["run_id"], str(picture), artifact_path=place)
     except Exception as error:  # whatever a tracker throws
         print(f"mlflow: {reason(error)}; {picture} is on disk only", flush=True)
+
+
+def refuse_local_artifacts(uri: str, place: str) -> None:
+    """Raise ValueError if a tracker wants files written on this machine, anywhere but beside its own database file."""
+    own = artifact_folder(uri)
+    path = place.removeprefix("file://").removeprefix("file:")
+    is_local = path != place or ("://" not in place and not place.startswith("mlflow-artifacts:"))
+    if is_local and not (own and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(own))):
+        raise ValueError(f"{uri} wants files written to {place} of this machine, which only a database beside it may")
 
 
 def code_version() -> str | None:

@@ -6,18 +6,21 @@ rebuilt from it.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.json_lines import BEGINNING, Line, Place, append_lines, number_of, read_lines
+from training.tracking.redaction import REMEDY, secret_in
 
 Record = dict[str, Any]
 
 SQLITE = "sqlite:///"
+ENVIRONMENT_URI = "MLFLOW_TRACKING_URI"  # which counts where the configuration names no tracker
 CURVE_UNITS = {"PFLOP": 1, "TFLOP": 10**3, "GFLOP": 10**6, "MFLOP": 10**9}  # units in one PFLOP
 MAX_UNWRITTEN = 10_000  # records kept in memory while the disk refuses them
 
@@ -27,13 +30,15 @@ class TrackingConfig:
     """Where the curves go besides metrics.jsonl, and which of them."""
 
     mlflow: bool = True
-    uri: str = "sqlite:///runs/mlflow.db"
+    uri: str = field(default_factory=lambda: os.environ.get(ENVIRONMENT_URI) or f"{SQLITE}runs/mlflow.db")
     experiment: str = "var"
     every: int = 1  # MLflow gets the training records of the steps that it divides
     curve_unit: str = "TFLOP"  # compute in one step of `curve/*`; small runs need a small one
     study: str = ""  # the scaling study that a run belongs to, by the name of its MLflow run; empty: none
 
     def __post_init__(self) -> None:
+        if what := secret_in(self.uri):  # the environment's has not been looked at yet
+            raise ValueError(f"tracking.uri, from the configuration or {ENVIRONMENT_URI}, holds {what}; {REMEDY}")
         if self.every < 1:
             raise ValueError(f"tracking.every is {self.every}; it is a number of steps, 1 or more")
         if self.curve_unit not in CURVE_UNITS:

@@ -188,10 +188,13 @@ def test_news_cost_microseconds_and_closing_gives_up_on_a_tracker_that_hangs(
     assert statistics.median(seconds) < 200e-6
     started = time.monotonic()
     page.close("FAILED")
-    assert time.monotonic() - started < 1.2  # a busy machine
+    assert time.monotonic() - started < 4  # of a busy machine; the tracker never answers
     assert sender_of(tmp_path) is None
     [line] = capfd.readouterr().out.splitlines()
-    assert f"{silent_tracker} did not answer in time" in line and f"sync_mlflow.py {tmp_path}`" in line
+    assert (
+        f"{silent_tracker} did not answer in time" in line
+        and f"sync_mlflow.py {tmp_path} --uri {silent_tracker}`" in line
+    )
     assert read_state(tmp_path)["status"] == "FAILED"  # for the command to tell MLflow
 
 

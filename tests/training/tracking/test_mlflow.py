@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 from trackers import URI, FakeMLflow, Killed, connect, page_of, points_of, record_of, train_record, validation_record
 
+from training.tracking import mlflow as mlflow_module
 from training.tracking.mlflow import (
     COMMIT_TAG,
     REPLACES_TAG,
@@ -21,9 +23,10 @@ from training.tracking.mlflow import (
     log_picture,
     open_client,
     read_state,
+    refuse_local_artifacts,
     update_state,
 )
-from training.tracking.record import Record, TrackingConfig
+from training.tracking.record import Record, RunRecord, TrackingConfig
 
 
 @pytest.fixture
@@ -288,8 +291,8 @@ def test_a_database_takes_it_as_the_fake_does(tmp_path: Path, monkeypatch: pytes
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # where a command is started must not matter
     picture.write_bytes(b"a picture")
-    log_picture(folder, picture, group="7")
     settings["uri"] = read_state(folder)["uri"]
+    log_picture(folder, picture, settings["uri"], group="7")
     client = open_client(settings["uri"])
     [run] = client.search_runs([client.get_experiment_by_name("test").experiment_id])
     client.log_metric(run.info.run_id, "loss/train_loss_avg", 1 / 3, 1_003_000, 3)  # a call carried out late
@@ -333,8 +336,8 @@ def test_a_database_is_there_whole_or_not_at_all(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        (None, "mlflow.json names no MLflow run"),
-        ({"uri": "http://127.0.0.1:9", "run_id": "1"}, "is on disk only"),
+        (None, "mlflow.json names no page of sqlite"),
+        ({"uri": "http://127.0.0.1:9", "run_id": "1"}, "mlflow.json names no page of sqlite"),
         ({"uri": "sqlite:///TMP/mlflow.db", "run_id": "0" * 32}, "RESOURCE_DOES_NOT_EXIST|not found"),
     ],
 )
@@ -346,7 +349,66 @@ def test_a_picture_that_mlflow_does_not_take_costs_one_line(
     (tmp_path / "a.png").touch()
     if state is not None:
         (tmp_path / "mlflow.json").write_text(json.dumps(state).replace("TMP", str(tmp_path)))
-    log_picture(tmp_path, tmp_path / "a.png")
-    log_picture(tmp_path / "a.png", tmp_path / "a.png")  # of a model that was not trained here nothing is said
+    tracker = f"sqlite:///{tmp_path}/mlflow.db"
+    log_picture(tmp_path, tmp_path / "a.png", tracker)
+    log_picture(tmp_path, tmp_path / "a.png", "")  # nobody asked for it
+    log_picture(tmp_path / "a.png", tmp_path / "a.png", tracker)  # of a model that was not trained here nothing is said
     [line] = [line for line in capsys.readouterr().out.splitlines() if line.startswith("mlflow: ")]
     assert re.search(said, line) and f"{tmp_path}/a.png" in line
+
+
+def test_a_foreign_folder_does_not_decide_where_requests_go(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(mlflow_module, "open_client", asked.append)
+    record_of(tmp_path, *some_records(1, 2))
+    update_state(tmp_path, uri="http://evil.example", run_id="1")
+    log_picture(tmp_path, tmp_path / "a.png", "")
+    log_picture(tmp_path, tmp_path / "a.png", "http://mine.example")
+    assert asked == [] and "names no page of http://mine.example" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("uri", "place", "accepted"),
+    [
+        ("http://mine", "mlflow-artifacts:/1/2/artifacts", True),
+        ("http://mine", "s3://bucket/1", True),
+        ("http://mine", "file:///home/me/.ssh", False),
+        ("http://mine", "/home/me/.ssh", False),
+        ("http://mine", "./here", False),
+        ("sqlite:////data/mlflow.db", "/data/mlflow_artifacts/1/artifacts", True),
+        ("sqlite:////data/mlflow.db", "file:///data/mlflow_artifacts/1/artifacts", True),
+        ("sqlite:////data/mlflow.db", "file:///data/mlflow_artifacts/../../home/me", False),
+        ("sqlite:////data/mlflow.db", "/data/elsewhere", False),
+    ],
+)
+def test_files_are_written_beside_the_own_database_alone(uri: str, place: str, accepted: bool) -> None:
+    if accepted:
+        refuse_local_artifacts(uri, place)
+    else:
+        with pytest.raises(ValueError, match="of this machine"):
+            refuse_local_artifacts(uri, place)
+
+
+def test_a_copied_folder_gets_a_page_of_its_own_and_a_moved_one_keeps_its_page(
+    tmp_path: Path, client: FakeMLflow
+) -> None:
+    record_of(tmp_path / "a", *some_records(1, 3))
+    send_all(tmp_path / "a")
+    first = read_state(tmp_path / "a")["run_id"]
+    moved, copy = (tmp_path / "a").rename(tmp_path / "moved"), tmp_path / "copy"
+    send_all(moved)
+    assert read_state(moved)["run_id"] == first and len(client.active()) == 1
+    shutil.copytree(moved, copy)
+    (copy / START_OVER).touch()  # must not delete the original's page
+    RunRecord(copy).write(some_records(4, 5))
+    send_all(copy)
+    state = read_state(copy)
+    assert state["run_id"] != first and state["copied_from"] == first
+    copied = next(run for run in client.active() if run.info.run_id == state["run_id"])
+    assert copied.data.tags[mlflow_module.COPIED_TAG] == first and len(client.active()) == 2
+    RunRecord(moved).write(some_records(4, 4))
+    for folder, expected in ((moved, first), (copy, state["run_id"])):
+        send_all(folder)
+        assert read_state(folder)["run_id"] == expected and len(client.active()) == 2
