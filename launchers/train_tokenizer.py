@@ -20,7 +20,7 @@ from training.checkpoints.checkpoint import TrainState
 from training.engine.distributed import World, join_world, leave_world
 from training.engine.engine import Engine, EngineConfig, accumulation_steps
 from training.flops import tokenizer_training_flops
-from training.losses import ReconstructionLossConfig
+from training.losses import ReconstructionLossConfig, load_lpips
 from training.optim import build_optimizer
 from training.tokenizer_loop import CodebookCareConfig, DiscriminatorConfig, TokenizerStage, build_tokenizer
 
@@ -42,6 +42,7 @@ def launch(command: Command[TokenizerConfig]) -> None:
     """Train, or for --dry-run tell what training would need."""
     config, world = command.config, World.from_environment()
     refuse_unfit_engine(config.engine)
+    try_what_starts_later(config)
     if command.dry_run:
         dry_run(config, command.world_size or world.world_size)
         return
@@ -64,6 +65,25 @@ def refuse_unfit_engine(engine: EngineConfig) -> None:
             raise ValueError(
                 f"engine.{name} is {getattr(engine, name)}; it has no effect on the tokenizer: leave it out"
             )
+
+
+def try_what_starts_later(config: TokenizerConfig) -> None:
+    """Let the discriminator judge one image by shape alone, so that an image too small for it shows before step 1.
+
+    Raises:
+        ValueError: it is too small.
+    """
+    size = config.model.image_size
+    if config.loss.adversarial_weight:
+        with torch.device("meta"):
+            judge = PatchDiscriminator(config.discriminator.width, config.discriminator.num_layers)
+            try:
+                judge(torch.empty(1, 3, size, size))
+            except ValueError as error:
+                raise ValueError(
+                    f"discriminator.num_layers is {config.discriminator.num_layers}, too many for images of {size} "
+                    f"pixels ({error}); choose fewer, or loss.adversarial_weight=0"
+                ) from None
 
 
 def train(config: TokenizerConfig, world: World, supervision: Supervision) -> TrainState:
@@ -112,6 +132,12 @@ def dry_run(config: TokenizerConfig, world_size: int) -> None:
     say(f"images              {config.model.image_size} px")
     say(f"tokens per image    {config.model.scales.num_tokens}, scales {config.model.patch_nums}")
     say(f"world               {world_size} x {config.engine.micro_batch} images x {accumulation} accumulated")
+    if config.loss.lpips_weight:
+        try:
+            distance, blank = load_lpips(config.loss.lpips_backbone), torch.zeros(1, 3, *[config.model.image_size] * 2)
+            distance(blank, blank)
+        except FileNotFoundError as missing:
+            say(f"LPIPS               not there yet: {missing}")
     try:
         images = open_images(config.data.train, config.model, config.data, seed=0, random_views=True)
         say(f"data                {describe_one_batch(images, config.engine.micro_batch)}")
