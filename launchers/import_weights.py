@@ -24,6 +24,7 @@ class ImportConfig:
     tokenizer: str = ""
     var: str = ""
     out: str
+    entry: str = ""  # the state dict to take, such as ema, where a file holds several
     patch_nums: tuple[int, ...] = ()  # empty: known by the transformer's length; of a tokenizer alone, that of 256 px
 
     def __post_init__(self) -> None:
@@ -36,9 +37,9 @@ def launch(command: Command[ImportConfig]) -> None:
     config, out = command.config, Path(command.config.out)
     refuse_several_ranks("import_weights.py")
     refuse_occupied(out)
-    var = public_var(config.var, config.patch_nums) if config.var else None
+    var = public_var(config.var, config.patch_nums, config.entry) if config.var else None
     patch_nums = var.config.patch_nums if var else config.patch_nums or PATCH_NUMS_256
-    tokenizer = public_tokenizer(config.tokenizer, patch_nums) if config.tokenizer else None
+    tokenizer = public_tokenizer(config.tokenizer, patch_nums, config.entry) if config.tokenizer else None
     if var and tokenizer:
         check_configs_agree(var.config, tokenizer.config)
     for name, size in describe_sizes(var, tokenizer).items():

@@ -20,7 +20,7 @@ from models.vqvae import VQVAE, VQVAEConfig
 from training.checkpoints.checkpoint import Checkpoints
 from training.checkpoints.commit import DamagedCheckpoint, content_damage, read_manifest
 from training.checkpoints.model_on_disk import CONFIG, WEIGHTS, ModelOnDisk, describe
-from training.checkpoints.weights import read_weights
+from training.checkpoints.weights import load_safetensors, read_weights
 
 import torch
 from torch import Tensor
@@ -78,9 +78,9 @@ def place_tokenizer(tokenizer: VQVAE, device: torch.device, *, kinds: set[str]) 
     return tokenizer
 
 
-def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
+def public_var(path: str, patch_nums: tuple[int, ...] = (), entry: str = "") -> VAR:
     """Load the transformer of a public file, frozen. Without a schedule it gets that of its number of positions."""
-    weights = read_weights(path, "VAR")
+    weights = read_weights(path, "VAR", entry)
     positions = weights.get("pos_1LC")
     if positions is None or positions.ndim != 3:
         ours = "; it has this project's names: give its folder" if "position_embedding" in weights else ""
@@ -95,9 +95,9 @@ def public_var(path: str, patch_nums: tuple[int, ...] = ()) -> VAR:
     return _of_public(path, lambda: var_from_state_dict(weights, patch_nums))
 
 
-def public_tokenizer(path: str, patch_nums: tuple[int, ...]) -> VQVAE:
+def public_tokenizer(path: str, patch_nums: tuple[int, ...], entry: str = "") -> VQVAE:
     """Load the tokenizer of a public file, frozen; the file does not tell for which schedule."""
-    weights = read_weights(path, "VQVAE")
+    weights = read_weights(path, "VQVAE", entry)
     if "quantize.embedding.weight" not in weights:
         raise ValueError(f"{path}: has no quantize.embedding.weight; it is no file of a VAR tokenizer")
     try:
@@ -158,6 +158,9 @@ def refuse_file(folder: Path) -> None:
 def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) -> None:
     """Put the weights of config.init_from into a model about to be trained; a run with a checkpoint goes on from that.
 
+    Of a transformer with another number of classes all is taken but the rows of its classes: those of this model stay
+    as they were drawn, and the null class is kept. A line says so.
+
     Raises ValueError for a model of other sizes.
     """
     if not config.init_from or checkpoints.latest():
@@ -166,12 +169,27 @@ def initialize(model: VAR | VQVAE, config: RunConfig, checkpoints: Checkpoints) 
     ours = flatten(describe(model.config))
     theirs = flatten(describe(build_config(type(model.config), [found.config()], source=str(found.folder))))
     for name, value in ours.items():
-        if name not in SETTINGS_OF_TRAINING and theirs[name] != value:
+        if name not in (*SETTINGS_OF_TRAINING, "num_classes") and theirs[name] != value:
             raise ValueError(
                 f"{found.folder}: its {name} is {theirs[name]}, this run has {value}; training can start from a model "
                 "of the same sizes only: change model or init_from"
             )
-    found.copy_into(model)
+    if isinstance(model, VAR) and theirs["num_classes"] != model.config.num_classes:
+        copy_all_but_classes(found, theirs["num_classes"], model, checkpoints.report)
+    else:
+        found.copy_into(model)
+
+
+def copy_all_but_classes(found: ModelOnDisk, num_classes: int, model: VAR, report: Callable[[str], None]) -> None:
+    """Copy a transformer of `num_classes` into one of another number: all weights, and the row of the null class."""
+    weights = load_safetensors(found.folder / WEIGHTS)
+    rows = model.class_embedding.weight.detach().clone()
+    rows[-1] = weights["class_embedding.weight"][-1]  # the null class is the last
+    model.load_state_dict(weights | {"class_embedding.weight": rows})
+    report(
+        f"{found.folder} has {num_classes} classes, this run has {model.config.num_classes}: its class rows start "
+        "anew, the null class and all other weights are taken over"
+    )
 
 
 def write_public(file: Path, model: VAR | VQVAE) -> None:

@@ -32,27 +32,33 @@ STATE_DICT_PARTS = re.compile(  # the names that a pickle may hold, as its instr
     r"collections OrderedDict|torch Size|torch\._utils (_rebuild_tensor_v2|_rebuild_parameter)"
     r"|torch (Double|Float|Half|BFloat16|Long|Int|Short|Char|Byte|Bool)Storage"
 )
+WRAPPERS = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 RESAVE = "get it again, or save its state dict as safetensors where you trust it"
 
 
-def read_weights(path: str | Path, kind: str = "") -> dict[str, Tensor]:
+def read_weights(path: str | Path, kind: str = "", entry: str = "") -> dict[str, Tensor]:
     """Return the state dict in a .pth, .pt or .safetensors file, on the CPU.
 
-    kind: "VAR" or "VQVAE"; which of the two to take from a checkpoint of the public trainer, which holds both.
+    A state dict that stands alone in a file of several entries, such as {'state_dict': ...} or {'model': ...} beside
+    numbers, is taken; the prefixes that DistributedDataParallel and torch.compile put before all names are dropped.
+
+    kind: "VAR" or "VQVAE"; which of the two to take from a checkpoint of the public trainer, which holds both. entry:
+    the name of the state dict to take where a file holds several.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the file is damaged, holds more than tensors, claims more bytes than it has, or is no flat dict.
+        ValueError: the file is damaged, holds more than tensors, claims more bytes than it has, or is no flat dict; or
+            it holds several state dicts, or none named `entry`.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: {_what_it_is(path)}; weights come as a .pth, .pt or .safetensors file")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        return _without_prefixes(load_safetensors(path))
     content = _load_torch_file(path)
     if isinstance(content, dict) and isinstance(content.get("trainer"), dict):
         content = _from_trainer(path, content["trainer"], kind)
-    return _flat_tensors(path, content)
+    return _without_prefixes(_flat_tensors(path, _state_dict_in(path, content, entry)))
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -130,6 +136,32 @@ def _from_trainer(path: Path, trainer: dict[Any, Any], kind: str) -> Any:
         held = ", ".join(str(name)[:40] for name in list(trainer)[:20] if isinstance(name, str))
         raise ValueError(f"{path}: a trainer's checkpoint with {held}; it has no {wanted or 'single model'} to take")
     return trainer[wanted]
+
+
+def _state_dict_in(path: Path, content: Any, entry: str) -> Any:
+    """Return the state dict of a file that may hold other things beside it, or several."""
+    if not isinstance(content, dict):
+        return content
+    inside = {name: value for name, value in content.items() if _is_state_dict(value)}
+    if entry or len(inside) > 1:
+        if entry not in inside:
+            held = ", ".join(str(name)[:40] for name in inside) or "no state dict inside"
+            said = f"has no entry '{entry}'; it holds {held}" if entry else f"holds several models: {held}"
+            raise ValueError(f"{path}: {said}; choose one with import_weights.py --entry NAME")
+        return inside[entry]
+    return next(iter(inside.values())) if inside else content
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(item, Tensor) for item in value.values())
+
+
+def _without_prefixes(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Drop the prefixes that wrappers put before all names, however many there are."""
+    for prefix in WRAPPERS * 2:
+        if all(name.startswith(prefix) for name in weights):
+            weights = {name.removeprefix(prefix): value for name, value in weights.items()}
+    return weights
 
 
 def _flat_tensors(path: Path, content: Any) -> dict[str, Tensor]:

@@ -119,7 +119,6 @@ def train_config(init_from: Path, **model: Any) -> TrainConfig:
     "change, message",
     [
         ({"depth": 2}, "its depth is 1, this run has 2"),
-        ({"num_classes": 4}, "its num_classes is 3, this run has 4"),
         ({"norm": "shared_adaln"}, "its norm is adaln, this run has shared_adaln"),
         ({"qk_norm": False}, "its qk_norm is True, this run has False"),
         ({"patch_nums": (1, 3)}, r"its patch_nums is \[1, 2\], this run has \[1, 3\]"),
@@ -133,6 +132,24 @@ def test_training_does_not_start_from_a_model_of_other_sizes(
     model = VAR(config.model)
     with pytest.raises(ValueError, match=message):
         initialize(model, config, no_checkpoints(tmp_path, model))
+
+
+@pytest.mark.parametrize("num_classes", [0, 2, 7])
+def test_training_goes_on_with_classes_of_ones_own(
+    tmp_path: Path, num_classes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    theirs = VAR(VAR_CONFIG, seed=5)
+    write_model(tmp_path, theirs.state_dict(), describe(VAR_CONFIG))
+    config = train_config(tmp_path, num_classes=num_classes)
+    model, fresh = VAR(config.model), VAR(config.model).class_embedding.weight
+    initialize(model, config, no_checkpoints(tmp_path, model))
+    rows = model.class_embedding.weight
+    assert rows.shape[0] == num_classes + 1
+    assert torch.equal(rows[-1], theirs.class_embedding.weight[-1]) and torch.equal(rows[:-1], fresh[:-1])
+    others = {name: value for name, value in theirs.state_dict().items() if name != "class_embedding.weight"}
+    assert all(torch.equal(model.state_dict()[name], value) for name, value in others.items())
+    [line] = capsys.readouterr().out.splitlines()
+    assert f"has 3 classes, this run has {num_classes}: its class rows start anew" in line
 
 
 def test_settings_of_initial_weights_do_not_keep_training_from_starting(tmp_path: Path) -> None:

@@ -84,12 +84,42 @@ def test_the_model_asked_for_is_taken_from_the_public_trainers_checkpoint(tmp_pa
         read_weights(path)
 
 
+def prefixed(*prefixes: str) -> dict[str, torch.Tensor]:
+    return {"".join(prefixes) + name: value for name, value in WEIGHTS.items()}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"state_dict": WEIGHTS, "epoch": 3},
+        {"model": WEIGHTS},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        {"model": prefixed("module.", "_orig_mod."), "optimizer": {"state": {0: {}}}},
+        {"state_dict": prefixed("_orig_mod.", "module.")},
+    ],
+)
+def test_weights_are_taken_as_people_have_them(tmp_path: Path, content: Any) -> None:
+    assert same(read_weights(torch_file(tmp_path, content)))
+
+
+def test_one_of_several_models_is_taken_by_its_name(tmp_path: Path) -> None:
+    path = torch_file(tmp_path, {"model": {"other": torch.zeros(1)}, "ema": prefixed("module.")})
+    assert same(read_weights(path, entry="ema"))
+    with pytest.raises(ValueError, match="has no entry 'average'; it holds model, ema"):
+        read_weights(path, entry="average")
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
         ([WEIGHTS], "holds a list, expected a dict"),
         ({}, "holds a dict, expected a dict of names"),
-        ({"model": WEIGHTS}, "entry 'model' is a dict, not a tensor"),
+        (
+            {"model": WEIGHTS, "ema": WEIGHTS},
+            "holds several models: model, ema; choose one with import_weights.py --entry",
+        ),
+        ({"model": {"deep": WEIGHTS}}, "entry 'model' is a dict, not a tensor"),
         (WEIGHTS | {"step": 3}, "entry 'step' is a int, not a tensor"),
         ({0: torch.zeros(1)}, "has a key that is a int"),
         ({"trainer": {"var_opt": {}}}, "it has no var_wo_ddp to take"),
