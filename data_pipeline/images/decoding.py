@@ -9,7 +9,9 @@ comments costs more, 18 times its own size. Legend: S image size.
 from __future__ import annotations
 
 import io
+import json
 import os
+import re
 import struct
 import threading
 import zlib
@@ -18,7 +20,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -27,7 +29,6 @@ from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
-from data_pipeline.files.strict_json import parse_json
 from data_pipeline.shards.members import Sample
 
 NUM_THREADS = min(16, os.cpu_count() or 1)  # that decode
@@ -63,7 +64,7 @@ DECODING_ERRORS = (
     *(IndexError, KeyError, TypeError, OverflowError, EOFError),
 )
 
-MAX_LABEL = 10**9
+MAX_LABEL = 2**16 - 1  # what a record of codes has room for
 MAX_JSON_BYTES = 2**20
 JSON_KEY = "label"  # under which the class stands in a json member, unless another is named
 
@@ -332,26 +333,39 @@ def image_of(sample: Sample) -> Image.Image:
 def label_of(sample: Sample, json_key: str = JSON_KEY) -> int:
     """The class of a sample: the number in its cls member, or without one, what its json member has under `json_key`.
 
-    Raises ValueError if that is not a number from 0 to a billion.
+    Of the json member only that field has to be sound. A text of digits and a float that is a whole number are taken.
+    Raises ValueError if that is no number from 0 to MAX_LABEL.
     """
     if "cls" in sample.members:
-        text = sample.members["cls"]
-        if not text.strip().isdigit() or len(text) > 20 or int(text) > MAX_LABEL:
-            raise ValueError(f"member cls is {text[:20]!r}, expected a class number")
-        return int(text)
-    if "json" not in sample.members:
+        where, value = "cls is", sample.members["cls"].decode("ascii", "backslashreplace")
+    elif "json" in sample.members:
+        where, value = f"json has as {json_key}", _json_field(sample.members["json"], json_key)
+    else:
         raise ValueError(f"no label among the members {sorted(sample.members)}, expected cls or json")
-    return _json_label(sample.members["json"], json_key)
+    if isinstance(value, str) and re.fullmatch(r"\s*[0-9]{1,20}\s*", value):
+        number: Any = int(value)
+    else:
+        number = int(value) if isinstance(value, float) and value.is_integer() else value
+    if type(number) is not int or not 0 <= number <= MAX_LABEL:
+        raise ValueError(f"member {where} {repr(value)[:40]}, expected a class number from 0 to {MAX_LABEL}")
+    return number
 
 
-def _json_label(content: bytes, key: str) -> int:
+def _json_field(content: bytes, key: str) -> Any:
+    """Read one field of an object. What the others hold is no matter: NaN, endless numbers, texts in another code."""
     if len(content) > MAX_JSON_BYTES:
         raise ValueError(f"member json has {len(content)} bytes, at most {MAX_JSON_BYTES} are accepted")
     try:
-        fields = parse_json(content)
-    except ValueError as error:
+        # Pairs, so that a field given twice shows; float, which takes as many digits as there are.
+        text = content.decode("utf-8-sig", "replace")
+        fields = json.loads(
+            text, object_pairs_hook=tuple, parse_int=lambda digits: int(digits) if len(digits) < 20 else float(digits)
+        )
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"member json is not valid JSON ({error})") from None
-    value = fields.get(key) if isinstance(fields, dict) else None
-    if type(value) is not int or not 0 <= value <= MAX_LABEL:
-        raise ValueError(f"member json has {str(value)[:40]!r} as {key}, expected a class number; see json_label")
-    return value
+    found = [value for name, value in fields if name == key] if isinstance(fields, tuple) else []
+    if len(found) != 1:
+        raise ValueError(
+            f"member json has {len(found) or 'no'} fields {key}, expected one class number; see json_label"
+        )
+    return found[0]
