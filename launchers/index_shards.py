@@ -10,7 +10,7 @@ from pathlib import Path
 
 from launchers.setup.command_line import Command, run_launcher, say
 from data_pipeline.files.urls import without_query
-from data_pipeline.images.decoding import JSON_KEY
+from data_pipeline.images.decoding import JSON_KEY, MAX_LABEL
 from data_pipeline.making.indexing import expand_shards, index_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage, is_complete
@@ -30,8 +30,8 @@ class IndexConfig:
     def __post_init__(self) -> None:
         if not self.shards:
             raise ValueError("shards is empty; give paths or URLs of .tar files")
-        if self.classes is not None and self.classes < 1:
-            raise ValueError(f"classes is {self.classes}; it must be 1 or more")
+        if self.classes is not None and not 1 <= self.classes <= MAX_LABEL + 1:
+            raise ValueError(f"classes is {self.classes}; it must be 1 to {MAX_LABEL + 1}")
 
 
 def launch(command: Command[IndexConfig]) -> None:

@@ -97,35 +97,33 @@ class ImageTransform:
 
     def random_crop(self, image: Image.Image, uniforms: np.ndarray) -> Image.Image:
         """Cut out the crop (S, S) that three numbers in [0, 1) choose: its top, its left, and whether it is flipped."""
-        image = resize_short_side(image, self.short_side)
-        top = int(uniforms[0] * (image.height - self.image_size + 1))
-        left = int(uniforms[1] * (image.width - self.image_size + 1))
-        crop = self._crop(image, top=top, left=left)
+        width, height = scaled_size(image, self.short_side)
+        top = int(uniforms[0] * (height - self.image_size + 1))
+        left = int(uniforms[1] * (width - self.image_size + 1))
+        crop = self._crop(image, (width, height), top=top, left=left)
         return ImageOps.mirror(crop) if self.flip and uniforms[2] < 0.5 else crop
 
     def center_crop(self, image: Image.Image) -> Image.Image:
         """Cut out the crop (S, S) in the centre; half pixels are rounded to even, as torchvision's CenterCrop does."""
-        image = resize_short_side(image, self.short_side)
-        top = round((image.height - self.image_size) / 2)
-        left = round((image.width - self.image_size) / 2)
-        return self._crop(image, top=top, left=left)
+        width, height = scaled_size(image, self.short_side)
+        top = round((height - self.image_size) / 2)
+        left = round((width - self.image_size) / 2)
+        return self._crop(image, (width, height), top=top, left=left)
 
-    def _crop(self, image: Image.Image, *, top: int, left: int) -> Image.Image:
-        return image.crop((left, top, left + self.image_size, top + self.image_size))
+    def _crop(self, image: Image.Image, scaled: tuple[int, int], *, top: int, left: int) -> Image.Image:
+        """Crop the image as it is when scaled to this size; of a stripe, which would fill the memory, scale a part."""
+        size, box = self.image_size, (left, top, left + self.image_size, top + self.image_size)
+        if scaled[0] * scaled[1] <= MAX_PIXELS:
+            return (image if image.size == scaled else image.resize(scaled, Image.Resampling.LANCZOS)).crop(box)
+        x, y = image.width / scaled[0], image.height / scaled[1]
+        part = (box[0] * x, box[1] * y, min(box[2] * x, image.width), min(box[3] * y, image.height))
+        return image.resize((size, size), Image.Resampling.LANCZOS, box=part)
 
 
-def resize_short_side(image: Image.Image, short_side: int) -> Image.Image:
-    """Scale an image so that its shorter side has `short_side` pixels, keeping its proportions.
-
-    Raises ValueError for a stripe that would become larger than any image that is decoded.
-    """
+def scaled_size(image: Image.Image, short_side: int) -> tuple[int, int]:
+    """Return the width and height of an image whose shorter side is scaled to `short_side` pixels."""
     shorter = min(image.size)
-    if shorter == short_side:
-        return image
-    width, height = (int(short_side * side / shorter) for side in image.size)
-    if width * height > MAX_PIXELS:
-        raise ValueError(f"{image.width} x {image.height} pixels: too narrow, it would become {width} x {height}")
-    return image.resize((width, height), Image.Resampling.LANCZOS)
+    return int(short_side * image.width / shorter), int(short_side * image.height / shorter)
 
 
 @dataclass(frozen=True)

@@ -152,7 +152,10 @@ class _Encoder:
             crops = self._crops(sample_id, encoded_image(sample))
         except ValueError as error:
             place = self.reader.path_of(sample_id)
-            raise DamagedData(f"{place}: sample {sample.key}: {error}; pack these images again") from error
+            raise DamagedData(
+                f"{place}: sample {sample.key}: {error}; pack these images again, or index"
+                " them with --decode true, which leaves out and lists what cannot be decoded"
+            ) from error
         # Other people's keys may have slashes and be longer than ours.
         return _Views(sample.key if KEY.fullmatch(sample.key) else f"_{sample_id:09d}", label, crops)
 

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import PIL
-from PIL import features
+from PIL import Image, features
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.hashing import permutation
-from data_pipeline.images.decoding import SUFFIXES, DecodingBudget, read_header, resize_short_side
+from data_pipeline.images.decoding import SUFFIXES, DecodingBudget, read_header, scaled_size
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, first_difference, forget_finished_work, shard_of
 from data_pipeline.making.pack_report import SplitCount, printable
@@ -209,7 +209,7 @@ class _Packing:
         with self.budget.decoded(stored) as image:
             if self.resize_to is None or min(image.size) <= self.resize_to:
                 return SUFFIXES[stored.format], data, *stored.upright_size
-            image = resize_short_side(image, self.resize_to)
+            image = image.resize(scaled_size(image, self.resize_to), Image.Resampling.LANCZOS)
             buffer = io.BytesIO()
             image.save(buffer, format="JPEG", quality=JPEG_QUALITY)
             return "jpg", buffer.getvalue(), *image.size

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from data_pipeline.files.hashing import permutation
+from data_pipeline.images.decoding import MAX_LABEL
 from data_pipeline.loading.plan import Stream
 from data_pipeline.shards.members import MAX_MEMBER_BYTES
 
@@ -134,6 +135,8 @@ class _Tree:
                 self.unused.append(f"{folder}{entry.name}")
         if not names:
             raise ValueError(f"{self.root / folder}: no class folders; expected one folder of images for each class")
+        if len(names) > MAX_LABEL + 1:
+            raise ValueError(f"{self.root / folder}: {len(names)} class folders, at most {MAX_LABEL + 1} are accepted")
         return tuple(sorted(names))
 
     def files_by_class(self, folder: str, classes: tuple[str, ...]) -> list[ImageFile]:

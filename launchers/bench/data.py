@@ -17,7 +17,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.images.decoding import ImageTransform, encoded_image, label_of, resize_short_side
+from data_pipeline.images.decoding import ImageTransform, encoded_image, label_of, scaled_size
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
 from data_pipeline.loading.loader import train_batches
@@ -177,7 +177,7 @@ def decode_sample(sample: tuple[bytes, bytes]) -> tuple[Tensor, int]:
 
 def random_crop(image: Image.Image) -> Tensor:
     """Return a random square of the resized image, (3, 256, 256) float32 in [-1, 1]."""
-    image = resize_short_side(image, TRANSFORM.short_side)
+    image = image.resize(scaled_size(image, TRANSFORM.short_side), Image.Resampling.LANCZOS)
     left, top = (random.randint(0, side - TRANSFORM.image_size) for side in image.size)
     view = image.crop((left, top, left + TRANSFORM.image_size, top + TRANSFORM.image_size))
     pixels = torch.from_numpy(np.array(view)).permute(2, 0, 1).contiguous()

@@ -27,7 +27,6 @@ from data_pipeline.images.decoding import (
     label_of,
     map_in_threads,
     read_header,
-    resize_short_side,
 )
 from data_pipeline.shards.members import Sample
 
@@ -106,9 +105,18 @@ def test_impossible_transforms_are_refused(options: dict) -> None:
         ImageTransform(**options)
 
 
-def test_a_stripe_is_not_blown_up() -> None:
-    with pytest.raises(ValueError, match="60000 x 10 pixels: too narrow, it would become 1728000 x 288"):
-        resize_short_side(Image.new("RGB", (60_000, 10)), 288)
+def test_a_stripe_is_cropped_as_if_it_were_scaled_whole_without_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    transform = ImageTransform(image_size=16)
+    for size in ((60, 4), (4, 60), (60, 50)):
+        image, uniforms = Image.fromarray(noise(*size)), np.array([0.7, 0.4, 0.9])
+        whole = [np.asarray(transform.random_crop(image, uniforms)), np.asarray(transform.center_crop(image))]
+        with monkeypatch.context() as patch:
+            patch.setattr(decoding, "MAX_PIXELS", 100)
+            parts = [np.asarray(transform.random_crop(image, uniforms)), np.asarray(transform.center_crop(image))]
+        assert np.abs(np.stack(whole).astype(int) - np.stack(parts)).max() <= 1
+    stripe, transform = Image.new("RGB", (60_000, 1), "red"), ImageTransform(image_size=256)
+    assert peak_memory(lambda: transform.random_crop(stripe, np.full(3, 0.999))) < 2**22
+    assert transform.center_crop(stripe).getextrema() == ((255, 255), (0, 0), (0, 0))
 
 
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP"])

@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 import torch
 import webdataset
-from image_folders import encoded, noise
+from image_folders import encoded, make_folder, noise
+from tiny import PACK_OPTIONS
 from torch import Tensor
 from workers import content, ended_well, fork, kill
 
 from data_pipeline.files.hashing import hash_uniform
+from data_pipeline.images import decoding
 from data_pipeline.images.decoding import ImageTransform, image_of, label_of
 from data_pipeline.images.tensors import floats_of, pixels_of
 from data_pipeline.loading.datasets import CodeDataset
@@ -24,6 +26,7 @@ from data_pipeline.loading.plan import Stream
 from data_pipeline.making import claims
 from data_pipeline.making.encoding import Encoding, Recipe
 from data_pipeline.making.indexing import index_shards
+from data_pipeline.making.packing import pack_images
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.codes import CodeFormat
 from data_pipeline.shards.index import VERSIONS, Index
@@ -146,8 +149,20 @@ def test_a_tokenizer_of_another_shape_is_refused(tmp_path: Path, tokenizer: Call
 def test_a_damaged_image_stops_the_encoding_and_is_named(tmp_path: Path) -> None:
     samples = [Sample("000000000", {"cls": b"0", "png": noise_png(0, side=60)[:999]})]
     write_shards(samples, tmp_path / "images", kind="images", meta={"classes": ["a"]}, samples_per_shard=3)
-    with pytest.raises(ValueError, match="shard-000000.tar: sample 000000000: "):
+    with pytest.raises(ValueError, match="sample 000000000: .*; pack .*, or index them with --decode true"):
         encode(tmp_path / "images", tmp_path / "codes")
+
+
+def test_what_packing_takes_encoding_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also a stripe, which would fill the memory if it were scaled whole."""
+    monkeypatch.setattr(decoding, "MAX_PIXELS", 10_000)
+    source = make_folder(tmp_path / "source", num_images=2)
+    for split, shape in (("cat", (1, 1200)), ("dog", (1200, 1))):
+        for number in range(2):
+            (source / f"{split}/stripe{number}.png").write_bytes(encoded(noise(*shape, number)))
+    packed = pack_images(str(source), tmp_path / "packed", **{**PACK_OPTIONS, "val_fraction": 0.5}).train
+    assert packed.meta["skipped"] == 0
+    assert encode(tmp_path / "packed/train", tmp_path / "codes", views=3).num_samples == packed.num_samples
 
 
 def test_encoded_folders_are_not_overwritten(tmp_path: Path) -> None:

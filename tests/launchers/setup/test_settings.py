@@ -165,7 +165,7 @@ REFUSED: list[tuple[type, dict[str, Any], str]] = [
         "label_drop is 0.2; without labels (model.num_classes 0) it has",
     ),
     (IndexConfig, {"shards": (), "out": "o"}, "shards is empty; give paths or URLs"),
-    (IndexConfig, {"shards": ("a.tar",), "out": "o", "classes": 0}, "classes is 0; it must be 1 or more"),
+    (IndexConfig, {"shards": ("a.tar",), "out": "o", "classes": 70_000}, "classes is 70000; it must be 1 to 65536"),
     (ImportConfig, {"out": "o"}, "nothing to import; give --var FILE, --tokenizer FILE, or both"),
     (ExportConfig, {"run": "r", "out": "o", "format": "onnx"}, "format is onnx; accepted: safetensors, reference"),
     (SampleConfig, {"run": "r", "format": "jpg"}, "format is jpg; accepted: png, npz"),
