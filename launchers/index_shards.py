@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from launchers.setup.command_line import Command, run_launcher, say
 from data_pipeline.files.urls import without_query
@@ -24,6 +25,7 @@ class IndexConfig:
     out: str  # the folder for index and tables
     classes: int | None = None  # how many there are; none: as many as the labels found need
     json_label: str = JSON_KEY  # the field that is the class number, where a sample has json and no cls
+    labels: bool = True  # false: pictures without classes, for stage 1 and for model.num_classes=0
     decode: bool = False  # decode every image, and list those that cannot be
     cache: CacheConfig = field(default_factory=CacheConfig)
 
@@ -32,6 +34,13 @@ class IndexConfig:
             raise ValueError("shards is empty; give paths or URLs of .tar files")
         if self.classes is not None and not 1 <= self.classes <= MAX_LABEL + 1:
             raise ValueError(f"classes is {self.classes}; it must be 1 to {MAX_LABEL + 1}")
+        if not self.labels and self.classes is not None:
+            raise ValueError(f"classes is {self.classes}, but labels=false takes pictures without classes; drop one")
+
+    @property
+    def label_key(self) -> str | None:
+        """The field of the class number; None where there are no classes."""
+        return self.json_label if self.labels else None
 
 
 def launch(command: Command[IndexConfig]) -> None:
@@ -50,7 +59,7 @@ def launch(command: Command[IndexConfig]) -> None:
         config.shards,
         out,
         num_classes=config.classes,
-        json_label=config.json_label,
+        json_label=config.label_key,
         decode=config.decode,
         cache=ShardCache(config.cache),
         report=say,
@@ -60,7 +69,7 @@ def launch(command: Command[IndexConfig]) -> None:
     ignored = ", ".join(f"{count} {kind}" for kind, count in sorted(work.ignored.items()))
     say(
         f"indexed {index.num_samples} samples of {len(index.meta['classes'])} classes in {len(index.shards)} tars into"
-        f" {out}; {len(work.skipped)} samples left out{' (skipped.jsonl)' if work.skipped else ''};"
+        f" {out}; {work.num_skipped} samples left out{' (skipped.jsonl)' if work.skipped else ''};"
         f" members not read: {ignored or 'none'}"
     )
 
@@ -68,10 +77,11 @@ def launch(command: Command[IndexConfig]) -> None:
 def refuse_another(out: Path, config: IndexConfig, locations: list[str]) -> None:
     """Raise ValueError if `out` is the index of other tars, or made with other settings; the first is named."""
     index = Index.read(out)
-    found = {"shards": [shard.location for shard in index.shards], "json_label": index.meta.get("json_label")}
+    found_locations = [shard.location for shard in index.shards]
+    wanted: dict[str, Any] = {"shards": locations, "json_label": config.label_key, "decode": config.decode}
+    wanted |= {"classes": config.classes or len(index.meta["classes"])}
+    found: dict[str, Any] = {"shards": found_locations, "json_label": index.meta.get("json_label")}
     found |= {"decode": index.meta.get("decoded"), "classes": len(index.meta["classes"])}
-    wanted = {"shards": locations, "json_label": config.json_label, "decode": config.decode}
-    wanted |= {"classes": config.classes or found["classes"]}
     for name, value in wanted.items():
         if found[name] != value:
             what = "other tars" if name == "shards" else f"{name} {found[name]}, now it is {value}"

@@ -19,6 +19,7 @@ from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from data_pipeline.making.claims import forget_finished_work
 from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
+from data_pipeline.making.sources import ALL
 from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
 from training.engine.place import place_of
 
@@ -29,6 +30,7 @@ class PackConfig:
 
     source: str
     out: str
+    labels: bool = True  # folders are classes; false: pictures without classes, for stage 1 and for model.num_classes=0
     val_fraction: float = 0.0  # held out of `source` when it has no train/ and val/ of its own
     # pixels, to which longer short sides are scaled down: 1.125 times the crops of the official recipe; null: none are
     resize_short_side: int | None = 288
@@ -62,6 +64,7 @@ def pack(config: PackConfig, out: Path) -> None:
         seed=config.seed,
         val_fraction=config.val_fraction,
         resize_short_side=config.resize_short_side,
+        labels=config.labels,
         report=say if speaks else say_nothing,
     )
     if speaks:
@@ -78,7 +81,7 @@ def options_of(config: PackConfig) -> dict[str, object]:
         "encoding": encoding(config.resize_short_side),
         "val_fraction": config.val_fraction,
         "samples_per_shard": config.samples_per_shard,
-    }
+    } | ({} if config.labels else {"classes": [ALL]})
 
 
 def main() -> None:

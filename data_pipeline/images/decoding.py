@@ -328,12 +328,16 @@ def image_of(sample: Sample) -> Image.Image:
     return decode_image(encoded_image(sample))
 
 
-def label_of(sample: Sample, json_key: str = JSON_KEY) -> int:
+def label_of(sample: Sample, json_key: str | None = JSON_KEY) -> int:
     """The class of a sample: the number in its cls member, or without one, what its json member has under `json_key`.
+
+    json_key: None for pictures without classes, which are all of class 0.
 
     Of the json member only that field has to be sound. A text of digits and a float that is a whole number are taken.
     Raises ValueError if that is no number from 0 to MAX_LABEL.
     """
+    if json_key is None:
+        return 0
     if "cls" in sample.members:
         where, value = "cls is", sample.members["cls"].decode("ascii", "backslashreplace")
     elif "json" in sample.members:

@@ -25,12 +25,14 @@ from data_pipeline.files.atomic import atomic_file, atomic_folder, file_sha256
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.files.urls import check_location, is_url, without_query
 from data_pipeline.images.decoding import IMAGE_SUFFIXES, decode_image, label_of
+from data_pipeline.making.sources import ALL
 from data_pipeline.remote.cache import ShardCache
 from data_pipeline.shards.index import Index, ShardEntry, refuse_complete, refuse_query, regular_size, shard_name
-from data_pipeline.shards.members import Sample, Scan, scan_file
+from data_pipeline.shards.members import Sample, Scan, scan_file, split_name
 from data_pipeline.shards.tar import TarFault
 from data_pipeline.shards.writer import write_members
 
+MAX_LISTED = 10_000  # samples left out that are named; all are counted
 MAX_SHARDS = 50_000  # an index of them has 15 MB
 MAX_LIST_BYTES = 64 * 2**20
 NUMBERS = re.compile(r"\{(-?\d+)\.\.(-?\d+)(?:\.\.-?\d+)?\}")
@@ -107,11 +109,12 @@ class Indexing:
 
     out: Path
     cache: ShardCache
-    json_label: str
+    json_label: str | None  # none: the pictures have no classes
     num_classes: int | None  # none: as many as are found
     decode: bool
     entries: list[ShardEntry] = field(default_factory=list)
     skipped: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0  # skipped lists the first MAX_LISTED of them
     ignored: Counter[str] = field(default_factory=Counter)
     largest_label: int = -1
 
@@ -127,7 +130,7 @@ class Indexing:
             reason = self._fault(sample)
             is_good.append(not reason)
             if reason:
-                self.skipped.append({"shard": place, "key": sample.key, "reason": reason})
+                self._skip(place, sample.key, reason)
 
         try:
             scan = scan_file(path, visit)
@@ -135,6 +138,9 @@ class Indexing:
             what = str(fault).removeprefix(f"{path}: ")
             raise DamagedData(f"{place}: {what}; copy it again, or leave it out") from None
         self.ignored += scan.ignored
+        for picture in scan.lost_pictures():
+            suffix = split_name(picture)[1]
+            self._skip(place, picture, f"its suffix is {suffix}, all after the first dot; rename it without that dot")
         name = shard_name(len(self.entries))
         table_sha256 = write_members(_table_of(scan, is_good), self.out / name)
         entry = ShardEntry(name, sum(is_good), scan.total, file_sha256(path), table_sha256, location)
@@ -144,20 +150,28 @@ class Indexing:
         self.entries.append(entry)
         return entry
 
+    def _skip(self, place: str, key: str, reason: str) -> None:
+        self.num_skipped += 1
+        if len(self.skipped) < MAX_LISTED:
+            self.skipped.append({"shard": place, "key": key, "reason": reason})
+
     def finish(self, patterns: Sequence[str]) -> Index:
         """Write what was left out, then the index. Raises ValueError if there is nothing to index."""
         if not sum(entry.samples for entry in self.entries):
             first = f", the first: {self.skipped[0]['key']}: {self.skipped[0]['reason']}" if self.skipped else ""
-            raise ValueError(f"{', '.join(patterns)[:200]}: no sample with one image and one class{first}")
+            raise ValueError(
+                f"{', '.join(patterns)[:200]}: no sample with one image and one class{first}; "
+                "pictures without classes are indexed with labels=false"
+            )
         num_classes = self.num_classes or self.largest_label + 1
         with atomic_file(self.out / "skipped.jsonl") as file:
             file.writelines(json.dumps(row).encode() + b"\n" for row in self.skipped)
         meta = {
-            "classes": [str(label) for label in range(num_classes)],
+            "classes": [ALL] if self.json_label is None else [str(label) for label in range(num_classes)],
             "json_label": self.json_label,
             "decoded": self.decode,
             "encoding": "as found",
-            "skipped": len(self.skipped),
+            "skipped": self.num_skipped,
             "ignored_members": dict(sorted(self.ignored.items())),
         }
         index = Index("images", tuple(self.entries), meta)
@@ -194,7 +208,7 @@ def index_shards(
     out: Path,
     *,
     num_classes: int | None,
-    json_label: str,
+    json_label: str | None,
     decode: bool,
     cache: ShardCache,
     report: Callable[[str], None] = print,

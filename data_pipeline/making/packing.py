@@ -73,14 +73,16 @@ def pack_images(
     val_fraction: float,
     resize_short_side: int | None,
     digits_side: int = 16,
+    labels: bool = True,
     report: Callable[[str], None] = print,
 ) -> PackReport:
     """Pack an image folder, or "digits", into `out`/train and `out`/val, shuffled by `seed`.
 
-    `val_fraction` counts unless the source has its own train/ and val/. Images whose short side is longer than
-    `resize_short_side` are scaled down and stored as JPEG; the others keep their bytes, and with None all do. Every
-    image is decoded once: a bad one is left out, counted, and named in skipped.jsonl. Other processes may do the same
-    at the same time, have begun it, or have done it.
+    Without `labels` the folders are no classes. `val_fraction` counts unless the source has its own train/ and val/.
+    Images whose short side is longer than `resize_short_side` are scaled down and stored as JPEG; the others keep their
+    bytes, and with None all do. Every image is decoded once: a bad one is left out, counted, and named in
+    skipped.jsonl. Other processes may do the same at the same time, have begun it, or have done it.
+
     Raises FileNotFoundError without a source; ValueError if it holds no class folders or no readable images, or `out`
     is packed with other options, or being packed; SourceChanged if a file changes meanwhile.
     """
@@ -89,7 +91,7 @@ def pack_images(
         raise ValueError(f"samples_per_shard is {samples_per_shard}, expected at least 1")
     if resize_short_side is not None and resize_short_side < 1:
         raise ValueError(f"resize_short_side is {resize_short_side}, expected at least 1 pixel, or null for no scaling")
-    images = open_source(source, val_fraction=val_fraction, seed=seed, digits_side=digits_side)
+    images = open_source(source, val_fraction=val_fraction, seed=seed, digits_side=digits_side, labels=labels)
     options = {
         "source": source,
         "seed": seed,

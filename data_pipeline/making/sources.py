@@ -25,6 +25,7 @@ from data_pipeline.shards.members import MAX_MEMBER_BYTES
 
 SPLITS = ("train", "val")
 DIGITS = "digits"
+ALL = "all"  # the class of pictures that have none
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)  # of a file, whatever the storage does
 
 
@@ -68,10 +69,11 @@ class ImageSource:
         return f"{len(sizes)} files of {sum(sizes)} bytes, sha256 {digest.hexdigest()}"
 
 
-def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int) -> ImageSource:
+def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int, labels: bool = True) -> ImageSource:
     """Find the images of `source`: "digits", a folder with train/ and val/, or a folder of class folders.
 
-    A folder that is itself called digits is given as "./digits".
+    A folder that is itself called digits is given as "./digits". labels: whether folders are classes; without, all
+    pictures below are of the one class ALL.
 
     Raises FileNotFoundError if there is no such folder, ValueError if it does not hold images by class.
     """
@@ -84,6 +86,8 @@ def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int
     if len(given) == 1:
         raise ValueError(f"{source}: has {given[0]}/ but not both splits; add the other, or give {source}/{given[0]}")
     tree = _Tree(root)
+    if not labels:
+        return _without_classes(tree, given, val_fraction=val_fraction, seed=seed)
     if given:
         return _with_splits(tree)
     classes = tree.class_names("")
@@ -134,7 +138,10 @@ class _Tree:
             else:
                 self.unused.append(f"{folder}{entry.name}")
         if not names:
-            raise ValueError(f"{self.root / folder}: no class folders; expected one folder of images for each class")
+            raise ValueError(
+                f"{self.root / folder}: no class folders; expected one folder of images for each class, or "
+                "labels=false for pictures without classes"
+            )
         if len(names) > MAX_LABEL + 1:
             raise ValueError(f"{self.root / folder}: {len(names)} class folders, at most {MAX_LABEL + 1} are accepted")
         return tuple(sorted(names))
@@ -149,6 +156,13 @@ class _Tree:
         if not files:
             where = self.root / folder
             raise ValueError(f"{where}: the class folders are empty; put JPEG, PNG or WEBP images into them")
+        return files
+
+    def all_files(self, folder: str) -> list[ImageFile]:
+        """List all visible files below a folder as of class 0, in a fixed order; ValueError if there are none."""
+        files = sorted(self._files_below(folder, 0), key=lambda file: file.name.split("/"))
+        if not files:
+            raise ValueError(f"{self.root / folder}: holds no files; put JPEG, PNG or WEBP images into it")
         return files
 
     def _files_below(self, folder: str, label: int) -> Iterator[ImageFile]:
@@ -207,6 +221,13 @@ def _size_and_fault(entry: os.DirEntry[str]) -> tuple[int, str]:
 def readable_name(name: str) -> str:
     """Write a file name so that it can be stored anywhere: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def _without_classes(tree: _Tree, given: list[str], *, val_fraction: float, seed: int) -> ImageSource:
+    """Take all pictures of the splits, or of the root, as of one class."""
+    found = {place: tree.all_files(f"{place}/" if place else "") for place in given or [""]}
+    splits = found if given else split_by_class(found[""], val_fraction=val_fraction, seed=seed)
+    return tree.source((ALL,), splits)
 
 
 def _with_splits(tree: _Tree) -> ImageSource:

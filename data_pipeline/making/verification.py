@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +22,9 @@ from data_pipeline.shards.reader import load_members
 from data_pipeline.shards.tar import TarFault
 
 MAX_FAULTS = 100  # named in one shard; where there are more, it has to be copied again anyway
+
+
+NO_FILE = (errno.ELOOP, errno.ENOTDIR)  # what a path leads to, whatever the storage does
 
 
 @dataclass(frozen=True)
@@ -57,7 +61,10 @@ def _verify_shard(storage: Storage, index: Index, shard: ShardEntry, *, decode: 
     place = storage.place_of(shard)
     try:
         faults = list(_faults(storage, index, shard, decode=decode))
-    except (ValueError, FileNotFoundError) as error:  # another failure to read says nothing of the shard
+    except (ValueError, OSError) as error:
+        is_absent = isinstance(error, FileNotFoundError) or getattr(error, "errno", None) in NO_FILE
+        if isinstance(error, OSError) and not is_absent:
+            raise  # the storage fails, which says nothing of the shard
         faults = [str(error) if place in str(error) else f"{place}: {error}"]
     return ShardReport(place, shard.samples, shard.bytes, faults)
 

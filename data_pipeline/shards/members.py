@@ -22,6 +22,7 @@ from xxhash import xxh3_64_intdigest as checksum_of
 from data_pipeline.shards.tar import Read, TarFault, TarMember, member_name, walk_tar
 
 SUFFIXES = ("cls", "json", "jpg", "jpeg", "png", "webp", "vq12", "vq16")  # all that is ever read; in the file by number
+MAX_KINDS, MAX_STRAYS = 50, 10_000  # of what is not read in a tar: kinds that are told apart, names that are kept
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 32 * 2**20  # of one shard: a million members, or 200,000 of 16 views
 MAX_GAP_BYTES = 64 * 1024  # read along with the members of a sample, though nobody asked for it
@@ -59,7 +60,8 @@ class Sample(NamedTuple):
 class Scan:
     """Reads a tar sample by sample, and keeps the rows of its table.
 
-    In other people's tars, folders, hidden members and members with other suffixes are not read, but counted.
+    In other people's tars, folders, hidden members and members with other suffixes are not read, but counted. To
+    WebDataset all that stands after the first dot of a name is its suffix, so `img.v2.jpg` has the suffix v2.jpg.
     """
 
     read: Read
@@ -67,6 +69,7 @@ class Scan:
     parts: int = 0  # equal ones of every member, each of which is to have a checksum; 0: none
     ignored: Counter[str] = field(default_factory=Counter)  # by suffix
     num_samples: int = 0
+    _strays: dict[str, str] = field(default_factory=dict)  # by key, the first picture that was not read for its suffix
     _rows: list[tuple[Any, ...]] = field(default_factory=list)
     _keys: set[str] = field(default_factory=set)
 
@@ -76,7 +79,7 @@ class Scan:
         for member in walk_tar(self.read, self.total):
             key, suffix = split_name(member.name)
             if not member.is_file or not key or suffix not in SUFFIXES:
-                self.ignored[_kind(member, suffix)] += 1
+                self._ignore(member, key, suffix)
                 continue
             if current is None or key != current.key:
                 if current is not None:
@@ -87,6 +90,16 @@ class Scan:
             current.members[suffix] = self._content(member, suffix)
         if current is not None:
             yield current
+
+    def lost_pictures(self) -> list[str]:
+        """List pictures of which nothing was read, because dots in their names make them no member of a sample."""
+        return [name for key, name in self._strays.items() if key not in self._keys]
+
+    def _ignore(self, member: TarMember, key: str, suffix: str) -> None:
+        kind = _kind(member, suffix)
+        self.ignored[kind if kind in self.ignored or len(self.ignored) < MAX_KINDS else "other suffixes"] += 1
+        if key and suffix.rpartition(".")[2] in SUFFIXES[2:6] and len(self._strays) < MAX_STRAYS:
+            self._strays.setdefault(key, member.name)
 
     def table(self) -> np.ndarray:
         """Return the rows of all members read so far. -> (members,) of row_type(parts)"""

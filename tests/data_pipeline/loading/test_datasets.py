@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from read_batches import flip_a_sample
 from shard_mutations import make_images
 from tiny import open_codes, pack_codes
@@ -87,16 +85,6 @@ def test_a_shard_without_a_good_sample_is_an_error(tmp_path: Path) -> None:
     write_shards(samples, tmp_path, kind="images", meta={"classes": ["cat"]}, samples_per_shard=9)
     with pytest.raises(DamagedData, match="nor is there a good sample to put in its place"):
         open_images(tmp_path, max_bad=9).read_or_substitute(np.arange(1), np.zeros(1, np.int64))
-
-
-def test_a_picture_too_narrow_to_be_shown_is_a_bad_sample(tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    Image.new("RGB", (1, 5000)).save(buffer, format="PNG")
-    samples = [Sample("stripe", {"cls": b"0", "png": buffer.getvalue()}), *make_images(2)]
-    write_shards(samples, tmp_path, kind="images", meta={"classes": ["cat", "dog"]}, samples_per_shard=9)
-    dataset = ImageDataset(tmp_path, ImageTransform(256), seed=0, random_views=True, max_bad=1)
-    _, _, bad = dataset.read_or_substitute(np.arange(1), np.zeros(1, np.int64))
-    assert "sample stripe: 1 x 5000 pixels" in bad[0].reason
 
 
 def test_a_shard_of_which_nothing_can_be_read_is_an_error_at_once(tmp_path: Path) -> None:

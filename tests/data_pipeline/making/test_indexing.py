@@ -16,6 +16,7 @@ from tars import member, tar_of
 from data_pipeline.files.damage import DamagedData
 from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.datasets import ImageDataset
+from data_pipeline.making import indexing
 from data_pipeline.making.indexing import MAX_SHARDS, expand_shards, index_shards
 from data_pipeline.making.verification import verify_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
@@ -94,6 +95,49 @@ def test_unusable_samples_are_left_out_and_listed(tmp_path: Path) -> None:
     skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
     assert [row["key"] for row in skipped] == ["no_image", "two", "no_class", "far", "broken"]
     assert all(row["reason"] for row in skipped) and found.meta["skipped"] == 5
+
+
+def test_names_with_dots_go_by_webdatasets_rule_and_lost_pictures_are_listed(tmp_path: Path) -> None:
+    """All after the first dot is the suffix: a mask beside a picture is no loss, a picture that stands alone is."""
+    jpeg = make_images(1)[0].members["jpg"]
+    files = [
+        ("a.jpg", jpeg), ("a.seg.png", jpeg), ("a.cls", b"1"),
+        ("img.v2.jpg", jpeg), ("img.v2.cls", b"1"),
+        ("b.jpg", jpeg), ("b.cls", b"0"),
+    ]  # fmt: skip
+    (tmp_path / "a.tar").write_bytes(tar_of(*((member(name), data) for name, data in files)))
+    found = index([str(tmp_path / "a.tar")], tmp_path / "out")
+    skipped = [json.loads(line) for line in (tmp_path / "out/skipped.jsonl").read_text().splitlines()]
+    assert found.num_samples == 2 and found.meta["skipped"] == 1
+    assert [row["key"] for row in skipped] == ["img.v2.jpg"]
+    assert "suffix is v2.jpg" in skipped[0]["reason"] and "rename it" in skipped[0]["reason"]
+
+
+def test_lists_of_what_is_left_out_are_bounded_and_counts_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(indexing, "MAX_LISTED", 3)
+    jpeg = make_images(1)[0].members["jpg"]
+    files = [("good.jpg", jpeg), ("good.cls", b"0")]
+    files += [(f"{number}.{number}x{number}.jpg", jpeg) for number in range(80)]
+    (tmp_path / "a.tar").write_bytes(tar_of(*((member(name), data) for name, data in files)))
+    found = index([str(tmp_path / "a.tar")], tmp_path / "out")
+    assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == 3
+    assert found.meta["skipped"] == 80 and len(found.meta["ignored_members"]) <= 51
+    assert sum(found.meta["ignored_members"].values()) == 80
+
+
+def test_pictures_without_classes_can_be_indexed(tmp_path: Path) -> None:
+    images = make_images(4)
+    files = [(f"{number}.jpg", sample.members["jpg"]) for number, sample in enumerate(images)]
+    (tmp_path / "a.tar").write_bytes(tar_of(*((member(name), data) for name, data in files)))
+    with pytest.raises(ValueError, match="no sample with one image and one class.*labels=false"):
+        index([str(tmp_path / "a.tar")], tmp_path / "out")
+    found = index([str(tmp_path / "a.tar")], tmp_path / "out", json_label=None)
+    assert found.num_samples == 4 and found.meta["classes"] == ["all"]
+    dataset = ImageDataset(tmp_path / "out", ImageTransform(8), seed=0, random_views=False)
+    assert dataset.read(np.arange(4), np.zeros(4, np.int64))[1].tolist() == [0, 0, 0, 0]
+    assert all(not report.faults for report in verify_shards(Storage(tmp_path / "out"), found, decode=True, threads=1))
 
 
 def test_a_damaged_tar_is_not_indexed(theirs: Path, tmp_path: Path) -> None:

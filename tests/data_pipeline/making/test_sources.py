@@ -226,3 +226,19 @@ def test_sources_without_images_are_one_line_errors(
     with pytest.raises(error, match=reason) as caught:
         pack_images(str(tmp_path / "images"), tmp_path / "packed", **PACK_OPTIONS)
     assert "\n" not in str(caught.value) and not is_packed(tmp_path / "packed")
+
+
+def test_pictures_without_classes_are_all_of_one(tmp_path: Path) -> None:
+    root = make_files(tmp_path / "flat", "a.jpg", "b.jpg", "more/c.jpg", "more/deep/d.jpg")
+    found = open_source(str(root), val_fraction=0.25, seed=0, digits_side=8, labels=False)
+    assert found.classes == ("all",) and found.unused == ()
+    names = [file.name for files in found.splits.values() for file in files]
+    assert sorted(names) == ["a.jpg", "b.jpg", "more/c.jpg", "more/deep/d.jpg"] and len(found.splits["val"]) == 1
+    split = make_files(tmp_path / "split", "train/a.jpg", "train/x/b.jpg", "val/c.jpg")
+    found = open_source(str(split), val_fraction=0.0, seed=0, digits_side=8, labels=False)
+    assert [[file.name for file in files] for files in found.splits.values()] == [
+        ["train/a.jpg", "train/x/b.jpg"],
+        ["val/c.jpg"],
+    ]
+    with pytest.raises(ValueError, match="no class folders; .* or labels=false for pictures without classes"):
+        open_source(str(make_files(tmp_path / "pictures", "a.jpg")), val_fraction=0.5, seed=0, digits_side=8)
