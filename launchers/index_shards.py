@@ -66,7 +66,7 @@ def launch(command: Command[IndexConfig]) -> None:
     )
     for row in work.skipped[:5]:
         say(f"left out: {row['shard']}: sample {row['key']}: {row['reason']}")
-    ignored = ", ".join(f"{count} {kind}" for kind, count in sorted(work.ignored.items()))
+    ignored = ", ".join(f"{count} {kind}" for kind, count in work.ignored.most_common(10))
     say(
         f"indexed {index.num_samples} samples of {len(index.meta['classes'])} classes in {len(index.shards)} tars into"
         f" {out}; {work.num_skipped} samples left out{' (skipped.jsonl)' if work.skipped else ''};"

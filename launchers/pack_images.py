@@ -19,7 +19,6 @@ from launchers.setup.command_line import Command, run_launcher, say, say_nothing
 from data_pipeline.making.claims import forget_finished_work
 from data_pipeline.making.pack_report import report_lines
 from data_pipeline.making.packing import REPORT_NAME, encoding, is_packed, pack_images, refuse_packed_otherwise
-from data_pipeline.making.sources import ALL
 from launchers.figures.contact_sheet import SHEET_NAME, write_contact_sheet
 from training.engine.place import place_of
 
@@ -81,7 +80,8 @@ def options_of(config: PackConfig) -> dict[str, object]:
         "encoding": encoding(config.resize_short_side),
         "val_fraction": config.val_fraction,
         "samples_per_shard": config.samples_per_shard,
-    } | ({} if config.labels else {"classes": [ALL]})
+        "labels": config.labels,
+    }
 
 
 def main() -> None:

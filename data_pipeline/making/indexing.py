@@ -28,7 +28,7 @@ from data_pipeline.images.decoding import IMAGE_SUFFIXES, decode_image, label_of
 from data_pipeline.making.sources import ALL
 from data_pipeline.remote.cache import ShardCache
 from data_pipeline.shards.index import Index, ShardEntry, refuse_complete, refuse_query, regular_size, shard_name
-from data_pipeline.shards.members import Sample, Scan, scan_file, split_name
+from data_pipeline.shards.members import MAX_KINDS, OTHER_KINDS, Sample, Scan, scan_file, split_name
 from data_pipeline.shards.tar import TarFault
 from data_pipeline.shards.writer import write_members
 
@@ -137,7 +137,8 @@ class Indexing:
         except TarFault as fault:
             what = str(fault).removeprefix(f"{path}: ")
             raise DamagedData(f"{place}: {what}; copy it again, or leave it out") from None
-        self.ignored += scan.ignored
+        for kind, count in scan.ignored.items():
+            self.ignored[kind if kind in self.ignored or len(self.ignored) < MAX_KINDS else OTHER_KINDS] += count
         for picture in scan.lost_pictures():
             suffix = split_name(picture)[1]
             self._skip(place, picture, f"its suffix is {suffix}, all after the first dot; rename it without that dot")

@@ -37,15 +37,21 @@ class SplitCount:
     def add_skipped(self, reason: str) -> None:
         """Count a file that is left out."""
         self.skipped += 1
-        self.reasons[reason if reason in self.reasons or len(self.reasons) < MAX_REASONS else "other reasons"] += 1
+        self._add_reason(reason, 1)
 
     def add_json(self, other: Mapping[str, Any]) -> None:
         """Count what another shard counted, by the `vars` of its count."""
         for name, value in other.items():
             if isinstance(value, int):
                 setattr(self, name, getattr(self, name) + value)
+            elif name == "reasons":
+                for reason, count in value.items():
+                    self._add_reason(reason, count)
             else:
                 getattr(self, name).update(value)
+
+    def _add_reason(self, reason: str, count: int) -> None:
+        self.reasons[reason if reason in self.reasons or len(self.reasons) < MAX_REASONS else "other reasons"] += count
 
     def summary(self, class_names: list[str]) -> dict[str, Any]:
         """Return the report of a split: smallest, median and largest of everything, and the table of classes."""
@@ -90,7 +96,7 @@ def report_lines(report: Mapping[str, Any]) -> list[str]:
             lines.append(f"       {len(found['reasons']) - 5} more reasons are in report.json")
     if report["unused"]:
         names = ", ".join(map(printable, report["unused"][:3]))
-        lines.append(f"unused {len(report['unused'])} names beside the class folders: {names}")
+        lines.append(f"unused {report['num_unused']} names beside the class folders: {names}")
     if report["num_hidden"]:
         lines.append(f"unused {report['num_hidden']} hidden names, which begin with a dot")
     return lines

@@ -27,7 +27,7 @@ from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, first_difference, forget_finished_work, shard_of
 from data_pipeline.making.pack_report import SplitCount, printable
 from data_pipeline.making.progress import Progress
-from data_pipeline.making.sources import SPLITS, ImageFile, ImageSource, open_source
+from data_pipeline.making.sources import ALL, SPLITS, ImageFile, ImageSource, open_source
 from data_pipeline.shards.index import Index, ShardEntry, is_complete, shard_name
 from data_pipeline.shards.members import Sample
 from data_pipeline.shards.writer import write_shard
@@ -38,17 +38,17 @@ MAX_THREADS = 16
 IMAGES_AT_ONCE = 256
 BYTES_AT_ONCE = 128 * 2**20  # of files that are in memory together; one alone may be larger
 JPEG_QUALITY = 95
+MAX_UNUSED = 1000  # names in the report
 
 _Outcome = tuple[str, bytes, int, int] | str  # suffix, content, width and height of an image, or what is wrong
 
 
 @dataclass(frozen=True)
 class PackReport:
-    """The result of pack_images. `skipped` names every file left out, with the reason; `counts` is report.json."""
+    """The indexes of both splits, and the content of report.json. What was left out is named in skipped.jsonl."""
 
     train: Index
     val: Index
-    skipped: list[tuple[str, str]]
     counts: dict[str, Any]
 
 
@@ -60,7 +60,8 @@ def is_packed(out: Path) -> bool:
 def refuse_packed_otherwise(out: Path, options: dict[str, Any]) -> None:
     """Raise ValueError if a packed folder is not what these options make; the first that differs is named."""
     for meta in (Index.read(out / split, kind="images").meta for split in SPLITS):
-        if change := first_difference(meta, options):
+        found = {**meta, "labels": meta["classes"] != [ALL]}
+        if change := first_difference(found, options):
             raise ValueError(f"{out}: already packed with {change}; delete it or choose another output folder")
 
 
@@ -233,7 +234,9 @@ class _Packing:
             num_bytes = sum(shard.bytes for shard in shards)
             totals = {"listed": listed, "shards": len(shards), "bytes": num_bytes}
             splits[split] = totals | count.summary(self.options["classes"]) | {"first_skipped": first_skipped}
-        unused = {"unused": list(self.source.unused), "num_hidden": self.source.num_hidden}
+        source = self.source
+        unused = {"unused": source.unused[:MAX_UNUSED], "num_unused": len(source.unused)}
+        unused["num_hidden"] = source.num_hidden
         with atomic_file(self.out / REPORT_NAME) as file:
             file.write(json.dumps({"splits": splits, **unused}, indent=1).encode() + b"\n")
         for split, index in indexes.items():
@@ -263,11 +266,7 @@ def _read_report(out: Path, options: dict[str, Any]) -> PackReport:
     """Read what was packed. Raises ValueError if it is not what these options make."""
     refuse_packed_otherwise(out, options)
     indexes = {split: Index.read(out / split, kind="images") for split in SPLITS}
-    skipped = []
-    for split in SPLITS:
-        with open(out / split / SKIPPED_NAME, encoding="ascii") as file:
-            skipped += [(row["file"], row["reason"]) for row in map(json.loads, file)]
-    return PackReport(**indexes, skipped=skipped, counts=json.loads((out / REPORT_NAME).read_bytes()))
+    return PackReport(**indexes, counts=json.loads((out / REPORT_NAME).read_bytes()))
 
 
 def _groups(files: list[ImageFile]) -> Iterator[list[ImageFile]]:

@@ -25,7 +25,7 @@ from data_pipeline.shards.members import MAX_MEMBER_BYTES
 
 SPLITS = ("train", "val")
 DIGITS = "digits"
-ALL = "all"  # the class of pictures that have none
+ALL = "(no class)"  # of pictures that have none; no folder is called so
 UNREADABLE = (errno.EACCES, errno.EPERM, errno.ELOOP, errno.ENAMETOOLONG)  # of a file, whatever the storage does
 
 
@@ -78,6 +78,8 @@ def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int
     Raises FileNotFoundError if there is no such folder, ValueError if it does not hold images by class.
     """
     if source == DIGITS:
+        if not labels:
+            raise ValueError(f"labels is false, but {DIGITS} have classes; leave it out")
         return _digits(side=digits_side, val_fraction=val_fraction, seed=seed)
     root = Path(source)
     if not root.is_dir():

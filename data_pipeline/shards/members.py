@@ -22,7 +22,7 @@ from xxhash import xxh3_64_intdigest as checksum_of
 from data_pipeline.shards.tar import Read, TarFault, TarMember, member_name, walk_tar
 
 SUFFIXES = ("cls", "json", "jpg", "jpeg", "png", "webp", "vq12", "vq16")  # all that is ever read; in the file by number
-MAX_KINDS, MAX_STRAYS = 50, 10_000  # of what is not read in a tar: kinds that are told apart, names that are kept
+MAX_KINDS, OTHER_KINDS = 50, "other suffixes"  # of what is not read in a tar: kinds that are told apart, and the rest
 MAX_MEMBER_BYTES = 64 * 2**20
 MAX_TABLE_BYTES = 32 * 2**20  # of one shard: a million members, or 200,000 of 16 views
 MAX_GAP_BYTES = 64 * 1024  # read along with the members of a sample, though nobody asked for it
@@ -69,7 +69,9 @@ class Scan:
     parts: int = 0  # equal ones of every member, each of which is to have a checksum; 0: none
     ignored: Counter[str] = field(default_factory=Counter)  # by suffix
     num_samples: int = 0
-    _strays: dict[str, str] = field(default_factory=dict)  # by key, the first picture that was not read for its suffix
+    _strays: dict[str, str] = field(
+        default_factory=dict
+    )  # key without a sample -> its first picture, which was not read
     _rows: list[tuple[Any, ...]] = field(default_factory=list)
     _keys: set[str] = field(default_factory=set)
 
@@ -93,12 +95,12 @@ class Scan:
 
     def lost_pictures(self) -> list[str]:
         """List pictures of which nothing was read, because dots in their names make them no member of a sample."""
-        return [name for key, name in self._strays.items() if key not in self._keys]
+        return list(self._strays.values())
 
     def _ignore(self, member: TarMember, key: str, suffix: str) -> None:
         kind = _kind(member, suffix)
-        self.ignored[kind if kind in self.ignored or len(self.ignored) < MAX_KINDS else "other suffixes"] += 1
-        if key and suffix.rpartition(".")[2] in SUFFIXES[2:6] and len(self._strays) < MAX_STRAYS:
+        self.ignored[kind if kind in self.ignored or len(self.ignored) < MAX_KINDS else OTHER_KINDS] += 1
+        if key and suffix.rpartition(".")[2] in SUFFIXES[2:6] and key not in self._keys:
             self._strays.setdefault(key, member.name)
 
     def table(self) -> np.ndarray:
@@ -109,6 +111,7 @@ class Scan:
         if key in self._keys:
             raise TarFault(f"sample {key} goes on at byte {member.start}, after others; its members must be neighbours")
         self._keys.add(key)
+        self._strays.pop(key, None)
         self.num_samples += 1
         return Sample(key, {})
 

@@ -52,7 +52,29 @@ def test_of_the_workers_of_one_launcher_the_first_speaks(
     assert capsys.readouterr().out == "" and (tmp_path / "images/contact_sheet.png").exists()
 
 
-CHANGES = [{"seed": 1}, {"resize_short_side": 4}, {"source": "digits"}, {"val_fraction": 0.5}, {"samples_per_shard": 3}]
+def test_pictures_without_classes_are_not_taken_for_those_with(
+    study: Study, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = PackConfig(
+        source=str(study.folder / "pictures"), out=str(tmp_path / "images"), val_fraction=0.25, labels=False
+    )
+    for said in ("packed into", "nothing to do"):
+        pack_images.launch(command(config))
+        assert said in capsys.readouterr().out and (tmp_path / "images/contact_sheet.png").exists()
+    with pytest.raises(ValueError, match="already packed with labels False, now it is True"):
+        pack_images.launch(command(replace(config, labels=True)))
+    with pytest.raises(ValueError, match="labels is false, but digits have classes"):
+        pack_images.launch(command(replace(config, source="digits", out=str(tmp_path / "digits"))))
+
+
+CHANGES = [
+    {"labels": False},
+    {"seed": 1},
+    {"resize_short_side": 4},
+    {"source": "digits"},
+    {"val_fraction": 0.5},
+    {"samples_per_shard": 3},
+]
 
 
 @pytest.mark.parametrize("change", CHANGES)

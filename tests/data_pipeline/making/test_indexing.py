@@ -18,6 +18,7 @@ from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.datasets import ImageDataset
 from data_pipeline.making import indexing
 from data_pipeline.making.indexing import MAX_SHARDS, expand_shards, index_shards
+from data_pipeline.making.sources import ALL
 from data_pipeline.making.verification import verify_shards
 from data_pipeline.remote.cache import CacheConfig, ShardCache
 from data_pipeline.shards.index import Index, Storage
@@ -121,10 +122,11 @@ def test_lists_of_what_is_left_out_are_bounded_and_counts_are_not(
     files = [("good.jpg", jpeg), ("good.cls", b"0")]
     files += [(f"{number}.{number}x{number}.jpg", jpeg) for number in range(80)]
     (tmp_path / "a.tar").write_bytes(tar_of(*((member(name), data) for name, data in files)))
-    found = index([str(tmp_path / "a.tar")], tmp_path / "out")
+    (tmp_path / "b.tar").write_bytes(tar_of(*((member(name.replace("x", "y")), data) for name, data in files)))
+    found = index([str(tmp_path / "a.tar"), str(tmp_path / "b.tar")], tmp_path / "out")
     assert len((tmp_path / "out/skipped.jsonl").read_text().splitlines()) == 3
-    assert found.meta["skipped"] == 80 and len(found.meta["ignored_members"]) <= 51
-    assert sum(found.meta["ignored_members"].values()) == 80
+    assert found.meta["skipped"] == 160 and len(found.meta["ignored_members"]) <= 51
+    assert sum(found.meta["ignored_members"].values()) == 160
 
 
 def test_pictures_without_classes_can_be_indexed(tmp_path: Path) -> None:
@@ -134,7 +136,7 @@ def test_pictures_without_classes_can_be_indexed(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="no sample with one image and one class.*labels=false"):
         index([str(tmp_path / "a.tar")], tmp_path / "out")
     found = index([str(tmp_path / "a.tar")], tmp_path / "out", json_label=None)
-    assert found.num_samples == 4 and found.meta["classes"] == ["all"]
+    assert found.num_samples == 4 and found.meta["classes"] == [ALL]
     dataset = ImageDataset(tmp_path / "out", ImageTransform(8), seed=0, random_views=False)
     assert dataset.read(np.arange(4), np.zeros(4, np.int64))[1].tolist() == [0, 0, 0, 0]
     assert all(not report.faults for report in verify_shards(Storage(tmp_path / "out"), found, decode=True, threads=1))

@@ -54,6 +54,9 @@ def test_reasons_are_counted_and_their_number_is_bounded() -> None:
     counted.add_skipped("reason 0")
     assert counted.skipped == sum(counted.reasons.values()) == 2 * MAX_REASONS + 1
     assert len(counted.reasons) == MAX_REASONS + 1 and counted.reasons["reason 0"] == 2
+    for number in range(3):
+        counted.add_json({"skipped": 1, "reasons": {f"another {number}": 1}})
+    assert counted.skipped == sum(counted.reasons.values()) and len(counted.reasons) == MAX_REASONS + 1
 
 
 def test_the_lines_say_what_was_left_out_and_why() -> None:
@@ -61,7 +64,12 @@ def test_the_lines_say_what_was_left_out_and_why() -> None:
     for reason in ("not an image", "too large", "not an image"):
         counted.add_skipped(reason)
     found = {"listed": 4, "shards": 1, "bytes": 2_500_000, "first_skipped": ["a/new\nline.jpg", "not an image"]}
-    report = {"splits": {"train": found | counted.summary(["a"])}, "unused": ["readme"], "num_hidden": 2}
+    report = {
+        "splits": {"train": found | counted.summary(["a"])},
+        "unused": ["readme"],
+        "num_unused": 1,
+        "num_hidden": 2,
+    }
     said = "\n".join(report_lines(report))
     assert "1 images of 4 files in 1 shards, 2.5 MB" in said and "4/4/4 x 6/6/6 pixels" in said
     assert "2 skipped: not an image" in said and "1 skipped: too large" in said

@@ -113,7 +113,7 @@ def test_a_file_that_the_storage_fails_to_read_stops_the_packing_and_is_not_skip
         pack_images(source, tmp_path / "packed", **PACK_OPTIONS)
     assert failing.called
     monkeypatch.undo()
-    assert not pack_images(source, tmp_path / "packed", **PACK_OPTIONS).skipped
+    assert pack_images(source, tmp_path / "packed", **PACK_OPTIONS).train.meta["skipped"] == 0
 
 
 def test_going_on_with_a_source_that_has_changed_is_refused(tmp_path: Path) -> None:

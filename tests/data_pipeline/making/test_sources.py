@@ -13,7 +13,7 @@ from tiny import PACK_OPTIONS
 
 from data_pipeline.images.decoding import image_of, label_of
 from data_pipeline.making.packing import is_packed, pack_images
-from data_pipeline.making.sources import ImageFile, ImageSource, SourceChanged, open_source, split_by_class
+from data_pipeline.making.sources import ALL, ImageFile, ImageSource, SourceChanged, open_source, split_by_class
 from data_pipeline.shards.reader import ShardReader
 from data_pipeline.shards.writer import MAX_MEMBER_BYTES
 
@@ -231,7 +231,7 @@ def test_sources_without_images_are_one_line_errors(
 def test_pictures_without_classes_are_all_of_one(tmp_path: Path) -> None:
     root = make_files(tmp_path / "flat", "a.jpg", "b.jpg", "more/c.jpg", "more/deep/d.jpg")
     found = open_source(str(root), val_fraction=0.25, seed=0, digits_side=8, labels=False)
-    assert found.classes == ("all",) and found.unused == ()
+    assert found.classes == (ALL,) and found.unused == ()
     names = [file.name for files in found.splits.values() for file in files]
     assert sorted(names) == ["a.jpg", "b.jpg", "more/c.jpg", "more/deep/d.jpg"] and len(found.splits["val"]) == 1
     split = make_files(tmp_path / "split", "train/a.jpg", "train/x/b.jpg", "val/c.jpg")
