@@ -31,6 +31,8 @@ from omegaconf.errors import ConfigKeyError, MissingMandatoryValue, OmegaConfBas
 Config = TypeVar("Config")
 MAX_BYTES = 2**15  # of a config file; ten times what a resolved config has
 MAX_SHOWN = 80  # characters of a wrong value
+HOME = re.compile(r"~(\w[\w.-]*)?(/|$)")  # as a path begins
+LIKE_NUMBER = re.compile(r"[-+.]?\d")  # as text begins that some reader takes for a number
 SETTING = re.compile(r"[A-Za-z_]\w*(\.\w+){0,9}=")
 
 
@@ -140,6 +142,7 @@ def load_config(schema: type[Config], file: str | None, settings: Sequence[str] 
 
 def build_config(schema: type[Config], layers: Sequence[Mapping[str, Any]], *, source: str) -> Config:
     """Build a frozen dataclass from nested mappings, the later ones winning; ValueErrors name `source`."""
+    layers = [_with_home(layer) for layer in layers]
     for layer in layers:
         _refuse_unfit(layer)
     try:
@@ -157,6 +160,15 @@ def build_config(schema: type[Config], layers: Sequence[Mapping[str, Any]], *, s
     except MissingMandatoryValue as error:
         missing = error.full_key
         raise ValueError(f"setting '{missing}' is missing; give it in the config or as {missing}=...") from None
+
+
+def _with_home(value: Any) -> Any:
+    """Replace a `~` that begins a path in any setting, as a shell does where it sees one."""
+    if isinstance(value, Mapping):
+        return {name: _with_home(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_with_home(item) for item in value]
+    return os.path.expanduser(value) if isinstance(value, str) and HOME.match(value) else value
 
 
 def _refuse_unfit(settings: Any) -> None:
@@ -252,7 +264,18 @@ def read_settings(path: Path) -> dict[str, Any]:
 
 def to_yaml(config: Any) -> str:
     """Write a config as YAML that `--config` and `read_settings` read back."""
-    return yaml.safe_dump(_plain(asdict(config)), sort_keys=False, default_flow_style=None)
+    return yaml.dump(_plain(asdict(config)), Dumper=_TextDumper, sort_keys=False, default_flow_style=None)
+
+
+class _TextDumper(yaml.SafeDumper):
+    """Quotes text that some reader of YAML takes for a number, such as 1e5."""
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style="'" if LIKE_NUMBER.match(text) else None)
+
+
+_TextDumper.add_representer(str, _represent_text)
 
 
 def _plain(value: Any) -> Any:

@@ -124,10 +124,21 @@ def read_run(folder: Path) -> MeasuredRun | None:
 
 
 def _read_record(folder: Path) -> tuple[list[Record], list[Record]]:
-    """Read the validation records, one a step and in order, and the newest training records."""
+    """Read the validation records, one a step and in order, and the newest training records.
+
+    Raises:
+        ValueError: a step is recorded twice.
+    """
     points: dict[int, Record] = {}
     newest: deque[Record] = deque(maxlen=TRAINING_STEPS)
+    last: dict[str, int] = {}
     for record, _ in RunRecord(folder).read_after():
+        if record["step"] <= last.get(record["kind"], -1):
+            raise ValueError(
+                f"{folder}/metrics.jsonl: has the {record['kind']} record of step {record['step']} after that of step "
+                f"{last[record['kind']]}; two commands wrote this run at once, so train it again in a new folder"
+            )
+        last[record["kind"]] = record["step"]
         if record["kind"] == "train":
             newest.append(record)
         elif record["kind"] == "validation" and record["step"] > 0:

@@ -32,13 +32,13 @@ from data_pipeline.files.strict_json import read_json
 from training.tracking.curves import Point, points_of
 from training.tracking.record import (
     CURVE_UNITS,
-    SQLITE,
     Record,
     RunRecord,
     TrackingConfig,
     absolute_uri,
     artifact_folder,
     database_file,
+    database_uri,
 )
 from training.tracking.redaction import redact
 
@@ -373,7 +373,7 @@ def _make_database(file: Path) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(dir=file.parent, prefix=".mlflow-", ignore_cleanup_errors=True) as folder:
         draft = Path(folder) / file.name
-        MlflowClient(tracking_uri=f"{SQLITE}{draft}").search_experiments(max_results=1)
+        MlflowClient(tracking_uri=database_uri(draft)).search_experiments(max_results=1)
         try:
             os.link(draft, file)
         except FileExistsError:

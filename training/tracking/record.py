@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeGuard
+from urllib.parse import unquote
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.json_lines import BEGINNING, Line, Place, append_lines, number_of, read_lines
@@ -144,12 +145,17 @@ def _is_record(value: dict[str, Any] | None) -> TypeGuard[Record]:
 def absolute_uri(uri: str) -> str:
     """Make the path of sqlite:///relative.db absolute; leave any other URI as it is."""
     file = database_file(uri)
-    return f"{SQLITE}{file.absolute()}" if file else uri
+    return database_uri(file.absolute()) if file else uri
 
 
 def database_file(uri: str) -> Path | None:
     """Return the file of a SQLite database; None for any other tracker."""
-    return Path(uri.removeprefix(SQLITE)) if uri.startswith(SQLITE) else None
+    return Path(unquote(uri.removeprefix(SQLITE))).expanduser() if uri.startswith(SQLITE) else None
+
+
+def database_uri(file: Path) -> str:
+    """Return the URI of a SQLite database; MLflow takes %20 and the like in it for what they stand for."""
+    return f"{SQLITE}{str(file).replace('%', '%25')}"
 
 
 def artifact_folder(uri: str) -> str | None:

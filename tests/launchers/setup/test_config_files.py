@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from malformed_configs import BOMBS, EXPLOITS, OVERRIDES, REFUSED
 from peak_memory import BOUND, peak_memory
 
-from launchers.setup.config_files import describe_schema, load_config, nearest, parse_yaml, read_settings, to_yaml
+from launchers.setup.config_files import (
+    build_config,
+    describe_schema,
+    load_config,
+    nearest,
+    parse_yaml,
+    read_settings,
+    to_yaml,
+)
 from launchers.setup.exit_codes import one_line
 from launchers.setup.settings import TrainConfig
 
@@ -231,3 +239,22 @@ def test_help_lists_every_setting_with_type_default_and_comment() -> None:
 def test_the_nearest_name_is_asked_about_and_without_one_all_are_listed() -> None:
     assert nearest("sead", ["run", "seed"]) == "did you mean 'seed'?"
     assert nearest("zzz", ["run", "seed"]) == "known here: run, seed"
+
+
+def test_a_home_folder_is_found_wherever_a_path_may_stand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shell does not see what stands in YAML or behind an equals sign."""
+    monkeypatch.setenv("HOME", "/home/anna")
+    layers = [{"run": "~/runs/a", "data": {"train": "~/data/train", "validation": "s3://bucket/~"}, "tokenizer": "~"}]
+    config = build_config(TrainConfig, [*layers, {"model": {"depth": 2}}], source="a.yaml")
+    assert (config.run, config.tokenizer) == ("/home/anna/runs/a", "/home/anna")
+    assert (config.data.train, config.data.validation) == ("/home/anna/data/train", "s3://bucket/~")
+
+
+@pytest.mark.parametrize("text", ["1e5", "1.0e5", "010", "12:30", "yes", "-3", ".5", "1_000", "0x10", "plain"])
+def test_text_stays_text_for_every_reader_of_a_runs_settings(tmp_path: Path, text: str) -> None:
+    layers = [{"run": "r", "tokenizer": "t", "model": {"depth": 2}, "tracking": {"experiment": text}}]
+    config = build_config(TrainConfig, layers, source="a.yaml")
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert load_config(TrainConfig, str(tmp_path / "config.yaml")) == config
+    assert read_settings(tmp_path / "config.yaml")["tracking.experiment"] == text
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["tracking"]["experiment"] == text

@@ -88,3 +88,15 @@ def test_the_entropy_of_a_source_is_read_or_said_to_be_missing(tmp_path: Path) -
         file.write_text(wrong)
         with pytest.raises(ValueError, match="does not give entropy_last and entropy_avg in nats"):
             read_source(str(file))
+
+
+@pytest.mark.parametrize("kind", ["train", "validation"])
+def test_a_record_that_two_commands_wrote_is_not_fitted(tmp_path: Path, kind: str) -> None:
+    folder = write_run(tmp_path, planted_run(6))
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    doubled = next(line for line in reversed(lines) if json.loads(line)["kind"] == kind)
+    step = json.loads(doubled)["step"]
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write(doubled)
+    with pytest.raises(ValueError, match=f"d6-seed0/metrics.jsonl: has the {kind} record of step {step} after"):
+        read_run(folder)

@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 from trackers import train_record
 
-from training.tracking.record import RunRecord, TrackingConfig, absolute_uri, artifact_folder
+from training.tracking.mlflow import open_client
+from training.tracking.record import (
+    RunRecord,
+    TrackingConfig,
+    absolute_uri,
+    artifact_folder,
+    database_file,
+    database_uri,
+)
 
 
 @pytest.fixture
@@ -128,3 +136,20 @@ def test_a_relative_database_is_made_absolute_and_other_trackers_are_left_alone(
 def test_only_a_database_file_has_a_folder_of_pictures_beside_it() -> None:
     assert artifact_folder("sqlite:////data/mlflow.db") == "/data/mlflow_artifacts"
     assert artifact_folder("http://host:5000") is None
+
+
+@pytest.mark.parametrize("name", ["my runs", "my%20runs"])
+def test_the_path_in_a_trackers_address_is_quoted_once(tmp_path: Path, name: str) -> None:
+    """MLflow reads %20 as a blank; a folder whose name has a per cent sign is found all the same."""
+    folder = tmp_path / name
+    folder.mkdir()
+    uri = database_uri(folder / "mlflow.db")
+    assert database_file(uri) == folder / "mlflow.db" and absolute_uri(uri) == uri
+    open_client(uri)
+    assert (folder / "mlflow.db").is_file()
+    assert database_file(f"sqlite:///{tmp_path}/my%20runs/mlflow.db") == tmp_path / "my runs" / "mlflow.db"
+
+
+def test_a_database_in_the_home_folder_lies_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/anna")
+    assert absolute_uri("sqlite:///~/mlflow.db") == "sqlite:////home/anna/mlflow.db"
