@@ -66,14 +66,19 @@ def folder_name(step: int) -> str:
 
 
 def candidates(root: Path) -> list[Path]:
-    """Return all folders with the name of a checkpoint, the newest first. What people put beside them is none."""
-    found = [path for path in root.glob("step-*") if NAME.fullmatch(path.name) and is_own_folder(path)]
-    return sorted(found, key=_step_of, reverse=True)
+    """Return all folders with the name of a checkpoint, the newest first. What people put beside them is none.
 
-
-def is_own_folder(path: Path) -> bool:
-    """Tell whether a path is a folder and not a link to one."""
-    return path.is_dir() and not path.is_symlink()
+    Raises:
+        UnreadableCheckpoint: `root` is there and cannot be listed, which `Path.glob` may take for an empty folder.
+    """
+    try:
+        with os.scandir(root) as entries:
+            names = [each.name for each in entries if NAME.fullmatch(each.name) and each.is_dir(follow_symlinks=False)]
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    except OSError as error:
+        raise UnreadableCheckpoint.of(root, error) from None
+    return sorted((root / name for name in names), key=_step_of, reverse=True)
 
 
 def _step_of(folder: Path) -> int:
@@ -81,14 +86,13 @@ def _step_of(folder: Path) -> int:
 
 
 def committed_checkpoints(root: Path) -> list[Path]:
-    """Return the checkpoints that have a manifest, oldest first; their contents are not verified."""
-    return [path for path in reversed(candidates(root)) if (path / MANIFEST).is_file()]
+    """Return the checkpoints with a sealed manifest of their own step, oldest first; contents are not verified."""
+    return [path for path in reversed(candidates(root)) if _is_sealed(path)]
 
 
 def latest_checkpoint(root: Path) -> Path | None:
-    """Return the newest checkpoint that has a manifest, or None."""
-    found = committed_checkpoints(root)
-    return found[-1] if found else None
+    """Return the newest checkpoint with a sealed manifest of its own step, or None."""
+    return next(filter(_is_sealed, candidates(root)), None)
 
 
 def make_room(root: Path, temporary: Path) -> None:

@@ -294,14 +294,14 @@ def test_a_tensor_that_is_not_there_and_a_file_that_is_none_are_named(tmp_path: 
 
 
 @pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EMFILE, errno.EACCES])
-@pytest.mark.parametrize("what", ["manifest.json", "weights/model.safetensors", "folder"])
+@pytest.mark.parametrize("what", ["manifest.json", "weights/model.safetensors", "folder", "root"])
 def test_what_cannot_be_read_is_not_taken_for_damage(
     root: Path, saved: Path, what: str, number: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A start on storage that fails renames nothing; the next start finds the same checkpoint."""
     newer = make_checkpoints(root).save({"model": make_engine(4.0)}, TrainState(step=6))
     open_descriptor, open_file, scan = os.open, open, os.scandir
-    suffix = str(newer) if what == "folder" else f"{newer.name}/{what}"
+    suffix = {"folder": str(newer), "root": str(root)}.get(what, f"{newer.name}/{what}")
 
     def failing(function: Any) -> Any:
         def call(path: Any, *arguments: Any, **options: Any) -> Any:

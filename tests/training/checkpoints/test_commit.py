@@ -20,6 +20,7 @@ from training.checkpoints.commit import (
     content_damage,
     folder_name,
     forget_old,
+    latest_checkpoint,
     make_room,
     publish,
     read_manifest,
@@ -152,6 +153,7 @@ def test_what_people_put_beside_checkpoints_is_neither_counted_nor_removed(tmp_p
     (tmp_path / "step-00000007").mkdir()
     (tmp_path / "step-00000007" / "weights.bin").write_bytes(CONTENT)
     shutil.copytree(run[0], tmp_path / "step-00000009")  # the seal is that of step 1
+    assert latest_checkpoint(tmp_path) == run[2]
     forget_old(tmp_path, keep=1, keep_every=0)
     stay = [*theirs, "step-99999999", "step-00000007", "step-00000009", run[2].name]
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted(stay)
