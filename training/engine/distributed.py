@@ -6,7 +6,9 @@ is the same code with `world_size` 1. Collectives go through torch.distributed, 
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -22,6 +24,8 @@ from data_pipeline.files.claim import claimed_folder
 from training.engine import slurm
 from training.engine.host_memory import keep_freed_memory
 from training.engine.place import place_of
+
+SHARED_BYTES = 66 * 2**20  # of shared memory that DeepSpeed takes for each rank on a CPU
 
 
 @dataclass(frozen=True)
@@ -69,11 +73,32 @@ def join_world(world: World | None = None, *, timeout_seconds: float = 600.0) ->
     else:
         torch.set_num_threads(_share_of_cores(world, by_srun))
         keep_freed_memory()
+        if world.local_rank == 0:
+            refuse_small_shared_memory(world.local_world_size)
     if not dist.is_initialized():
         backend = "nccl" if world.device.type == "cuda" else "gloo"
         timeout = timedelta(seconds=timeout_seconds)
         dist.init_process_group(backend, rank=world.rank, world_size=world.world_size, timeout=timeout)
     return world
+
+
+def refuse_small_shared_memory(ranks: int, folder: str = "/dev/shm") -> None:
+    """Check that the ranks of this host, on its CPU, find room for the buffers through which DeepSpeed adds up.
+
+    Without it they die by SIGBUS or SIGSEGV in the first collective, without a word. Containers have 64 MB by default.
+
+    Raises:
+        OSError: there is too little room; the line says how to get more.
+    """
+    needed = ranks * SHARED_BYTES if ranks > 1 else 0
+    free = shutil.disk_usage(folder).free if os.path.isdir(folder) else needed
+    if free < needed:
+        raise OSError(
+            errno.ENOSPC,
+            f"{free / 1e6:.0f} MB are free, {ranks} ranks on a CPU need {needed / 1e6:.0f}; start the container with "
+            f"--shm-size=1g, remove {folder}/deepspeed_allreduce_buffer_* of runs that have ended, or use one process",
+            folder,
+        )
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -82,10 +107,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def _export_meeting_point(world: World, by_srun: bool) -> None:
-    """Set MASTER_ADDR and MASTER_PORT, where rank 0 listens, unless they are set already."""
+    """Set MASTER_ADDR and MASTER_PORT, where rank 0 listens, unless they are set already.
+
+    A single process meets nobody: an address that a job's template has exported must not keep it waiting.
+    """
     if world.world_size == 1:
-        address, port = slurm.THIS_HOST, 0
-    elif by_srun:
+        os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = slurm.THIS_HOST, "0"
+        return
+    if by_srun:
         address = os.environ.get("MASTER_ADDR") or slurm.meeting_address(os.environ)
         port = slurm.meeting_port(os.environ)
     elif missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:

@@ -5,15 +5,18 @@ A real srun: tests/launchers/slurm/test_slurm_cycle.
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from datetime import timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from training.engine import distributed
 from training.engine.distributed import World, agree_on_error, barrier, join_world, sum_over_ranks
 from training.engine.slurm import FIRST_PORT, NUM_PORTS, first_node, meeting_port, read_place
 
@@ -199,3 +202,19 @@ def test_a_world_of_one_needs_no_group_and_raises_an_error_as_it_is() -> None:
     agree_on_error(None, World())
     with pytest.raises(FileNotFoundError, match="gone"):
         agree_on_error(FileNotFoundError("gone"), World())
+
+
+def test_one_process_meets_nobody_whatever_a_template_has_exported(joining: Joining) -> None:
+    joining.join({"MASTER_ADDR": "login.cluster.example", "MASTER_PORT": "29500"})
+    assert (os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]) == ("127.0.0.1", "0")
+
+
+def test_too_little_shared_memory_is_said_before_ranks_die_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = SimpleNamespace(total=64 * 2**20, used=0, free=64 * 2**20)  # what a container has by default
+    monkeypatch.setattr(distributed.shutil, "disk_usage", lambda folder: usage)
+    distributed.refuse_small_shared_memory(1)
+    with pytest.raises(OSError, match="67 MB are free, 2 ranks on a CPU need 138; .*--shm-size=1g") as refused:
+        distributed.refuse_small_shared_memory(2)
+    assert (refused.value.errno, refused.value.filename) == (errno.ENOSPC, "/dev/shm")
+    usage.free = 2**30
+    distributed.refuse_small_shared_memory(8)
