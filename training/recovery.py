@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from training.checkpoints.checkpoint import TrainState
-from training.engine.distributed import gather_objects
+from training.engine.distributed import failing_together, gather_objects
 from training.run import Run
 from training.stage import Stage, TrainingData
 from training.step_metrics import Step, name_some
@@ -74,7 +74,10 @@ class Recovery:
 
         Raises:
             TrainingDiverged: there were divergence.max_roll_backs to this checkpoint already.
+            RankFailure, RunFolderGone: the folder is no longer there.
         """
+        with failing_together(self.run.world):
+            self.run.refuse_gone()
         heartbeat = self.run.heartbeat
         heartbeat.beat("rolling back", allow_seconds=heartbeat.config.start_seconds)
         restored = self.run.checkpoints.resume(self.stage.engines)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from counted_runs import GLOBAL_BATCH, CountedRun
 from torch import Tensor
 
@@ -19,6 +21,7 @@ from training.engine.distributed import World
 from training.optim import OptimizerConfig, learning_rate_factor
 from training.run import Run, RunFolderGone
 from training.stage import StepContext
+from training.supervision.divergence import DivergenceConfig
 from training.supervision.history import LOST_OUTPUT
 from training.tracking import record as record_module
 from training.tracking.record import Record
@@ -170,18 +173,24 @@ def test_a_record_with_a_hole_before_the_checkpoint_is_said_at_the_start(
 
 
 @pytest.mark.parametrize("becomes", ["gone", "another"])
-def test_a_folder_that_is_moved_under_a_run_ends_it_and_nothing_takes_its_place(tmp_path: Path, becomes: str) -> None:
+@pytest.mark.parametrize("next_write", ["record", "roll back"])
+def test_a_folder_that_is_moved_under_a_run_ends_it_and_nothing_takes_its_place(
+    tmp_path: Path, becomes: str, next_write: str
+) -> None:
     folder = tmp_path / "run"
-    run = CountedRun(folder, checkpoint_every=4)
+    settings = {"log_every": 1, "divergence": DivergenceConfig(on_bad_step="roll_back")}
+    run = CountedRun(folder, checkpoint_every=4, **(settings if next_write == "roll back" else {}))
     start(run)
     step = run.stage.train_step
 
     def moving(batches: Iterator[int], context: StepContext) -> dict[str, Tensor]:
-        if len(run.stage.contexts) == 5:
-            folder.rename(tmp_path / "moved")
-            if becomes == "another":
-                folder.mkdir()
-        return step(batches, context)
+        if len(run.stage.contexts) != 5:
+            return step(batches, context)
+        folder.rename(tmp_path / "moved")
+        if becomes == "another":
+            folder.mkdir()
+        bad = {"loss": torch.tensor([math.nan])} if next_write == "roll back" else {}
+        return step(batches, context) | bad
 
     run.stage.train_step = moving
     with pytest.raises(RunFolderGone, match="moved, deleted or unmounted") as ended:
