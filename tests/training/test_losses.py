@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import importlib
 import importlib.util
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision_import import import_torchvision
 
 from models.scales import Scales
 from training.losses import (
@@ -150,24 +149,6 @@ def test_another_file_than_the_published_one_is_refused(tmp_path: Path) -> None:
     digest = hashlib.sha256(b"not the weights").hexdigest()
     with pytest.raises(ValueError, match=f"vgg16-397923af.pth: sha256 is {digest[:12]}"):
         load_lpips(str(path))
-
-
-def import_torchvision() -> object:
-    """Import torchvision, even where its wheel was built for another torch (then without its compiled operators).
-
-    torchvision registers fakes for two operators that only its binary defines; declaring them lets the import succeed.
-    """
-    try:
-        return importlib.import_module("torchvision")
-    except RuntimeError as error:
-        assert "torchvision::nms" in str(error)
-    for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
-        del sys.modules[name]
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import_torchvision.library = library  # a library that is collected takes its operators with it
-    return importlib.import_module("torchvision")
 
 
 def lpips_by_definition(features: nn.Sequential, one: Tensor, other: Tensor) -> Tensor:

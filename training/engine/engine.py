@@ -46,17 +46,15 @@ class EngineConfig:
     persistence_threshold: int = 100_000  # smaller parameters stay whole on every rank under ZeRO-3
 
     def __post_init__(self) -> None:
-        if self.zero_stage not in (0, 1, 2, 3):
-            raise ValueError(f"engine.zero_stage is {self.zero_stage}; accepted: 0, 1, 2, 3")
-        if self.precision not in PRECISIONS:
-            raise ValueError(f"engine.precision is '{self.precision}'; accepted: {', '.join(PRECISIONS)}")
-        if self.attention not in ATTENTIONS:
-            raise ValueError(f"engine.attention is '{self.attention}'; accepted: {', '.join(ATTENTIONS)}")
-        if self.activation_checkpointing not in CHECKPOINTINGS:
-            raise ValueError(
-                f"engine.activation_checkpointing is '{self.activation_checkpointing}'; "
-                f"accepted: {', '.join(CHECKPOINTINGS)}"
-            )
+        choices = {
+            "zero_stage": (0, 1, 2, 3),
+            "precision": PRECISIONS,
+            "attention": ATTENTIONS,
+            "activation_checkpointing": CHECKPOINTINGS,
+        }
+        for name, accepted in choices.items():
+            if (value := getattr(self, name)) not in accepted:
+                raise ValueError(f"engine.{name} is {value!r}; accepted: {', '.join(map(str, accepted))}")
         if self.zero_stage == 0 and self.precision != "fp32":
             raise ValueError(
                 f"engine.precision {self.precision} needs engine.zero_stage 1, 2 or 3: without ZeRO DeepSpeed does not "

@@ -120,15 +120,7 @@ class Joining:
         self.patch = patch
         self.groups: list[dict[str, Any]] = []
         self.threads: list[int] = []
-        for name in (
-            *TORCHRUN,
-            *DEEPSPEED,
-            *SRUN,
-            "MASTER_ADDR",
-            "MASTER_PORT",
-            "SLURM_CPUS_PER_TASK",
-            "DS_ACCELERATOR",
-        ):
+        for name in (*TORCHRUN, *DEEPSPEED, *SRUN, *OTHERS):
             patch.setenv(name, "")  # so that what join_world exports is taken back
             patch.delenv(name)
         patch.setattr("training.engine.distributed.torch.set_num_threads", self.threads.append)

@@ -28,18 +28,11 @@ def compiled(**engine: Any) -> dict[str, Any]:
     return compile_deepspeed_config(EngineConfig(micro_batch=2, **engine), global_batch=24, world_size=3)
 
 
-def test_gradients_are_clipped_at_2_as_in_the_public_recipe() -> None:
-    assert compiled()["gradient_clipping"] == 2.0
-    assert compiled(gradient_clipping=0.5)["gradient_clipping"] == 0.5
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_gradients_of_low_precision_are_accumulated_in_float32(precision: str) -> None:
-    assert compiled(precision=precision)["data_types"] == {"grad_accum_dtype": "fp32"}
-
-
-def test_fp16_starts_with_the_public_loss_scale() -> None:
+def test_the_config_holds_the_numbers_of_the_public_recipe() -> None:
+    assert [compiled()["gradient_clipping"], compiled(gradient_clipping=0.5)["gradient_clipping"]] == [2.0, 0.5]
     assert compiled(precision="fp16")["fp16"]["initial_scale_power"] == 11  # GradScaler(init_scale=2**11)
+    accumulated = [compiled(precision=precision)["data_types"] for precision in ("bf16", "fp16")]
+    assert accumulated == [{"grad_accum_dtype": "fp32"}] * 2
 
 
 def test_prefetch_holds_the_largest_block_twice() -> None:
