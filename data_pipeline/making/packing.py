@@ -8,12 +8,9 @@ from __future__ import annotations
 
 import io
 import json
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from os import cpu_count
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,7 +19,14 @@ from PIL import Image, features
 
 from data_pipeline.files.atomic import atomic_file
 from data_pipeline.files.hashing import permutation
-from data_pipeline.images.decoding import SUFFIXES, DecodingBudget, read_header, scaled_size
+from data_pipeline.images.decoding import (
+    NUM_THREADS,
+    SUFFIXES,
+    DecodingBudget,
+    map_in_threads,
+    read_header,
+    scaled_size,
+)
 from data_pipeline.loading.plan import Stream
 from data_pipeline.making.claims import Claims, Entry, first_difference, forget_finished_work, shard_of
 from data_pipeline.making.pack_report import SplitCount, printable
@@ -34,9 +38,6 @@ from data_pipeline.shards.writer import write_shard
 
 REPORT_NAME = "report.json"
 FILES_NAME, SKIPPED_NAME = "files.jsonl", "skipped.jsonl"
-MAX_THREADS = 16
-IMAGES_AT_ONCE = 256
-BYTES_AT_ONCE = 128 * 2**20  # of files that are in memory together; one alone may be larger
 JPEG_QUALITY = 95
 MAX_UNUSED = 1000  # names in the report
 
@@ -108,8 +109,7 @@ def pack_images(
     for split in SPLITS:
         if not images.splits[split]:
             raise ValueError(f"{source}: no images for {split}; add images, or raise val_fraction")
-    with ThreadPoolExecutor(min(MAX_THREADS, cpu_count() or 1)) as pool:
-        _Packing(images, out, options, resize_short_side, report, pool).run()
+    _Packing(images, out, options, resize_short_side, report).run()
     return _read_report(out, options)
 
 
@@ -130,7 +130,6 @@ class _Packing:
         options: dict[str, Any],
         resize_to: int | None,
         report: Callable[[str], None],
-        pool: ThreadPoolExecutor,
     ) -> None:
         """options: what the indexes' meta says of the packing."""
         self.source = source
@@ -138,7 +137,6 @@ class _Packing:
         self.options = options
         self.resize_to = resize_to
         self.report = report
-        self.pool = pool
         self.budget = DecodingBudget()
         self.orders = {
             split: permutation(len(source.splits[split]), options["seed"], Stream.PACKING, number)
@@ -150,7 +148,8 @@ class _Packing:
             for split, order in self.orders.items()
             for number, start in enumerate(range(0, len(order), size))
         }
-        plan = options if resize_to is None else {**options, "encoder": _encoder_version()}
+        encoder = f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"  # makes the JPEG bytes
+        plan = options if resize_to is None else {**options, "encoder": encoder}
         self.claims = Claims(out, tuple(self.chunks), plan=plan, is_finished=lambda: is_packed(out), report=report)
 
     def run(self) -> None:
@@ -178,7 +177,7 @@ class _Packing:
         split = name.split("/")[0]
         places = self.chunks[name]
         files = [self.source.splits[split][i] for i in self.orders[split][places.start : places.stop]]
-        loaded = zip(places, files, self._load_all(files), strict=True)
+        loaded = zip(places, files, map_in_threads(self._load, files, ahead=NUM_THREADS), strict=True)
         for place, file, outcome in self.progress.counted(loaded, lambda one: one[1].num_bytes):
             if isinstance(outcome, str):
                 count.add_skipped(outcome)
@@ -189,16 +188,6 @@ class _Packing:
                 key = f"{place:09d}"
                 kept.append({"key": key, "file": file.name, "label": file.label})
                 yield Sample(key, {"cls": str(file.label).encode(), suffix: data})
-
-    def _load_all(self, files: list[ImageFile]) -> Iterator[_Outcome]:
-        """Read and decode files, in order; the next group of them is read while one is written."""
-        underway: deque[Iterator[_Outcome]] = deque()
-        for group in _groups(files):
-            underway.append(self.pool.map(self._load, group))
-            if len(underway) > 1:
-                yield from underway.popleft()
-        for outcomes in underway:
-            yield from outcomes
 
     def _load(self, file: ImageFile) -> _Outcome:
         """Read and decode one file. An unreadable one is an outcome here, to be counted, not an exception."""
@@ -267,24 +256,6 @@ def _read_report(out: Path, options: dict[str, Any]) -> PackReport:
     refuse_packed_otherwise(out, options)
     indexes = {split: Index.read(out / split, kind="images") for split in SPLITS}
     return PackReport(**indexes, counts=json.loads((out / REPORT_NAME).read_bytes()))
-
-
-def _groups(files: list[ImageFile]) -> Iterator[list[ImageFile]]:
-    """Divide files, in order, into runs that fit into memory together."""
-    group: list[ImageFile] = []
-    num_bytes = 0
-    for file in files:
-        if group and (len(group) == IMAGES_AT_ONCE or num_bytes + file.num_bytes > BYTES_AT_ONCE):
-            yield group
-            group, num_bytes = [], 0
-        group.append(file)
-        num_bytes += file.num_bytes
-    yield group
-
-
-def _encoder_version() -> str:
-    """Name what JPEG bytes depend on beside the pixels."""
-    return f"Pillow {PIL.__version__}, libjpeg-turbo {features.version('libjpeg_turbo')}"
 
 
 def _write_lines(file: BinaryIO, rows: list[dict[str, Any]]) -> None:

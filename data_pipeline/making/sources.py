@@ -87,14 +87,17 @@ def open_source(source: str, *, val_fraction: float, seed: int, digits_side: int
     given = [split for split in SPLITS if (root / split).is_dir()]
     if len(given) == 1:
         raise ValueError(f"{source}: has {given[0]}/ but not both splits; add the other, or give {source}/{given[0]}")
-    tree = _Tree(root)
-    if not labels:
-        return _without_classes(tree, given, val_fraction=val_fraction, seed=seed)
-    if given:
-        return _with_splits(tree)
-    classes = tree.class_names("")
-    splits = split_by_class(tree.files_by_class("", classes), val_fraction=val_fraction, seed=seed)
-    return tree.source(classes, splits)
+    tree = _Tree(root, labels)
+    if not given:
+        classes = tree.class_names("")
+        splits = split_by_class(tree.files_by_class("", classes), val_fraction=val_fraction, seed=seed)
+        return tree.source(classes, splits)
+    tree.unused += [entry.name for entry in tree.visible("") if entry.name not in SPLITS]
+    names = {split: tree.class_names(f"{split}/") for split in SPLITS}
+    if unknown := sorted(set(names["val"]) - set(names["train"])):
+        shown = ", ".join(map(readable_name, unknown[:5]))
+        raise ValueError(f"{root}: val has classes that train does not have: {shown}")
+    return tree.source(names["train"], {split: tree.files_by_class(f"{split}/", names["train"]) for split in SPLITS})
 
 
 def split_by_class(files: list[ImageFile], *, val_fraction: float, seed: int) -> dict[str, list[ImageFile]]:
@@ -121,18 +124,24 @@ class _Tree:
     """The walk through a folder on disk, with the names in it that are no image of a class."""
 
     root: Path
+    has_classes: bool
     unused: list[str] = field(default_factory=list)
     num_hidden: int = 0
 
     def source(self, classes: tuple[str, ...], splits: dict[str, list[ImageFile]]) -> ImageSource:
-        shown = tuple(map(readable_name, classes))
+        shown = tuple(map(readable_name, classes)) if self.has_classes else (ALL,)
         if len(set(shown)) != len(shown):
             twice = next(name for name in shown if shown.count(name) > 1)
             raise ValueError(f"{self.root}: two class folders have names that read {twice!r}; rename one")
         return ImageSource(str(self.root), shown, splits, self._read, tuple(sorted(self.unused)), self.num_hidden)
 
     def class_names(self, folder: str) -> tuple[str, ...]:
-        """List the visible folders in a folder; they may be links, where a data set is a choice of another."""
+        """List the visible folders in a folder; they may be links, where a data set is a choice of another.
+
+        Without classes the folder itself, by no name, is the only one.
+        """
+        if not self.has_classes:
+            return ("",)
         names = []
         for entry in self.visible(folder):
             if entry.is_dir():
@@ -154,17 +163,11 @@ class _Tree:
         for label, name in enumerate(classes):
             if not (self.root / folder / name).is_dir():
                 continue  # val may lack a class of train
-            files += sorted(self._files_below(f"{folder}{name}/", label), key=lambda file: file.name.split("/"))
+            inside = f"{folder}{name}/" if name else folder
+            files += sorted(self._files_below(inside, label), key=lambda file: file.name.split("/"))
         if not files:
-            where = self.root / folder
-            raise ValueError(f"{where}: the class folders are empty; put JPEG, PNG or WEBP images into them")
-        return files
-
-    def all_files(self, folder: str) -> list[ImageFile]:
-        """List all visible files below a folder as of class 0, in a fixed order; ValueError if there are none."""
-        files = sorted(self._files_below(folder, 0), key=lambda file: file.name.split("/"))
-        if not files:
-            raise ValueError(f"{self.root / folder}: holds no files; put JPEG, PNG or WEBP images into it")
+            what = "the class folders are empty" if self.has_classes else "there are no files"
+            raise ValueError(f"{self.root / folder}: {what}; put JPEG, PNG or WEBP images there")
         return files
 
     def _files_below(self, folder: str, label: int) -> Iterator[ImageFile]:
@@ -223,25 +226,6 @@ def _size_and_fault(entry: os.DirEntry[str]) -> tuple[int, str]:
 def readable_name(name: str) -> str:
     """Write a file name so that it can be stored anywhere: bytes that are not UTF-8 become \\xNN."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
-
-
-def _without_classes(tree: _Tree, given: list[str], *, val_fraction: float, seed: int) -> ImageSource:
-    """Take all pictures of the splits, or of the root, as of one class."""
-    found = {place: tree.all_files(f"{place}/" if place else "") for place in given or [""]}
-    splits = found if given else split_by_class(found[""], val_fraction=val_fraction, seed=seed)
-    return tree.source((ALL,), splits)
-
-
-def _with_splits(tree: _Tree) -> ImageSource:
-    root = tree.root
-    tree.unused += [entry.name for entry in tree.visible("") if entry.name not in SPLITS]
-    names = {split: tree.class_names(f"{split}/") for split in SPLITS}
-    unknown = sorted(set(names["val"]) - set(names["train"]))
-    if unknown:
-        shown = ", ".join(map(readable_name, unknown[:5]))
-        raise ValueError(f"{root}: val has classes that train does not have: {shown}")
-    splits = {split: tree.files_by_class(f"{split}/", names["train"]) for split in SPLITS}
-    return tree.source(names["train"], splits)
 
 
 def _digits(*, side: int, val_fraction: float, seed: int) -> ImageSource:

@@ -213,7 +213,7 @@ def test_digits_are_split_by_class_and_the_same_every_time(tmp_path: Path) -> No
     [
         ([], FileNotFoundError, "no such folder; give a folder of class folders, or 'digits'"),
         ([""], ValueError, "no class folders; expected one folder of images for each class"),
-        (["cat"], ValueError, "class folders are empty; put JPEG, PNG or WEBP images into them"),
+        (["cat"], ValueError, "class folders are empty; put JPEG, PNG or WEBP images there"),
         (["train", "val"], ValueError, "no class folders"),
         (["train/cat", "val/dog"], ValueError, "val has classes that train does not have: dog"),
     ],
