@@ -17,11 +17,7 @@ def theirs(tmp_path: Path) -> Path:
     return write_two(tmp_path / "theirs")
 
 
-def test_indexing_is_said_and_not_repeated(
-    theirs: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_indexing_is_said_and_not_repeated(theirs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = IndexConfig(shards=(f"{theirs}/part-{{000..001}}.tar",), out=str(tmp_path / "out"))
     index_shards.launch(command(config, dry_run=True))
     assert "would index 2 tars" in capsys.readouterr().out and not (tmp_path / "out").exists()

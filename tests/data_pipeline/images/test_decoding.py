@@ -391,7 +391,3 @@ def test_the_class_is_that_of_cls_or_json_and_anything_else_is_refused(
     else:
         with pytest.raises(ValueError, match=label):
             label_of(Sample("a", members))
-
-
-def test_the_field_of_json_can_be_chosen() -> None:
-    assert label_of(Sample("a", {"json": b'{"class_id": 5, "label": "cat"}'}), "class_id") == 5

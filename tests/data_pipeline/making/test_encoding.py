@@ -191,22 +191,6 @@ def test_codes_of_another_tokenizer_are_refused(tmp_path: Path, change: dict, re
         CodeDataset(tmp_path / "codes", **{**wanted, **change})
 
 
-@pytest.mark.parametrize(
-    "change, said",
-    [
-        ({"batch_size": 4}, "batch 5, now it is 4"),
-        ({"seed": 1}, "seed 0, now it is 1"),
-        ({"device": "cuda 9.0"}, "device cpu, now it is cuda 9.0"),
-        ({"transform": ImageTransform(image_size=4, resize_ratio=2.0)}, "resize_ratio 1.5, now it is 2.0"),
-    ],
-)
-def test_going_on_with_another_recipe_is_refused_by_name(tmp_path: Path, change: dict, said: str) -> None:
-    pack_noise(tmp_path / "images")
-    Encoding(tmp_path / "images", tmp_path / "codes", recipe(), encode=encode_pixels)  # killed before the first shard
-    with pytest.raises(ValueError, match=f"{said}; go on with the same settings"):
-        encode(tmp_path / "images", tmp_path / "codes", encode=never_called, **change)
-
-
 def test_going_on_with_other_images_is_refused_by_name(tmp_path: Path) -> None:
     for name, number in (("a", 7), ("b", 8)):
         pack_noise(tmp_path / name, number)

@@ -36,10 +36,6 @@ def test_the_spread_is_that_of_the_sorted_values(values: list[int]) -> None:
     assert spread(Counter(map(str, values))) == expected
 
 
-def test_of_nothing_the_spread_is_zero() -> None:
-    assert spread({}) == {"min": 0, "median": 0, "max": 0}
-
-
 def test_classes_without_images_are_in_the_table() -> None:
     summary = count([(0, 4, 6, 100), (0, 8, 2, 50), (2, 5, 5, 7)]).summary(["a", "b", "c"])
     assert summary["samples_per_class"] == {"min": 0, "median": 1, "max": 2, "table": {"a": 2, "b": 0, "c": 1}}

@@ -63,7 +63,3 @@ def test_the_time_left_counts_what_others_do_and_not_what_was_there(work: Claims
     next(images)
     assert "3 of 6 shards done, 302 of 600 images, 0 images/s" in lines[0]
     assert lines[0].endswith("about 29 s left")  # 102 in 10 s together, 298 to go
-
-
-def test_a_first_line_after_no_time_at_all_divides_by_nothing(work: Claims, clock: Clock) -> None:
-    assert "0 images by this process in 0 s: 0 images/s" in Progress(work, SIZES, report=print).summary()
