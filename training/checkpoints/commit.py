@@ -55,9 +55,8 @@ class UnreadableCheckpoint(OSError):
     @classmethod
     def of(cls, path: Path, error: OSError) -> UnreadableCheckpoint:
         """Name the file and what to do."""
-        return cls(
-            f"{path} cannot be read ({error.strerror}); no checkpoint was renamed: try again when the storage is well"
-        )
+        why = error.strerror or error  # safetensors gives a text alone
+        return cls(f"{path} cannot be read ({why}); no checkpoint was renamed: try again when the storage is well")
 
 
 def folder_name(step: int) -> str:

@@ -284,6 +284,16 @@ def test_an_average_that_was_not_kept_begins_with_the_weight(tmp_path: Path) -> 
     assert torch.equal(saved.read("model", "ema/layer2.weight"), offered["model/weight/layer2.weight"])
 
 
+def test_what_a_library_says_without_a_number_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: Any, **options: Any) -> None:
+        raise FileNotFoundError("too many open files")
+
+    names = write_shares(tmp_path, 1, tensors())
+    monkeypatch.setattr("training.checkpoints.checkpoint.safe_open", fail)
+    with pytest.raises(UnreadableCheckpoint, match=r"cannot be read \(too many open files\)"):
+        SavedTensors(tmp_path, names)
+
+
 def test_a_tensor_that_is_not_there_and_a_file_that_is_none_are_named(tmp_path: Path) -> None:
     names = write_shares(tmp_path, 1, tensors())
     with pytest.raises(DamagedCheckpoint, match="has no model/exp_avg/other"):
