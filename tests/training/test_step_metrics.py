@@ -23,9 +23,6 @@ def test_the_timed_iterator_counts_only_waiting(monkeypatch: pytest.MonkeyPatch)
 def test_scalars_and_vectors_come_through_the_reduction_in_place() -> None:
     steps = [{"a": torch.tensor(1.5), "b": torch.tensor([1.0, 2.0, 3.0])}, {"a": torch.tensor(2), "b": torch.zeros(3)}]
     assert mean_over_ranks(steps, World()) == [{"a": 1.5, "b": [1.0, 2.0, 3.0]}, {"a": 2.0, "b": [0.0, 0.0, 0.0]}]
-
-
-def test_a_vector_of_one_stays_a_vector() -> None:
     assert mean_over_ranks([{"a": torch.tensor([4.0])}], World()) == [{"a": [4.0]}]
 
 

@@ -164,15 +164,7 @@ def test_images_are_encoded_on_the_way_to_the_same_step_as_their_codes() -> None
 
 def test_an_unconditional_model_sees_the_null_class_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(VAR_CONFIG, num_classes=0)
-    seen: list[Tensor] = []
-    original = VAR.forward
-
-    def watch(self: VAR, inputs: Tensor, labels: Tensor, **options: Any) -> Tensor:
-        seen.append(labels)
-        return original(self, inputs, labels, **options)
-
-    monkeypatch.setattr(VAR, "forward", watch)
-    stage = make_stage(config=config, validation=[code_batch(3)])
+    seen = labels_seen(stage := make_stage(config=config, validation=[code_batch(3)]), monkeypatch)
     stage.train_step(iter([code_batch(GLOBAL_BATCH)]), context())
     stage.validate()
     assert [len(labels) for labels in seen] == [GLOBAL_BATCH, 3]
