@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launchers.setup.command_line import Command, run_launcher, say
-from launchers.setup.assembly import Dataset, RunData, describe_one_batch, open_codes_or_images
+from launchers.setup.assembly import Dataset, RunData, describe_one_batch, open_codes_or_images, refuse_other_classes
 from launchers.setup.loading import initialize, load_tokenizer, place_tokenizer
 from launchers.setup.running import Supervision, open_checkpoints, run_stage, supervise
 from launchers.setup.settings import TrainConfig
@@ -41,8 +41,10 @@ def train(config: TrainConfig, world: World, supervision: Supervision) -> TrainS
     tokenizer, sha256 = load_tokenizer(config.tokenizer)
     check_configs_agree(config.model, tokenizer.config)
     training, validation = (open_data(config, tokenizer.config, sha256, part) for part in ("train", "validation"))
+    if config.model.is_conditional:
+        refuse_other_classes(training, validation)
     data = RunData.of(config, world, training, validation)
-    checkpoints = open_checkpoints(config, config.model, world, tokenizer_sha256=sha256, data=data.fingerprint)
+    checkpoints = open_checkpoints(config, config.model, world, tokenizer_sha256=sha256, **data.identity)
     model = build_var(config.model, config.engine, seed=config.seed)
     initialize(model, config, checkpoints)
     join_world(world, timeout_seconds=config.watch.start_seconds)

@@ -93,7 +93,7 @@ def train(config: TokenizerConfig, world: World, supervision: Supervision) -> Tr
     validation = open_part(config.data.validation, random_views=False)
     data = RunData.of(config, world, training, validation)
     opponent = str(config.discriminator) if config.loss.adversarial_weight else "none"
-    checkpoints = open_checkpoints(config, config.model, world, data=data.fingerprint, discriminator=opponent)
+    checkpoints = open_checkpoints(config, config.model, world, **data.identity, discriminator=opponent)
     model = build_tokenizer(config.model, seed=config.seed)
     initialize(model, config, checkpoints)
     join_world(world, timeout_seconds=config.watch.start_seconds)

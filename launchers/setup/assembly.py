@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
+from launchers.setup.command_line import say
 from data_pipeline.images.decoding import ImageTransform
 from data_pipeline.loading.batches import Batch
 from data_pipeline.loading.datasets import CodeDataset, ImageDataset
@@ -138,6 +140,21 @@ def describe_one_batch(dataset: Dataset, micro_batch: int) -> str:
     return f"{len(dataset):,} samples; one batch of {kind} {tuple(batch.data.shape)}, {labels}"
 
 
+def refuse_other_classes(training: Dataset, validation: Dataset) -> None:
+    """Check that a class number means the same in both data sets.
+
+    Raises:
+        ValueError: it does not; the first class that differs is named.
+    """
+    ours, theirs = training.index.meta["classes"], validation.index.meta["classes"]
+    for label, (name, other) in enumerate(zip_longest(ours, theirs)):
+        if name != other:
+            raise ValueError(
+                f"{validation.folder}: its class {label} is {other}, in {training.folder} it is {name}; pack both from "
+                "the same class folders"
+            )
+
+
 @dataclass(frozen=True)
 class RunData:
     """The training and validation data of a run, as one rank reads them."""
@@ -153,6 +170,8 @@ class RunData:
     @classmethod
     def of(cls, config: RunConfig, world: World, training: Dataset, validation: Dataset) -> RunData:
         """Share two data sets out among the ranks as a run's settings say."""
+        if world.is_rank_zero and training.index.fingerprint == validation.index.fingerprint:
+            say(f"warning: {validation.folder} is the training data too, whose loss hides what is learned by heart")
         batches = {"global_batch": config.loop.global_batch, "micro_batch": config.engine.micro_batch}
         return cls(training, validation, config.data, world, config.seed, **batches)
 
@@ -162,9 +181,9 @@ class RunData:
         return len(self.training)
 
     @property
-    def fingerprint(self) -> str:
-        """The identity of the training data."""
-        return self.training.index.fingerprint
+    def identity(self) -> dict[str, str]:
+        """What must not change in a run: the fingerprints of both data sets, which hold the names of classes too."""
+        return {"data": self.training.index.fingerprint, "validation": self.validation.index.fingerprint}
 
     @property
     def kinds(self) -> set[str]:

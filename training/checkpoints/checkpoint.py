@@ -34,6 +34,7 @@ from training.engine.whole_state import EMA, WEIGHT
 
 MODELS = {f"model/{WEIGHT}/": "weights", f"model/{EMA}/": "ema"}  # prefix of names -> folder of the model on disk
 RANDOM = "random"
+LATER = ("validation",)  # parts of the identity of which an older checkpoint says nothing
 
 
 class CheckpointFailed(OSError):
@@ -244,7 +245,7 @@ class Checkpoints:
             kind = "of another model" if what == "model" else "of another run"
             theirs = flatten(manifest[what])
             for name, value in flatten(ours).items():
-                if theirs.get(name) != value:
+                if theirs.get(name) != value and not (name in LATER and name not in theirs):
                     raise ValueError(
                         f"{path}: checkpoint {kind}: its {name} is {theirs.get(name)}, this run has {value}; "
                         "change it back or choose another run folder"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from launchers.setup.assembly import (
     load_models,
     open_codes_or_images,
     open_images,
+    refuse_other_classes,
 )
 from launchers.setup.loading import load_tokenizer
 from models.generation import check_configs_agree
@@ -148,3 +150,16 @@ def test_configs_on_disk_are_plain_json(study: Study) -> None:
     config = json.loads((study.folder / "tokenizer" / "config.json").read_text())
     assert config["kind"] == "VQVAE" and config["patch_nums"] == [1, 2]
     assert VARConfig(**{key: value for key, value in describe(VAR_CONFIG).items() if key != "kind"}) == VAR_CONFIG
+
+
+def test_a_class_number_means_the_same_in_training_and_validation() -> None:
+    def data(name: str, classes: list[str]) -> SimpleNamespace:
+        return SimpleNamespace(folder=name, index=SimpleNamespace(meta={"classes": classes}))
+
+    refuse_other_classes(data("train", ["cat", "dog"]), data("val", ["cat", "dog"]))
+    for classes, said in (
+        (["dog", "cat"], "val: its class 0 is dog, in train it is cat"),
+        (["cat"], "class 1 is None"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            refuse_other_classes(data("train", ["cat", "dog"]), data("val", classes))

@@ -17,7 +17,7 @@ from launchers.setup.loading import load_var, tokenizer_of
 from launchers.setup.running import open_checkpoints
 from launchers.setup.settings import TrainConfig
 from models.var import VAR
-from training.checkpoints.commit import DamagedCheckpoint, candidates, read_manifest
+from training.checkpoints.commit import DamagedCheckpoint, candidates, read_manifest, sealed
 from training.engine.distributed import World
 from training.supervision.history import START, STOP, History
 from training.supervision.stopping import Stopped
@@ -206,3 +206,24 @@ def test_a_damaged_checkpoint_is_not_sampled_exported_or_built_upon(study: Study
     file.write_bytes(content)
     with pytest.raises(DamagedCheckpoint, match="model.safetensors is damaged .sha256.; name another folder of"):
         load_var(config.run)
+
+
+def test_other_validation_data_between_two_starts_are_refused(study: Study, capsys: pytest.CaptureFixture[str]) -> None:
+    config = study.train_config("validated", stop_after_steps=1)
+    train_var(config)
+    assert "is the training data too" not in capsys.readouterr().out
+    other = replace(config, data=replace(config.data, validation=config.data.train))
+    with pytest.raises(ValueError, match="checkpoint of another run: its validation is [0-9a-f]{64}, this run has"):
+        train_var(other)
+    assert f"warning: {config.data.train} is the training data too" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_before_validation_data_had_an_identity_goes_on(study: Study) -> None:
+    config = study.train_config("older", stop_after_steps=1)
+    train_var(config)
+    folder = Path(config.run) / "checkpoints" / "step-00000001"
+    manifest = read_manifest(folder)
+    del manifest["identity"]["validation"]
+    (folder / "manifest.json").write_bytes(sealed(manifest))
+    state, _ = train_var(study.train_config("older", stop_after_steps=2))
+    assert state.step == 2
