@@ -81,10 +81,18 @@ def hinge_discriminator_loss(real_logits: Tensor, fake_logits: Tensor) -> Tensor
     return 0.5 * (F.relu(1 - real_logits).mean() + F.relu(1 + fake_logits).mean())
 
 
-def adaptive_weight(other_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor, limit: float) -> Tensor:
-    """Compute VQGAN's lambda (eq. 7 there): the ratio of gradient norms at the last layer, at most `limit`: -> ()."""
-    other = torch.autograd.grad(other_loss, last_layer, retain_graph=True)[0].norm()
-    adversarial = torch.autograd.grad(adversarial_loss, last_layer, retain_graph=True)[0].norm()
+def last_layer_gradients(other_loss: Tensor, adversarial_loss: Tensor, last_layer: Tensor) -> Tensor:
+    """Compute the gradients of two losses at the last layer, and leave the graph usable: -> (2, *last_layer.shape)."""
+    losses = other_loss, adversarial_loss
+    return torch.stack([torch.autograd.grad(loss, last_layer, retain_graph=True)[0] for loss in losses])
+
+
+def adaptive_weight(gradients: Tensor, limit: float) -> Tensor:
+    """Compute VQGAN's lambda (eq. 7 there) from `last_layer_gradients`: the ratio of norms, at most `limit`: -> ().
+
+    The gradients are to be those of the whole global batch, averaged; norms of its parts would not add up to them.
+    """
+    other, adversarial = gradients[0].norm(), gradients[1].norm()
     return (other / (adversarial + 1e-4)).clamp(max=limit).detach()
 
 

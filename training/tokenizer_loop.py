@@ -22,6 +22,7 @@ from training.losses import (
     ReconstructionLossConfig,
     adaptive_weight,
     hinge_discriminator_loss,
+    last_layer_gradients,
     load_lpips,
     pixel_loss,
 )
@@ -110,11 +111,12 @@ class TokenizerStage:
         hits = self._no_hits()
         parts: list[dict[str, Tensor]] = []
         seen: list[SeenImages] = []
-        for _ in range(self.engine.accumulation):
-            batch = next(batches)
+        whole = [next(batches) for _ in range(self.engine.accumulation)]
+        balance = self._balance_of_parts(whole, opponent) if opponent is not None and len(whole) > 1 else None
+        for batch in whole:
             images = batch.to(self.world.device).data  # (B, 3, H, H)
             reconstruction = self.engine(images)
-            parts.append(self._backward(images, reconstruction, opponent))
+            parts.append(self._backward(images, reconstruction, opponent, balance))
             norm = self.engine.step(learning_rate=context.learning_rate, weight_decay=context.weight_decay)
             if self.discriminator is not None:
                 parts[-1] |= self._train_opponent(opponent, images, reconstruction.images.detach(), context)
@@ -127,19 +129,51 @@ class TokenizerStage:
         means = {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
         return means | {"gradient_norm": norm}
 
-    def _backward(self, images: Tensor, reconstruction: Reconstruction, opponent: Engine | None) -> dict[str, Tensor]:
-        """Propagate the loss of eq. 5 of one micro-batch; returns its terms, (). Without an opponent that one is 0."""
-        pixels = pixel_loss(reconstruction.images, images, self.loss)
-        parts = {"pixel_loss": pixels, "quantization_loss": reconstruction.quantization_loss}
-        loss = pixels
+    def _likeness(self, images: Tensor, reconstruction: Reconstruction) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the terms of the loss that compare a micro-batch with its reconstruction: their sum, and each, ()."""
+        parts = {"pixel_loss": pixel_loss(reconstruction.images, images, self.loss)}
+        loss = parts["pixel_loss"]
         if self.lpips is not None:
             parts["lpips"] = self.lpips(reconstruction.images, images).mean()
             loss = loss + self.loss.lpips_weight * parts["lpips"]
+        return loss, parts
+
+    def _gradients(self, likeness: Tensor, adversarial_loss: Tensor) -> Tensor:
+        return last_layer_gradients(likeness, adversarial_loss, self.model.decoder.last_layer)
+
+    def _balance(self, gradients: Tensor) -> Tensor:
+        """Compute the adaptive weight, (), from this rank's mean gradients: the same on all ranks. A collective."""
+        mean = sum_over_ranks(gradients, self.world) / self.world.world_size
+        return adaptive_weight(mean, self.loss.adaptive_weight_limit)
+
+    def _balance_of_parts(self, whole: list[Batch], opponent: Engine) -> Tensor:
+        """Compute the adaptive weight of a step that is cut into micro-batches, by a forward pass of its own.
+
+        The weight belongs to the whole global batch, and is needed before the first part is propagated.
+        """
+        total: Tensor | None = None
+        for batch in whole:
+            images = batch.to(self.world.device).data
+            reconstruction = self.model(images)
+            likeness, _ = self._likeness(images, reconstruction)
+            gradients = self._gradients(likeness, -judge(opponent, reconstruction.images).mean()) / len(whole)
+            total = gradients if total is None else total + gradients
+        assert total is not None
+        return self._balance(total)
+
+    def _backward(
+        self, images: Tensor, reconstruction: Reconstruction, opponent: Engine | None, balance: Tensor | None
+    ) -> dict[str, Tensor]:
+        """Propagate the loss of eq. 5 of one micro-batch; returns its terms, (). Without an opponent that one is 0.
+
+        balance: the adaptive weight, if it is known already.
+        """
+        loss, parts = self._likeness(images, reconstruction)
+        parts["quantization_loss"] = reconstruction.quantization_loss
         if opponent is not None:
             parts["adversarial_loss"] = -judge(opponent, reconstruction.images).mean()
-            balance = adaptive_weight(
-                loss, parts["adversarial_loss"], self.model.decoder.last_layer, self.loss.adaptive_weight_limit
-            )
+            if balance is None:
+                balance = self._balance(self._gradients(loss, parts["adversarial_loss"]))
             loss = loss + self.loss.adversarial_weight * balance * parts["adversarial_loss"]
         elif self.discriminator is not None:
             parts["adversarial_loss"] = torch.zeros((), device=self.world.device)

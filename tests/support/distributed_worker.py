@@ -10,6 +10,7 @@ import json
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,10 +87,10 @@ class InMemory:
         return torch.randint(16, (TRANSFORMER.scales.num_tokens,), generator=generator)
 
 
-def data_of(world: World, *, images: bool) -> RunData:
+def data_of(world: World, *, images: bool, micro_batch: int = 4) -> RunData:
     """What a rank reads of the data set."""
     data, settings = InMemory(images=images), DataConfig(workers=0)
-    return RunData(data, data, settings, world, seed=3, global_batch=GLOBAL_BATCH, micro_batch=4)
+    return RunData(data, data, settings, world, seed=3, global_batch=GLOBAL_BATCH, micro_batch=micro_batch)
 
 
 def var_stage(world: World, engine: EngineConfig) -> VARStage:
@@ -135,7 +136,8 @@ def train(stage: Stage, world: World, folder: Path, *, model: Any, images: bool,
     state = checkpoints.resume(stage.engines) or TrainState()
     run = Run(folder, world, checkpoints, Stopping(folder, world), Heartbeat(WatchConfig()), lambda text: None)
     schedule = Schedule(config, OPTIMIZER, NUM_SAMPLES)
-    Loop(stage, data_of(world, images=images), run, schedule, DivergenceConfig()).train(state)
+    data = data_of(world, images=images, micro_batch=stage.engines["model"].config.micro_batch)
+    Loop(stage, data, run, schedule, DivergenceConfig()).train(state)
     barrier(world)
     return run.record.read()
 
@@ -195,12 +197,13 @@ def run_all(world: World, out: Path) -> dict[str, Any]:
         results[f"bad_step_{zero_stage}_{precision}"] = moved_by_steps(var_stage(world, engine), world)
     results["leaves"] = leaves_of(var_stage(world, float32(3)).engines["model"].model)
     results["validation"] = validate_pictures(world)
+    parts = replace(stage_1, micro_batch=4 // world.world_size)  # two ranks cut the batch otherwise than one does
+    make_stage = partial(tokenizer_stage, world, parts, adversarial=True)
+    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
     if world.world_size == 1:
         return results
     part, stage_0 = "stage0_other_stage", var_stage(world, float32(0))
     results[part] = resume_elsewhere(out / "stage3_half", stage_0, world, out / part, **codes)
-    make_stage = partial(tokenizer_stage, world, stage_1, adversarial=True)
-    results["adversarial"] = train(make_stage(), world, out / "adversarial", **pictures)
     results["adversarial_parts"] = train_in_parts(make_stage, world, out / "adversarial_parts", **pictures)
     results["error"] = shared_error(world)
     return results

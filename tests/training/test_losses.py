@@ -20,6 +20,7 @@ from training.losses import (
     adaptive_weight,
     average_over_tokens,
     hinge_discriminator_loss,
+    last_layer_gradients,
     load_lpips,
     pixel_loss,
     token_scores,
@@ -87,23 +88,27 @@ def test_hinge_loss_has_its_closed_form(real: float, fake: float, expected: floa
     assert hinge_discriminator_loss(real * patches, fake * patches).item() == expected
 
 
+def weight_of(other: Tensor, adversarial: Tensor, last_layer: Tensor, *, limit: float) -> Tensor:
+    return adaptive_weight(last_layer_gradients(other, adversarial, last_layer), limit)
+
+
 def test_adaptive_weight_is_the_ratio_of_gradient_norms() -> None:
     last_layer = nn.Parameter(torch.ones(2))
     direction = torch.tensor([3.0, 4.0])  # norm 5
-    weight = adaptive_weight(6 * last_layer @ direction, 2 * last_layer @ direction, last_layer, limit=1e4)
+    weight = weight_of(6 * last_layer @ direction, 2 * last_layer @ direction, last_layer, limit=1e4)
     assert weight.item() == pytest.approx(3, rel=1e-4)  # the 1e-4 that guards the division, against a norm of 10
 
 
 def test_adaptive_weight_is_capped() -> None:
     last_layer = nn.Parameter(torch.ones(2))
     loss = last_layer.sum()
-    assert adaptive_weight(loss, 0 * loss, last_layer, limit=7.0).item() == 7
+    assert weight_of(loss, 0 * loss, last_layer, limit=7.0).item() == 7
 
 
 def test_adaptive_weight_carries_no_gradient_and_leaves_the_graph_usable() -> None:
     last_layer = nn.Parameter(torch.ones(2))
     loss, adversarial = last_layer.square().sum(), last_layer.sum()
-    weight = adaptive_weight(loss, adversarial, last_layer, limit=1e4)
+    weight = weight_of(loss, adversarial, last_layer, limit=1e4)
     assert not weight.requires_grad and last_layer.grad is None
     (loss + weight * adversarial).backward()
     torch.testing.assert_close(last_layer.grad, 2 + weight.expand(2))

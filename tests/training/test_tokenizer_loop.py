@@ -154,6 +154,23 @@ def test_from_its_start_both_players_take_one_step_each(accumulation: int) -> No
     assert (stage.engines["model"].updates, stage.discriminator.updates) == (1, 1)
 
 
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_splitting_the_batch_changes_no_weight_while_the_players_play(accumulation: int) -> None:
+    """The adaptive weight is that of the whole batch; taken of each part, it would be another one."""
+    whole, cut = make_stage(ADVERSARIAL), make_stage(ADVERSARIAL, accumulation=accumulation)
+    for step in range(3):
+        where = context(0.5, samples_seen=step * GLOBAL_BATCH, learning_rate=1e-4)
+        one, other = take_step(whole, where), take_step(cut, where)
+        for name in ("gradient_norm", "loss", "adversarial_loss", "discriminator_loss"):
+            assert one[name].item() == pytest.approx(other[name].item(), rel=1e-4), (step, name)
+    assert parameters_close(whole.model, cut.model)
+
+
+def parameters_close(one: VQVAE, other: VQVAE) -> bool:
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return all(torch.allclose(a, b, rtol=1e-4, atol=1e-6) for a, b in pairs)
+
+
 def test_metrics_keep_their_names_when_the_adversarial_term_starts() -> None:
     stage = make_stage(ADVERSARIAL)
     assert take_step(stage, context(0.0)).keys() == take_step(stage, context(0.9)).keys()

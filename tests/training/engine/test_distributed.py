@@ -54,6 +54,14 @@ def test_two_ranks_give_the_loss_curve_of_one(results: dict[int, dict[str, Any]]
         assert curve(two, name) == pytest.approx(curve(one, name), abs=1e-4)
 
 
+def test_two_ranks_play_the_adversarial_game_of_one(results: dict[int, dict[str, Any]]) -> None:
+    """They cut the batch otherwise than one does; the adaptive weight is that of the whole."""
+    one, two = results[1]["adversarial"], results[2]["adversarial"]
+    assert any(curve(one, "discriminator_loss"))
+    for name in ("loss", "adversarial_loss", "discriminator_loss", "gradient_norm"):
+        assert curve(two, name) == pytest.approx(curve(one, name), rel=1e-4, abs=1e-5), name
+
+
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_zero_changes_nothing_but_memory(results: dict[int, dict[str, Any]], stage: str) -> None:
     plain, sharded = results[2]["stage0"], results[2][stage]
