@@ -54,12 +54,13 @@ def test_a_set_is_at_zero_from_itself_and_as_far_one_way_as_the_other(count: int
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_distance_is_torch_fidelitys() -> None:
+@pytest.mark.parametrize("width", [256, pytest.param(2048, marks=pytest.mark.slow)])
+def test_the_distance_is_torch_fidelitys(width: int) -> None:
     import_torchvision()
     torch_fidelity = importlib.import_module("torch_fidelity.metric_fid")
     import torch
 
-    one, other = features(2000, 2048, 1), features(2000, 2048, 2, shift=0.1)
+    one, other = features(2000, width, 1), features(2000, width, 2, shift=0.1)
     statistics = [torch_fidelity.fid_features_to_statistics(torch.from_numpy(some)) for some in (one, other)]
     expected = torch_fidelity.fid_statistics_to_metric(*statistics, verbose=False)["frechet_inception_distance"]
     assert frechet_distance(adm_gaussian(one), adm_gaussian(other)) == pytest.approx(expected, rel=1e-6)
